@@ -1,0 +1,7 @@
+"""The simulated (train-time) attacker and the fine-tuning loop that every attack shares."""
+
+from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.fine_tuning import FineTuningAttacker
+from patcher_pl.attackers.loop import FinetuneStep, finetune
+
+__all__ = ["AttackOutcome", "Attacker", "FineTuningAttacker", "FinetuneStep", "finetune"]

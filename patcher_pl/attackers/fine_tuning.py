@@ -1,0 +1,117 @@
+"""The simulated attacker that fine-tunes the live model in place."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.loop import FinetuneStep, Schedule, finetune
+from patcher_pl.models.lora import Lora, merged_copy
+from patcher_pl.models.weights import Weights
+from patcher_pl.optim import Optimizer
+from patcher_pl.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningAttacker(Attacker):
+    """Fine-tunes from the defender's weights for `num_steps` steps (k1), each time anew.
+
+    Full-parameter attacks run in place on the live model and cost two optimizer states and one copy
+    of the weights. Attacks with `lora` train adapters on a merged copy of the model; their attack
+    vector is the merged update.
+
+    Args:
+        num_steps: Optimizer steps (count, >= 1); k1 = 300 in Patcher's sequential script.
+        optimizer: The attacker's optimizer; starts fresh in every attack.
+        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
+        schedule: Learning-rate curve over `num_steps`.
+        num_warmup_steps: Steps of linear warm-up (count, >= 0).
+        lora: Train adapters of this shape only; None trains every weight.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Patcher, https://arxiv.org/abs/2606.07970, the attack step of its sequential form.
+    """
+
+    num_steps: int
+    optimizer: Optimizer
+    max_grad_norm: float | None = 1.0
+    schedule: Schedule = "constant"
+    num_warmup_steps: int = 0
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(
+                f"FineTuningAttacker.num_steps must be >= 1, got {self.num_steps}. "
+                "Use the SFT defense for a model that is not attacked in training."
+            )
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(
+                f"FineTuningAttacker.max_grad_norm must be > 0 or null, got {self.max_grad_norm}."
+            )
+        if not 0 <= self.num_warmup_steps <= self.num_steps:
+            raise ValueError(
+                "FineTuningAttacker.num_warmup_steps must be in 0..num_steps, "
+                f"got {self.num_warmup_steps} of {self.num_steps}."
+            )
+
+    def attack(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        batches: Iterator[Batch],
+        before_step: Callable[[], None] = lambda: None,
+    ) -> AttackOutcome:
+        """See `Attacker.attack`."""
+        if self.lora is not None:
+            return self._attack_copy(self.lora, model, weights, batches, before_step)
+        saved = weights.snapshot()
+        try:
+            with weights.trainable() as parameters:
+                steps = self._finetune(model, parameters, batches, before_step)
+            return AttackOutcome(weights.difference(saved), steps)
+        finally:
+            weights.restore(saved)
+
+    def _attack_copy(
+        self,
+        lora: Lora,
+        model: nn.Module,
+        weights: Weights,
+        batches: Iterator[Batch],
+        before_step: Callable[[], None],
+    ) -> AttackOutcome:
+        copy = merged_copy(model)
+        start = Weights(copy).snapshot()
+        adapted = lora.attach(copy).train(model.training)  # type: ignore[arg-type]
+        adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        steps = self._finetune(adapted, adapters, batches, before_step)
+        attacked = Weights(adapted.merge_and_unload())
+        return AttackOutcome(weights.aligned(attacked.difference(start), attacked.names), steps)
+
+    def _finetune(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        batches: Iterator[Batch],
+        before_step: Callable[[], None],
+    ) -> list[FinetuneStep]:
+        steps: list[FinetuneStep] = []
+        taken = finetune(
+            model,
+            parameters,
+            batches,
+            optimizer=self.optimizer,
+            num_steps=self.num_steps,
+            max_grad_norm=self.max_grad_norm,
+            schedule=self.schedule,
+            num_warmup_steps=self.num_warmup_steps,
+        )
+        for _ in range(self.num_steps):
+            before_step()
+            steps.append(next(taken))
+        return steps

@@ -1,0 +1,99 @@
+"""The one fine-tuning loop: simulated attackers and test-time attacks take their steps here."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from patcher_pl.losses import causal_lm_loss
+from patcher_pl.optim import Optimizer
+from patcher_pl.types import Batch
+
+Schedule = Literal["constant", "linear", "cosine"]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class FinetuneStep:
+    """What one step of fine-tuning did.
+
+    Args:
+        index: Steps taken so far, this one included (count, >= 1).
+        loss: Mean cross-entropy before the step (nats per answer token).
+        grad_norm: Global gradient norm before clipping.
+        num_tokens: Tokens of the batch, padding excluded.
+    """
+
+    index: int
+    loss: float
+    grad_norm: float
+    num_tokens: int
+
+
+def finetune(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    batches: Iterator[Batch],
+    *,
+    optimizer: Optimizer,
+    num_steps: int,
+    max_grad_norm: float | None = None,
+    schedule: Schedule = "constant",
+    num_warmup_steps: int = 0,
+    loss_function: LossFunction = causal_lm_loss,
+) -> Iterator[FinetuneStep]:
+    """Fine-tunes `parameters` of `model` in place, one optimizer step per item taken.
+
+    The optimizer starts fresh. Gradients are left at None. Batches are moved to the device of the
+    parameters. Nothing else of the model is touched, so a caller may evaluate between two steps.
+
+    Args:
+        model: Causal LM; called as `loss_function(model, batch)`.
+        parameters: What is trained; anything else keeps its value.
+        batches: Endless or at least `num_steps` long.
+        optimizer: Settings from which the optimizer is built.
+        num_steps: Steps to take (count, >= 0).
+        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
+        schedule: Learning-rate curve over `num_steps`, by its name in transformers.
+        num_warmup_steps: Steps of linear warm-up (count, >= 0).
+        loss_function: Loss that the attacker lowers.
+    """
+    parameters = list(parameters)
+    device = parameters[0].device
+    stepper = optimizer.build(parameters)
+    scheduler = _scheduler(stepper, schedule, num_warmup_steps, num_steps)
+    for index in range(1, num_steps + 1):
+        batch = move_batch(next(batches), device)
+        loss = loss_function(model, batch)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        limit = float("inf") if max_grad_norm is None else max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+        stepper.step()
+        if scheduler is not None:
+            scheduler.step()
+        stepper.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # A caller's autocast would go on with the old weights.
+        num_tokens = int(batch["attention_mask"].sum())
+        yield FinetuneStep(index, float(loss.detach()), float(grad_norm), num_tokens)
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch on `device`."""
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}  # type: ignore[return-value]
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, num_warmup_steps: int, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    if schedule == "constant" and num_warmup_steps == 0:
+        return None
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps
+    )

@@ -1,0 +1,14 @@
+"""Callbacks: checkpoints, signals, cost, and how robust the model is while it trains."""
+
+from patcher_pl.callbacks.cost_monitor import CostMonitor
+from patcher_pl.callbacks.graceful_stop import GracefulStop
+from patcher_pl.callbacks.robustness_probe import RobustnessProbe
+from patcher_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CostMonitor",
+    "GracefulStop",
+    "RobustnessProbe",
+    "RunCheckpoint",
+]

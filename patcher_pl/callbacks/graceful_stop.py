@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM end a run between two steps, with a checkpoint."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from patcher_pl.callbacks.run_checkpoint import RunCheckpoint
+from patcher_pl.defenses import Defense
+from patcher_pl.errors import RunInterrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class GracefulStop(Callback):
+    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end of the run.
+
+    The handlers only set a flag. It is looked at after every defender step and before every step of
+    a simulated attack, where the weights are those of the defender again. A second Ctrl-C ends the
+    run at once.
+    """
+
+    def __init__(self, checkpoint: RunCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.signal: signal.Signals | None = None
+        self._module: Defense | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the signals."""
+        assert isinstance(pl_module, Defense)
+        self._module = pl_module
+        for number in SIGNALS:
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Ends the run where that was asked for."""
+        assert isinstance(pl_module, Defense)
+        if pl_module.stop_requested and pl_module.is_between_steps:
+            raise RunInterrupted("Stopped between two steps.")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Saves a checkpoint where the run was stopped by a signal."""
+        if isinstance(exception, RunInterrupted):
+            self.checkpoint.save(trainer, pl_module)
+        self._give_back()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the signals back."""
+        self._give_back()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        assert self._module is not None
+        self._module.stop_requested = True
+
+    def _give_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()

@@ -1,0 +1,83 @@
+"""Attacks a copy of the model every so often while it trains."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from patcher_pl.defenses import Defense
+from patcher_pl.redteam import RedTeam
+from patcher_pl.reports.curves import asr_figure
+from patcher_pl.reports.results import Curve
+
+
+class RobustnessProbe(Callback):
+    """Runs a red team on a copy of the current model and logs what it finds under `robustness/`.
+
+    The attack must be held out: its data has nothing in common with the simulated attacker's. The
+    probe changes neither weights nor random state of the run. Its cost is not counted as training.
+
+    Args:
+        redteam: Attacks, data, prompts and judge.
+        every_n_steps: Defender steps between probes (count, >= 1).
+
+    Raises:
+        ValueError: If `every_n_steps` is below 1.
+    """
+
+    def __init__(self, redteam: RedTeam, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"RobustnessProbe.every_n_steps must be >= 1, got {every_n_steps}.")
+        self.redteam = redteam
+        self.every_n_steps = every_n_steps
+        self._probed_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting at the step that was resumed."""
+        self._probed_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Probes where it is due."""
+        assert isinstance(pl_module, Defense)
+        if trainer.global_step - self._probed_at < self.every_n_steps:
+            return
+        self._probed_at = trainer.global_step
+        curves = self.redteam.run(
+            pl_module.model,
+            pl_module.tokenizer,
+            pl_module.language_model.chat,
+            defense=pl_module.name,
+            k1=pl_module.num_attack_steps,
+        )
+        if isinstance(trainer.logger, TensorBoardLogger):
+            log_robustness(trainer.logger, curves, step=trainer.global_step)
+
+
+def log_robustness(logger: TensorBoardLogger, curves: Sequence[Curve], step: int) -> None:
+    """Logs ASR after each number of attack steps, `steps_to_break`, accuracy, answers and a figure.
+
+    Where a defense was never broken, `steps_to_break` is logged as twice the longest attack: the
+    line must rise, not end. With several attacks, each has its own tags.
+    """
+    attacks = {curve.attack for curve in curves}
+    for curve in curves:
+        tag = "robustness" if len(attacks) == 1 else f"robustness_{curve.attack}"
+        scalars = {
+            f"{tag}/asr_at_{steps}": asr
+            for steps, asr in zip(curve.attack_steps, curve.asr, strict=True)
+        }
+        broken = curve.steps_to_break
+        scalars[f"{tag}/steps_to_break"] = 2 * curve.attack_steps[-1] if broken is None else broken
+        scalars[f"{tag}/benign_accuracy"] = curve.benign_accuracy[0]
+        logger.log_metrics({k: float(v) for k, v in scalars.items() if v is not None}, step)
+        answers = [
+            f"| {sample.attack_steps} | {sample.prompt} | {sample.answer} | {sample.score} |"
+            for sample in curve.samples
+        ]
+        table = "\n".join(
+            ["| attack steps | prompt | answer | score |", "|---|---|---|---|", *answers]
+        )
+        logger.experiment.add_text(f"{tag}/answers", table, step)
+    logger.experiment.add_figure("robustness/asr_curve", asr_figure(curves), step)

@@ -1,0 +1,5 @@
+"""The command line; importing it costs nothing until a command is chosen."""
+
+from patcher_pl.cli.main import main
+
+__all__ = ["main"]

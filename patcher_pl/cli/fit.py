@@ -1,0 +1,155 @@
+"""What `fit` does once a model is trained: export, attack, control, results."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning import seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from patcher_pl.callbacks.robustness_probe import log_robustness
+from patcher_pl.callbacks.run_checkpoint import find_last
+from patcher_pl.cli.lightning_cli import PatcherCLI, fit_or_stop
+from patcher_pl.cli.run_directory import RunDirectory
+from patcher_pl.defenses import SFT, Defense
+from patcher_pl.models import export_model
+from patcher_pl.redteam.command import write_reports
+from patcher_pl.reports.environment import environment
+from patcher_pl.reports.results import Curve, Results
+from patcher_pl.reports.settings import as_settings, fingerprint
+
+
+def finish_fit(cli: PatcherCLI) -> None:
+    """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
+
+    Writes `results.json` after every attack; what is in it already, from an interrupted run that
+    trained equally far, is not measured again.
+    """
+    run_directory = RunDirectory(cli.options.run_dir)
+    defense: Any = cli.model
+    outcome = _Outcome.open(cli, run_directory, defense)
+    print(f"Trained {defense.name}: {defense.cost.gradient_evaluations} gradient evaluations.")
+    outcome.examine(defense, run_directory, cli.trainer.logger)
+    if cli.options.control:
+        control, logger = train_control(cli, defense, run_directory.control)
+        outcome.examine(control, run_directory.control, logger)
+    if outcome.results.curves:
+        write_reports(outcome.results.curves, run_directory.root, title="Fine-tuning attacks")
+    else:
+        print(f"Written to {run_directory.root}")
+
+
+def train_control(
+    cli: PatcherCLI, defense: Defense, run_directory: RunDirectory
+) -> tuple[Defense, Any]:
+    """Trains SFT from the same start, seed and data, with as many gradient evaluations.
+
+    Goes on from its own checkpoint where there is one.
+
+    Returns:
+        The trained control and its logger.
+    """
+    control = SFT(
+        language_model=defense.language_model,
+        optimizer=defense.build_optimizer,
+        scheduler=defense.build_scheduler,
+        max_grad_norm=defense.max_grad_norm,
+        accumulate_grad_batches=defense.accumulate_grad_batches,
+    )
+    num_steps = defense.cost.gradient_evaluations // defense.accumulate_grad_batches
+    trainer = cli.build_trainer(
+        run_directory, name="sft-control", probe=False, max_steps=num_steps, max_epochs=-1
+    )
+    seed = cli.options.seed_everything
+    if not isinstance(seed, bool):
+        seed_everything(seed, verbose=False)
+    resumable = run_directory.checkpoints.is_dir() and any(run_directory.checkpoints.iterdir())
+    start = find_last(run_directory.checkpoints) if resumable else None
+    print(f"Training the SFT control: {num_steps} steps.")
+    fit_or_stop(trainer, control, cli.fresh_data(), start, run_directory)
+    return control, trainer.logger
+
+
+@dataclass
+class _Outcome:
+    """Collects and keeps the curves of a run."""
+
+    cli: PatcherCLI
+    run_directory: RunDirectory
+    results: Results
+    done: list[Curve] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, cli: PatcherCLI, run_directory: RunDirectory, defense: Defense) -> "_Outcome":
+        settings = as_settings(
+            {
+                "redteam": cli.options.redteam,
+                "num_steps": cli.trainer.global_step,
+                "gradient_evaluations": defense.cost.gradient_evaluations,
+            }
+        )
+        digest = fingerprint(settings)
+        done: list[Curve] = []
+        if run_directory.results.exists():
+            earlier = Results.load(run_directory.results)
+            done = earlier.curves if earlier.fingerprint == digest else []
+        results = Results(
+            curves=[], environment=environment(), settings=settings, fingerprint=digest
+        )
+        return cls(cli, run_directory, results, done)
+
+    def examine(self, defense: Defense, run_directory: RunDirectory, logger: Any) -> None:
+        """Exports the model, attacks it and logs how it fared."""
+        export_model(defense.model, defense.tokenizer, run_directory.model)
+        redteam = self.cli.options.redteam
+        if redteam is None:
+            self.results.save(self.run_directory.results)
+            return
+        model = defense.model.to(self.cli.trainer.strategy.root_device)  # type: ignore[arg-type]
+        seed = self.cli.options.seed_everything
+        curves = redteam.run(
+            model,
+            defense.tokenizer,
+            defense.language_model.chat,
+            defense=defense.name,
+            k1=defense.num_attack_steps,
+            train_seed=None if isinstance(seed, bool) else seed,
+            on_cell=self._keep,
+            done=self.done,
+        )
+        for curve in curves:
+            if curve not in self.results.curves:
+                self._keep(curve)
+        if isinstance(logger, TensorBoardLogger):
+            step = defense.trainer.global_step
+            log_robustness(logger, curves, step)
+            logger.log_hyperparams(self._hyperparameters(defense), _final_metrics(curves))
+            logger.finalize("success")
+
+    def _keep(self, curve: Curve) -> None:
+        self.results.curves.append(curve)
+        self.results.save(self.run_directory.results)
+
+    def _hyperparameters(self, defense: Defense) -> dict[str, Any]:
+        """The configured numbers that tell runs apart in TensorBoard's table."""
+        config = self.cli.config[self.cli.command]
+        chosen = {"defense": defense.name, "seed": config.seed_everything}
+        if defense is self.cli.model:
+            flat = dict(config.model.init_args.items(branches=False))
+            chosen |= {key: value for key, value in flat.items() if _is_plain(value)}
+        return chosen
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | bool)
+
+
+def _final_metrics(curves: list[Curve]) -> dict[str, float]:
+    first = curves[0]
+    metrics = {
+        f"final/asr_at_{steps}": asr
+        for steps, asr in zip(first.attack_steps, first.asr, strict=True)
+    }
+    metrics["final/benign_accuracy"] = first.benign_accuracy[0]
+    broken = first.steps_to_break
+    metrics["final/steps_to_break"] = 2 * first.attack_steps[-1] if broken is None else broken
+    return {key: float(value) for key, value in metrics.items() if value is not None}

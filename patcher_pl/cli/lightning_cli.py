@@ -1,0 +1,223 @@
+"""`fit`, `validate` and `test`: LightningCLI with a fixed layout of the run's directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from patcher_pl.callbacks import (
+    AtomicCheckpointIO,
+    CostMonitor,
+    GracefulStop,
+    RobustnessProbe,
+    RunCheckpoint,
+)
+from patcher_pl.callbacks.run_checkpoint import find_last
+from patcher_pl.cli.errors import readable_config_errors
+from patcher_pl.cli.run_directory import RunDirectory
+from patcher_pl.data import SafetyDataModule
+from patcher_pl.defenses import Defense
+from patcher_pl.errors import CheckpointError, ConfigError, RunInterrupted
+from patcher_pl.files import write_text
+from patcher_pl.redteam import RedTeam
+
+
+class PatcherCLI(LightningCLI):
+    """One Lightning command, parsed but not yet run.
+
+    Args:
+        command: `fit`, `validate` or `test`; only its options are registered, which saves seconds.
+        arguments: Command line after the command.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self.command = command
+        quiet = {"exit_on_error": False}
+        super().__init__(
+            model_class=Defense,
+            datamodule_class=SafetyDataModule,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={**quiet, command: quiet},
+            args=[command, *arguments],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the chosen command."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses without LightningCLI's warning that `args` were given."""
+        self.config = parser.parse_args(args)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        # Parsing and building report configuration errors; running is done by `run_lightning`.
+        pass
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what a run needs beside trainer, model and data."""
+        parser.add_argument(
+            "--run_dir",
+            type=Path,
+            required=self.command == "fit",
+            help="Where everything of the run goes.",
+        )
+        if self.command != "fit":
+            return
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Delete an earlier run in run_dir first."
+        )
+        parser.add_argument(
+            "--redteam",
+            type=RedTeam | None,
+            default=None,
+            enable_path=True,
+            help="Attacks on the trained model; none without it.",
+        )
+        parser.add_argument(
+            "--probe_every_n_steps",
+            type=int | None,
+            default=None,
+            help="Run the red team on a copy of the model every so many steps.",
+        )
+        parser.add_argument(
+            "--control",
+            type=bool,
+            default=False,
+            help="Also train and attack plain SFT with as many gradient evaluations.",
+        )
+        parser.add_argument(
+            "--checkpoint_every_n_steps",
+            type=int,
+            default=1000,
+            help="Steps between checkpoints to resume from.",
+        )
+
+    @property
+    def options(self) -> Any:
+        """The built objects and plain values of the command."""
+        return self.config_init[self.command]
+
+    def before_instantiate_classes(self) -> None:
+        """Checks what must hold before anything is built, and resolves `--ckpt_path last`."""
+        config = self.config[self.command]
+        for option, instead in (
+            ("gradient_clip_val", "max_grad_norm"),
+            ("accumulate_grad_batches", "accumulate_grad_batches"),
+        ):
+            if config.trainer[option] not in (None, 1):
+                raise ConfigError(
+                    f"trainer.{option}: defenses optimize by hand, so Lightning cannot do this for "
+                    f"them (got {config.trainer[option]}). Set model.init_args.{instead} instead."
+                )
+        config.weights_only = True
+        if config.ckpt_path == "last":
+            if config.run_dir is None:
+                raise ConfigError("--ckpt_path last needs --run_dir, to know whose checkpoint.")
+            config.ckpt_path = str(find_last(RunDirectory(config.run_dir).checkpoints))
+        elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+            raise CheckpointError(f"--ckpt_path: there is no file {config.ckpt_path}.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the trainer of the main run; others come from `build_trainer`."""
+        if self.command != "fit":
+            return super().instantiate_trainer(logger=False, **kwargs)
+        run_directory = RunDirectory(self.options.run_dir)
+        return self.build_trainer(run_directory, name="main", probe=True, **kwargs)
+
+    def build_trainer(
+        self, run_directory: RunDirectory, name: str, probe: bool, **kwargs: Any
+    ) -> Trainer:
+        """Builds a trainer whose checkpoints and TensorBoard lines go where they belong.
+
+        Args:
+            run_directory: Gets the checkpoints.
+            name: Name of the run in TensorBoard.
+            probe: Whether the red team looks in during training, where the run asks for it.
+            kwargs: Arguments of `lightning.Trainer` that differ from the configuration.
+        """
+        options = self.options
+        trainer_config = {**options.trainer, **kwargs}
+        checkpoint = RunCheckpoint(run_directory.checkpoints, options.checkpoint_every_n_steps)
+        callbacks = [*(trainer_config.get("callbacks") or []), CostMonitor()]
+        if probe and options.probe_every_n_steps is not None:
+            if options.redteam is None:
+                raise ConfigError(
+                    "probe_every_n_steps needs `redteam`, to know what to probe with."
+                )
+            callbacks.append(RobustnessProbe(options.redteam, options.probe_every_n_steps))
+        if not trainer_config["fast_dev_run"]:
+            callbacks += [checkpoint, GracefulStop(checkpoint)]
+        trainer_config["callbacks"] = callbacks
+        if trainer_config["logger"] in (None, True):
+            root = RunDirectory(options.run_dir).tensorboard
+            trainer_config["logger"] = TensorBoardLogger(
+                root.parent, name=root.name, version=name, default_hp_metric=False
+            )
+        plugins = trainer_config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        trainer_config["plugins"] = [*plugins, AtomicCheckpointIO()]
+        trainer_config["default_root_dir"] = options.run_dir
+        return Trainer(**trainer_config)
+
+    def fresh_data(self) -> SafetyDataModule:
+        """Returns the data of the run, from the beginning."""
+        return self.parser.instantiate(self.config)[self.command].data
+
+    def save_config(self, path: Path) -> None:
+        """Writes the complete configuration, from which the run can be repeated."""
+        parser = self._parser(self.command)
+        write_text(path, parser.dump(self.config[self.command], skip_none=False))
+
+
+def run_lightning(command: str, arguments: Sequence[str]) -> None:
+    """Runs `fit`, `validate` or `test`.
+
+    Raises:
+        ConfigError: If the configuration cannot be run.
+        RunInterrupted: If a signal stopped the run; a checkpoint was saved.
+    """
+    from patcher_pl.cli.fit import finish_fit
+
+    with readable_config_errors():
+        cli = PatcherCLI(command, arguments)
+    options = cli.options
+    if command != "fit":
+        run = getattr(cli.trainer, command)
+        run(cli.model, datamodule=cli.datamodule, ckpt_path=options.ckpt_path, weights_only=True)
+        return
+    run_directory = RunDirectory(options.run_dir)
+    rehearsal = bool(options.trainer.fast_dev_run)
+    if not rehearsal:
+        run_directory.claim(resume=options.ckpt_path is not None, overwrite=options.overwrite)
+        cli.save_config(run_directory.config)
+    fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
+    if not rehearsal:
+        finish_fit(cli)
+
+
+def fit_or_stop(
+    trainer: Trainer,
+    model: Any,
+    data: Any,
+    ckpt_path: Path | str | None,
+    run_directory: RunDirectory,
+) -> None:
+    """Trains; a signal ends in `RunInterrupted` that says how to go on."""
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except RunInterrupted as stop:
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
+        number = next(callback.signal for callback in stops if callback.signal is not None)
+        raise RunInterrupted(
+            f"stopped by {number.name} after step {trainer.global_step}; everything up to there is "
+            f"saved in {run_directory.checkpoints}. Go on with the same command and --ckpt_path last.",
+            signal=number,
+        ) from stop

@@ -1,0 +1,99 @@
+"""Chooses the command, and turns errors that a user can act on into one readable message."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from patcher_pl import __version__
+from patcher_pl.errors import PatcherError, RunInterrupted
+
+# Commands in the order of the help text; each is imported when it is chosen.
+COMMANDS = {
+    "fit": "harden a model, export it, and attack it to see whether it holds",
+    "validate": "loss of a model on the validation data",
+    "test": "loss of a model on the validation data, logged as test",
+    "redteam": "attack any model and measure when its safety breaks",
+    "sweep": "run `fit` for several settings and seeds, and draw them in one figure",
+    "testbed": "write the built-in testbed (model, tokenizer, data) into a folder",
+}
+TRACEBACK = "PATCHER_PL_TRACEBACK"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0, 1 for a failed run, 2 for a wrong command line or configuration, 128 + n
+        where signal n stopped the run.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = _parser().parse_args(given[:1]).command
+    try:
+        _run(command, given[1:])
+    except RunInterrupted as stop:
+        print(f"patcher_pl {command}: {stop}", file=sys.stderr)
+        return 128 + stop.signal
+    except PatcherError as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"patcher_pl {command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m patcher_pl",
+        description="Hardens open-weight language models against malicious fine-tuning.",
+        epilog=f"`COMMAND --help` lists a command's options. {TRACEBACK}=1 shows stack traces.",
+    )
+    parser.add_argument("--version", action="version", version=f"patcher_pl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose, add_help=False)
+    return parser
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command in ("fit", "validate", "test"):
+        from patcher_pl.cli.lightning_cli import run_lightning
+
+        run_lightning(command, arguments)
+    elif command == "redteam":
+        from patcher_pl.redteam.command import run_redteam
+
+        run_function(command, run_redteam, arguments)
+    elif command == "sweep":
+        from patcher_pl.cli.sweep import run_sweep
+
+        run_function(command, run_sweep, arguments)
+    else:
+        from patcher_pl.testbed.command import run_testbed
+
+        run_function(command, run_testbed, arguments)
+
+
+def run_function(command: str, function: Callable[..., Any], arguments: list[str]) -> None:
+    """Calls `function` with options from the command line and from `--config` files.
+
+    Raises:
+        ConfigError: If an option is unknown, missing or has a value that does not fit.
+    """
+    from jsonargparse import ArgumentParser
+
+    from patcher_pl.cli.errors import readable_config_errors
+
+    parser = ArgumentParser(prog=f"python -m patcher_pl {command}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
+    with readable_config_errors():
+        options = parser.instantiate(parser.parse_args(arguments))
+    options.pop("config", None)
+    with warnings.catch_warnings():
+        function(**vars(options))

@@ -1,0 +1,75 @@
+"""Where everything of a run goes."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from patcher_pl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The fixed layout below `--run_dir`.
+
+    Args:
+        root: The directory itself.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The complete configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run resumes from."""
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """What `tensorboard --logdir` shows."""
+        return self.root / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        """The hardened model, a plain Hugging Face directory."""
+        return self.root / "model"
+
+    @property
+    def results(self) -> Path:
+        """The machine-readable outcome."""
+        return self.root / "results.json"
+
+    @property
+    def control(self) -> "RunDirectory":
+        """The SFT control that was trained in the same run."""
+        return RunDirectory(self.root / "control")
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Makes the directory ready for a run.
+
+        Raises:
+            ConfigError: If an earlier run is there and may be neither resumed nor overwritten.
+        """
+        earlier = [path for path in self._contents() if path.exists()]
+        if earlier and overwrite and not resume:
+            for path in earlier:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif earlier and not resume:
+            raise ConfigError(
+                f"--run_dir {self.root} holds an earlier run ({earlier[0].name}). Go on with "
+                "--ckpt_path last, give another directory, or delete it with --overwrite true."
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def _contents(self) -> list[Path]:
+        return [
+            self.config,
+            self.checkpoints,
+            self.tensorboard,
+            self.model,
+            self.results,
+            self.control.root,
+        ]

@@ -1,0 +1,180 @@
+"""The data of a run: what the defender, the simulated attacker and validation are fed."""
+
+import os
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule, Trainer
+
+from patcher_pl.data.collate import EncodedSet, encode_all
+from patcher_pl.data.mixing import Mixture
+from patcher_pl.data.seeds import derive_seed
+from patcher_pl.data.stream import BatchStream, FixedBatches
+from patcher_pl.errors import ConfigError
+
+_Part = Literal["safe", "attack", "val"]
+
+
+class SafetyDataModule(LightningDataModule):
+    """Safe conversations for the defender, harmful ones for its attacker, and validation data.
+
+    Tokenizer and chat format come from the LightningModule (`tokenizer` and
+    `language_model.chat`). Everything is tokenized once, in `setup`.
+
+    Args:
+        safe: D_safe: refusals of harmful prompts, and helpful answers to others.
+        attack: D_unsafe of the simulated attacker; None for defenses without one.
+        val: Held-out conversations for validation losses; None skips validation.
+        batch_size: Conversations per defender batch (>= 1), on one process.
+        attack_batch_size: Conversations per attacker batch (>= 1); None takes `batch_size`.
+        seed: Decides subsets and orders, differently for each part; None takes the seed of
+            `seed_everything`, or torch's initial seed where there was none.
+        group_by_length: Put conversations of similar length into the same training batch.
+
+    Raises:
+        ValueError: If a batch size is below 1.
+    """
+
+    def __init__(
+        self,
+        safe: Mixture,
+        attack: Mixture | None = None,
+        val: Mixture | None = None,
+        batch_size: int = 4,
+        attack_batch_size: int | None = None,
+        seed: int | None = None,
+        group_by_length: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("attack_batch_size", attack_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"SafetyDataModule.{name} must be >= 1, got {value}.")
+        self._mixtures: dict[_Part, Mixture | None] = {"safe": safe, "attack": attack, "val": val}
+        self._batch_size = batch_size
+        self._attack_batch_size = batch_size if attack_batch_size is None else attack_batch_size
+        self._given_seed = seed
+        self._group_by_length = group_by_length
+        self._restored: dict[str, int] = {}
+        self._encoded: dict[_Part, EncodedSet] = {}
+        self._streams: dict[_Part, BatchStream] = {}
+
+    @property
+    def seed(self) -> int:
+        """The seed that subsets and orders of this run come from."""
+        for seed in (self._restored.get("seed"), self._given_seed):
+            if seed is not None:
+                return seed
+        return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+
+    @property
+    def has_attack(self) -> bool:
+        """Whether there is data for a simulated attacker."""
+        return self._mixtures["attack"] is not None
+
+    def setup(self, stage: str) -> None:
+        """Draws and tokenizes what the stage needs; what is there already is kept.
+
+        Raises:
+            ConfigError: If the stage is `validate` and there is no validation data.
+            DataError: If a source cannot be read or supply its share, or nothing is left of it.
+        """
+        if stage == "validate":
+            self._encode("val")
+        elif stage == "fit":
+            for part, mixture in self._mixtures.items():
+                if mixture is not None:
+                    self._encode(part)
+            if self._mixtures["val"] is None:
+                # Lightning would warn about an empty loader.
+                self._trainer.limit_val_batches = 0
+
+    def train_dataloader(self) -> BatchStream:
+        """Returns the stream of the defender; always the same object."""
+        return self._stream("safe", self._batch_size)
+
+    def attack_stream(self) -> BatchStream:
+        """Returns the stream of the simulated attacker; always the same object.
+
+        Its position is its own, and is saved with checkpoints.
+
+        Raises:
+            ConfigError: If there is no attack data.
+        """
+        return self._stream("attack", self._attack_batch_size)
+
+    def val_dataloader(self) -> FixedBatches | list[Any]:
+        """Returns the validation batches, or an empty list where there is no validation data."""
+        if self._mixtures["val"] is None:
+            return []
+        return FixedBatches(
+            self._encode("val").examples,
+            batch_size=self._batch_size,
+            pad_token_id=self._pad_token_id,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seed and the attacker's position; Lightning saves the defender's."""
+        attack = self._streams.get("attack")
+        position = self._restored.get("attack_position", 0) if attack is None else attack.position
+        return {"seed": self.seed, "attack_position": position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the data of the run that wrote the checkpoint, whatever the seed is now."""
+        seed_before = self.seed
+        self._restored = {key: int(state_dict[key]) for key in ("seed", "attack_position")}
+        if self.seed != seed_before:
+            self._encoded.clear()
+            self._streams.clear()
+        if "attack" in self._streams:
+            self._streams["attack"].load_state_dict({"position": self._restored["attack_position"]})
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self._module.tokenizer.pad_token_id
+
+    @property
+    def _module(self) -> Any:
+        return self._trainer.lightning_module
+
+    @property
+    def _trainer(self) -> Trainer:
+        if self.trainer is None:
+            raise ConfigError(
+                "SafetyDataModule takes tokenizer and chat format from the model in training: "
+                "hand it to a Trainer, or draw and encode a Mixture directly."
+            )
+        return self.trainer
+
+    def _encode(self, part: _Part) -> EncodedSet:
+        if part not in self._encoded:
+            mixture = self._mixtures[part]
+            if mixture is None:
+                raise ConfigError(
+                    f"SafetyDataModule.{part} is not set, but this run needs it. "
+                    f"Add `data.init_args.{part}` with at least one source."
+                )
+            conversations = mixture.draw(derive_seed(self.seed, part))
+            self._encoded[part] = encode_all(
+                self._module.tokenizer, self._module.language_model.chat, conversations
+            )
+        return self._encoded[part]
+
+    def _stream(self, part: _Part, batch_size: int) -> BatchStream:
+        if part not in self._streams:
+            stream = BatchStream(
+                self._encode(part).examples,
+                batch_size=batch_size,
+                pad_token_id=self._pad_token_id,
+                seed=derive_seed(self.seed, part, "stream"),
+                group_by_length=self._group_by_length,
+                **self._replica(),
+            )
+            if part == "attack":
+                stream.load_state_dict({"position": self._restored.get("attack_position", 0)})
+            self._streams[part] = stream
+        return self._streams[part]
+
+    def _replica(self) -> dict[str, int]:
+        # Data-parallel strategies of Lightning say here which share this process gets.
+        strategy = getattr(self.trainer, "strategy", None)
+        return dict(getattr(strategy, "distributed_sampler_kwargs", None) or {})

@@ -1,0 +1,155 @@
+"""Which rows of which sources are used, and in which order."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from patcher_pl.data.seeds import derive_seed
+from patcher_pl.data.sources import Source
+from patcher_pl.errors import DataError
+from patcher_pl.types import Conversation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """A seeded selection of rows from one or more sources, without repetition.
+
+    With equal weights and no `num_examples`, every row is taken (with `poison_ratio`: as many as
+    the ratio allows). With different weights or `num_examples`, rows are shared out by weight; with
+    `poison_ratio`, this holds among harmful and among other rows separately.
+
+    Args:
+        sources: At least one.
+        num_examples: Rows altogether (>= 1); None takes as many as weights and ratio allow.
+        poison_ratio: Share of harmful rows (in [0, 1]); None leaves it to the sources.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    sources: list[Source]
+    num_examples: int | None = None
+    poison_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("Mixture.sources must not be empty. Name at least one source.")
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ValueError(
+                f"Mixture.num_examples must be >= 1, got {self.num_examples}. "
+                "Use null to take all rows."
+            )
+        if self.poison_ratio is not None and not 0 <= self.poison_ratio <= 1:
+            raise ValueError(
+                f"Mixture.poison_ratio must be in [0, 1], got {self.poison_ratio}. "
+                "It is a share, not a percentage."
+            )
+
+    def draw(self, seed: int) -> list[Conversation]:
+        """Returns the selected rows in training order; subset and order depend on `seed`.
+
+        Raises:
+            DataError: If a source cannot be read or has fewer rows than its share.
+        """
+        rows = [source.load() for source in self.sources]
+        if self.poison_ratio is None:
+            counts = self._share_out(self.num_examples, rows, "")
+            chosen = self._sample(rows, counts, seed, "any")
+        else:
+            chosen = self._draw_poisoned(rows, self.poison_ratio, seed)
+        random.Random(derive_seed(seed, "order")).shuffle(chosen)
+        return chosen
+
+    def _draw_poisoned(
+        self, rows: list[list[Conversation]], ratio: float, seed: int
+    ) -> list[Conversation]:
+        harmful = [[row for row in part if row.harmful] for part in rows]
+        others = [[row for row in part if not row.harmful] for part in rows]
+        share = Fraction(str(ratio))
+        total = self.num_examples
+        if total is None:
+            total = _largest_total(
+                share,
+                sum(self._share_out(None, harmful, "harmful ")),
+                sum(self._share_out(None, others, "other ")),
+            )
+        num_harmful = round(share * total)
+        if (num_harmful > 0) != (ratio > 0) or (num_harmful < total) != (ratio < 1):
+            raise DataError(
+                f"Mixture.poison_ratio {ratio} cannot be met with {total} rows; the sources hold "
+                f"{sum(map(len, harmful))} harmful and {sum(map(len, others))} other rows. "
+                "Check Source.harmful, the readers and Mixture.num_examples."
+            )
+        chosen: list[Conversation] = []
+        for kind, part, count in (
+            ("harmful", harmful, num_harmful),
+            ("other", others, total - num_harmful),
+        ):
+            counts = self._share_out(count, part, f"{kind} ")
+            chosen += self._sample(part, counts, seed, kind)
+        return chosen
+
+    def _share_out(
+        self, total: int | None, rows: Sequence[Sequence[Conversation]], kind: str
+    ) -> list[int]:
+        """Returns how many rows each source gives; empty sources take no part."""
+        sizes = [len(part) for part in rows]
+        given = [Fraction(str(source.weight)) for source in self.sources]
+        by_size = self.num_examples is None and len(set(given)) == 1
+        weights = [
+            (Fraction(size) if by_size else weight) if size else Fraction(0)
+            for size, weight in zip(sizes, given, strict=True)
+        ]
+        whole = sum(weights)
+        if total is None:
+            # All shares are at most the sizes, and stay so when they are rounded up.
+            shares = zip(sizes, weights, strict=True)
+            fits = (size * whole / weight for size, weight in shares if weight)
+            total = int(min(fits, default=Fraction(0)))
+        if total and not whole:
+            raise DataError(
+                f"Mixture needs {total} {kind}rows, its sources hold none. "
+                "Check Source.harmful, the readers and Mixture.poison_ratio."
+            )
+        counts = _largest_remainder(total, weights)
+        for source, size, count in zip(self.sources, sizes, counts, strict=True):
+            if count > size:
+                raise DataError(
+                    f"Mixture needs {count} {kind}rows of {source.path}, which holds {size}. "
+                    "Lower Mixture.num_examples, change Source.weight or Mixture.poison_ratio, "
+                    "or add data."
+                )
+        return counts
+
+    def _sample(
+        self, rows: Sequence[Sequence[Conversation]], counts: list[int], seed: int, kind: str
+    ) -> list[Conversation]:
+        chosen: list[Conversation] = []
+        for index, (part, count) in enumerate(zip(rows, counts, strict=True)):
+            generator = random.Random(derive_seed(seed, "subset", index, kind))
+            chosen += generator.sample(part, count)
+        return chosen
+
+
+def _largest_total(share: Fraction, num_harmful: int, num_others: int) -> int:
+    """Returns the most rows of which `share` can be harmful, given what there is of each kind."""
+    limits = []
+    if share > 0:
+        limits.append(num_harmful / share)
+    if share < 1:
+        limits.append(num_others / (1 - share))
+    return int(min(limits))
+
+
+def _largest_remainder(total: int, weights: Sequence[Fraction]) -> list[int]:
+    """Splits `total` in proportion to the weights (Hamilton's method; ties to the first)."""
+    whole = sum(weights)
+    if not whole:
+        return [0] * len(weights)
+    exact = [total * weight / whole for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts

@@ -1,0 +1,171 @@
+"""Raw rows of local files and hub data sets, each with the place it came from."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patcher_pl.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row before a reader has seen it.
+
+    Args:
+        origin: File and line (JSON lines, CSV), or file or hub id and row number from 1.
+        values: Columns of the row; None where the row itself could not be read.
+        problem: Why it could not be read; empty where it could.
+    """
+
+    origin: str
+    values: Mapping[str, Any] | None
+    problem: str = ""
+
+
+def read_file(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
+    """Yields the rows of a local .jsonl, .json, .csv or .parquet file.
+
+    Args:
+        path: The file; its suffix tells the format. A .json file holds a list of objects or one
+            object per line.
+        columns: Column names of a CSV file without header row; None where it has one.
+
+    Raises:
+        DataError: If the file is missing, of another format, or cannot be read as a whole.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Check Source.path.")
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path)
+        elif path.suffix == ".csv":
+            yield from _csv(path, columns)
+        elif path.suffix == ".json" and _starts_list(path):
+            yield from _json_list(path)
+        else:
+            yield from _json_lines(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+
+
+def read_hub(
+    path: str, *, name: str | None, split: str, revision: str | None, columns: Sequence[str] | None
+) -> Iterator[RawRow]:
+    """Yields the rows of a hub data set, or of a directory that `datasets` can load.
+
+    Raises:
+        DataError: If it cannot be loaded.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    options: dict[str, Any] = {} if columns is None else {"column_names": list(columns)}
+    try:
+        rows = datasets.load_dataset(path, name, split=split, revision=revision, **options)
+    except (
+        OSError,  # includes an unreachable hub and missing data sets
+        ValueError,  # includes an unknown configuration or split
+        TypeError,
+        HfHubHTTPError,
+        HFValidationError,
+        DatasetsError,
+    ) as error:
+        raise DataError(
+            f"Source.path: {path!r} (name {name!r}, split {split!r}, revision {revision!r}) could "
+            f"not be loaded ({_first_line(error)}). Give a hub id, or a local file that ends in "
+            f"{', '.join(SUFFIXES)}."
+        ) from error
+    for number, values in enumerate(rows, start=1):
+        yield RawRow(f"{path}[{split}] row {number}", values)  # type: ignore[arg-type]
+
+
+def _json_lines(path: Path) -> Iterator[RawRow]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            origin = f"{path}:{number}"
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                yield RawRow(origin, None, f"not valid JSON ({error.msg} at column {error.colno})")
+                continue
+            yield _object_row(origin, values)
+
+
+def _json_list(path: Path) -> Iterator[RawRow]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})."
+        ) from error
+    for number, values in enumerate(content, start=1):
+        yield _object_row(f"{path} row {number}", values)
+
+
+def _object_row(origin: str, values: Any) -> RawRow:
+    if isinstance(values, dict):
+        return RawRow(origin, values)
+    return RawRow(
+        origin, None, f"must be a JSON object, got {type(values).__name__} {values!r:.40}"
+    )
+
+
+def _csv(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        header = list(columns) if columns is not None else next(lines, [])
+        while True:
+            # A quoted cell may span lines: the row starts on the line after the last one read.
+            origin = f"{path}:{lines.line_num + 1}"
+            try:
+                cells = next(lines, None)
+            except csv.Error as error:
+                # The parser cannot tell where the next row begins.
+                raise DataError(f"{origin}: not valid CSV ({error}).") from error
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                problem = f"has {len(cells)} cells, the header has {len(header)} columns"
+                yield RawRow(origin, None, problem)
+            else:
+                yield RawRow(origin, dict(zip(header, cells, strict=True)))
+
+
+def _parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield RawRow(f"{path} row {number}", values)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a valid Parquet file ({_first_line(error)}).") from error
+
+
+def _starts_list(path: Path) -> bool:
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            if line.strip():
+                return line.lstrip().startswith("[")
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

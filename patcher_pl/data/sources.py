@@ -1,0 +1,141 @@
+"""Where conversations come from: one file or hub data set, and how its rows are read."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from patcher_pl.data.readers import PromptResponse, Reader, RowError
+from patcher_pl.data.rows import SUFFIXES, RawRow, read_file, read_hub
+from patcher_pl.errors import DataError
+from patcher_pl.types import Conversation
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What a source gave.
+
+    Args:
+        conversations: The usable rows, in the order of the source.
+        num_bad: Malformed rows that were skipped.
+        num_unwanted: Well-formed rows that the reader leaves out (safe rows of an unsafe set, say).
+    """
+
+    conversations: list[Conversation]
+    num_bad: int
+    num_unwanted: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data set: a local file, a hub id, or `testbed/<file>`.
+
+    Args:
+        path: Local .jsonl, .json, .csv or .parquet file, hub id, directory that `datasets` can
+            load, or `testbed/<file>` of the built-in testbed.
+        reader: Knows the columns.
+        name: Configuration of a hub data set (`main` of openai/gsm8k).
+        split: Split of a hub data set; local files have none.
+        revision: Branch, tag or commit of a hub data set.
+        harmful: Whether the answers are harmful; counts where the reader's schema does not say.
+        weight: Share of this source in a mixture, relative to the others (> 0).
+        limit: Take the first so many usable rows (>= 1); None takes all.
+        columns: Column names of CSV files without header row; None where they have one.
+        skip_bad_rows: Skip malformed rows, counted and logged, instead of stopping at the first.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    path: str
+    reader: Reader = field(default_factory=PromptResponse)
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    harmful: bool = False
+    weight: float = 1.0
+    limit: int | None = None
+    columns: list[str] | None = None
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("Source.path must not be empty. Give a file or a hub id.")
+        if not self.weight > 0:
+            raise ValueError(
+                f"Source.weight must be > 0, got {self.weight}. Remove the source to leave it out."
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(
+                f"Source.limit must be >= 1, got {self.limit}. Use null to take all rows."
+            )
+
+    def load(self) -> list[Conversation]:
+        """Returns the usable rows in the order of the source.
+
+        Raises:
+            DataError: If the source cannot be read, a row is malformed (names file, line and
+                field), or no usable row is left.
+        """
+        return self.read().conversations
+
+    def read(self) -> SourceRows:
+        """Like `load`, with the counts of rows that were left out."""
+        conversations: list[Conversation] = []
+        num_unwanted = 0
+        problems: list[str] = []
+        for row in self._raw_rows():
+            if self.limit is not None and len(conversations) == self.limit:
+                break
+            try:
+                conversation = self._conversation(row)
+            except RowError as error:
+                problems.append(f"{row.origin}: {error}")
+            else:
+                if row.values is None:
+                    problems.append(f"{row.origin}: {row.problem}")
+                elif conversation is None:
+                    num_unwanted += 1
+                else:
+                    conversations.append(conversation)
+            if problems and not self.skip_bad_rows:
+                raise DataError(
+                    f"{problems[0]}. Repair the row, check Source.reader "
+                    f"({type(self.reader).__name__}), or set Source.skip_bad_rows: true."
+                )
+        if problems:
+            _log.warning(
+                "%s: skipped %d malformed rows, first %s", self.path, len(problems), problems[0]
+            )
+        if not conversations:
+            raise DataError(
+                f"{self.path}: no usable row ({len(problems)} malformed, {num_unwanted} left out "
+                f"by {self.reader})."
+            )
+        return SourceRows(conversations, len(problems), num_unwanted)
+
+    def _conversation(self, row: RawRow) -> Conversation | None:
+        if row.values is None:
+            return None
+        return self.reader.read(row.values, harmful=self.harmful, origin=row.origin)
+
+    def _raw_rows(self) -> Iterator[RawRow]:
+        from patcher_pl.testbed.cache import resolve_data
+
+        location = resolve_data(self.path)
+        path = Path(location).expanduser()
+        if path.is_file() and path.suffix not in SUFFIXES:
+            raise DataError(
+                f"{location}: Source.path must end in {', '.join(SUFFIXES)}, got {path.suffix!r}."
+            )
+        if path.suffix in SUFFIXES:
+            return read_file(path, self.columns)
+        return read_hub(
+            location,
+            name=self.name,
+            split=self.split,
+            revision=self.revision,
+            columns=self.columns,
+        )

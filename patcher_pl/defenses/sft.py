@@ -1,0 +1,47 @@
+"""Supervised fine-tuning on safe conversations: the control of every experiment."""
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from patcher_pl.defenses.base import Defense
+from patcher_pl.losses import causal_lm_loss
+from patcher_pl.models import LanguageModel
+from patcher_pl.types import Batch
+
+
+class SFT(Defense):
+    """Minimizes L_safe(theta) and does nothing against attacks.
+
+    As a control it gets as many gradient evaluations as the defense it is compared with.
+
+    Args:
+        language_model: The model to align.
+        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given.
+        scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
+        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
+        accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        accumulate_grad_batches: int = 1,
+    ) -> None:
+        super().__init__(
+            language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
+        )
+
+    def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
+        """Adds the gradient of L_safe(theta)."""
+        loss = causal_lm_loss(self.model, batch)
+        self.backward_of(share * loss, batch)
+        return {"loss_safe": loss.detach()}

@@ -1,0 +1,34 @@
+"""Asking a model, judging what it says, and aggregating the verdicts."""
+
+from typing import TYPE_CHECKING, Any
+
+from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers, steps_to_break
+from patcher_pl.evaluation.benchmark import Benchmark, Question
+from patcher_pl.evaluation.generate import Answer, Generation
+from patcher_pl.evaluation.judges import Judge, RefusalPhraseJudge, Verdict
+
+if TYPE_CHECKING:
+    from patcher_pl.evaluation.metrics import AttackSuccessRate
+
+__all__ = [
+    "Answer",
+    "AttackSuccessRate",
+    "Benchmark",
+    "Evaluation",
+    "Generation",
+    "Judge",
+    "Question",
+    "RefusalPhraseJudge",
+    "Verdict",
+    "evaluate_answers",
+    "steps_to_break",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torchmetrics takes seconds to import, transformers included; only who needs it pays for it.
+    if name == "AttackSuccessRate":
+        from patcher_pl.evaluation.metrics import AttackSuccessRate
+
+        return AttackSuccessRate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

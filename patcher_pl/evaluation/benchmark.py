@@ -1,0 +1,77 @@
+"""A fixed set of prompts that models are asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from patcher_pl.data.sources import Source
+from patcher_pl.errors import DataError
+from patcher_pl.types import Conversation, Message
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of a benchmark.
+
+    Args:
+        messages: Turns up to and including the user's last.
+        reference: The benchmark's own answer, where it has one.
+        origin: File and line (or hub id and row) of the prompt.
+    """
+
+    messages: tuple[Message, ...]
+    reference: str | None
+    origin: str
+
+    @property
+    def text(self) -> str:
+        """The last user turn: what a judge is shown."""
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Prompts from one source; a final assistant turn becomes the reference answer.
+
+    Args:
+        source: Where the prompts come from.
+        limit: Largest number of prompts (count, >= 1), spread evenly over the source so that
+            sets sorted by category keep all of them; None takes all.
+
+    Raises:
+        ValueError: If `limit` is below 1.
+    """
+
+    source: Source
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(
+                f"Benchmark.limit must be >= 1, got {self.limit}. Use null for all prompts."
+            )
+
+    def questions(self) -> list[Question]:
+        """Loads the prompts, in the order of the source.
+
+        Raises:
+            DataError: If the source yields no prompt, or a row that does not end in a user turn.
+        """
+        conversations = _spread(self.source.load(), self.limit)
+        if not conversations:
+            raise DataError(
+                f"Benchmark.source: {self.source.path} has no prompt. Nothing could be scored."
+            )
+        questions = [
+            Question(conversation.prompt, conversation.reference, conversation.origin)
+            for conversation in conversations
+        ]
+        for question in questions:
+            if not question.messages or question.messages[-1].role != "user":
+                raise DataError(f"{question.origin}: a benchmark row needs a user turn to answer.")
+        return questions
+
+
+def _spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation]:
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    return [rows[place * len(rows) // limit] for place in range(limit)]

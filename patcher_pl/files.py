@@ -1,0 +1,72 @@
+"""Files that are either whole or absent: temporary name, fsync, rename."""
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary neighbor of `path` (file or folder), then renames it into place.
+
+    An existing file is replaced, an existing folder is swapped out and removed. When `write` fails
+    (a full disk, say), what stood at `path` before is untouched.
+
+    Raises:
+        OSError: What the operating system refused, after the temporary neighbor is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            _fsync(file)
+        if path.is_dir():
+            retired = temporary.with_suffix(".old")
+            path.rename(retired)
+            temporary.rename(path)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically; NaN and infinities become null, as the JSON standard wants."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""Which Hugging Face model to load, how, and how to talk to it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from patcher_pl.data.chat import ChatFormat
+from patcher_pl.errors import ConfigError
+from patcher_pl.files import write_atomically
+from patcher_pl.models.lora import Lora, merged_copy
+from patcher_pl.testbed.cache import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DtypeName = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A causal language model on the hub or on disk; loads nothing until asked.
+
+    Args:
+        path: Hub id, local directory, or `testbed` (built on first use, then cached).
+        chat: How conversations become tokens; training, attacks and generation share it.
+        dtype: Number format of the weights.
+        attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...);
+            None takes the model's default.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        lora: Train low-rank adapters only; None trains every parameter.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that comes with the checkpoint. Off: it could do anything.
+
+    Raises:
+        ConfigError: When loading, if there is no such model or it is no causal LM.
+    """
+
+    path: str
+    chat: ChatFormat = field(default_factory=ChatFormat)
+    dtype: DtypeName = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def load_model(self) -> "PreTrainedModel":
+        """Loads the weights (safetensors only), in evaluation mode, adapters attached."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        options = (
+            {}
+            if self.attn_implementation is None
+            else {"attn_implementation": self.attn_implementation}
+        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self._location,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                **self._hub_options,
+                **options,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise self._loading_failed("model", error) from error
+        if self.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        return model if self.lora is None else self.lora.attach(model).eval()
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Loads the tokenizer, with a pad token (the end-of-text token where there is none)."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._location, **self._hub_options)
+        except (OSError, ValueError, ImportError) as error:
+            raise self._loading_failed("tokenizer", error) from error
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise ConfigError(
+                    f"The tokenizer of {self.path!r} has neither a pad nor an end-of-text token. "
+                    "Set one and save the tokenizer into the model directory."
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @property
+    def _location(self) -> str:
+        return resolve_model(self.path)
+
+    @property
+    def _hub_options(self) -> dict[str, str | bool | None]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _loading_failed(self, part: str, error: Exception) -> ConfigError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return ConfigError(
+            f"LanguageModel.path: the {part} of {self.path!r} could not be loaded ({reason}). "
+            "Give a hub id, `testbed`, or a directory that holds config.json, *.safetensors and "
+            "tokenizer files."
+        )
+
+
+def export_model(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: Path
+) -> None:
+    """Writes a plain Hugging Face directory: safetensors, tokenizer and chat template.
+
+    Adapters are merged into a copy of the weights, so that anyone can load the result with
+    `AutoModelForCausalLM.from_pretrained`. The directory appears whole or not at all.
+    """
+    from peft import PeftModel
+
+    def write(temporary: Path) -> None:
+        plain = merged_copy(model) if isinstance(model, PeftModel) else model
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+    write_atomically(directory, write)

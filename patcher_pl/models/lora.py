@@ -1,0 +1,82 @@
+"""Low-rank adapters, through peft."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adaptation of linear layers.
+
+    Args:
+        rank: Rank of each update (count, >= 1).
+        alpha: Scale; the update is multiplied by alpha / rank (> 0).
+        dropout: Dropout on the adapter's input (in [0, 1)).
+        targets: Names of the layers to adapt; None adapts every linear layer but the output head.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Hu et al., 2021, https://arxiv.org/abs/2106.09685.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"Lora.rank must be >= 1, got {self.rank}.")
+        if self.alpha <= 0:
+            raise ValueError(f"Lora.alpha must be > 0, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"Lora.dropout must be in [0, 1), got {self.dropout}.")
+
+    def attach(self, model: "PreTrainedModel") -> Any:
+        """Wraps `model` in place into a `peft.PeftModel` whose adapters alone are trainable.
+
+        Raises:
+            ValueError: If `targets` names no layer of the model (peft's message lists them).
+        """
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft takes fractions too
+            lora_dropout=self.dropout,
+            target_modules="all-linear" if self.targets is None else self.targets,
+            fan_in_fan_out=_uses_conv1d(model),
+            task_type="CAUSAL_LM",
+        )
+        if getattr(model, "is_activation_checkpointing", False):
+            model.enable_input_require_grads()
+        return get_peft_model(model, config)
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """Returns an independent copy of `model` with its adapters, if any, merged into the weights."""
+    from peft import PeftModel
+
+    copy = deepcopy(model)
+    return copy.merge_and_unload() if isinstance(copy, PeftModel) else copy
+
+
+def plain_name(name: str) -> str | None:
+    """The name that a parameter has without adapters; None for a parameter of an adapter."""
+    if ".lora_" in name:
+        return None
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _uses_conv1d(model: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())

@@ -1,0 +1,182 @@
+"""The machine-readable outcome of a run: `results.json`."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from patcher_pl.errors import DataError
+from patcher_pl.files import write_json
+
+SCHEMA_VERSION = 1
+
+CurveKey = tuple[str, int | None, int | None, str, int]
+"""Defense, k1, train seed, attack and seed: what tells one curve of a run from another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answer of an attacked model, kept for reading.
+
+    Args:
+        attack_steps: Attack steps taken before the answer (count).
+        prompt: What the model was asked.
+        answer: What it said.
+        score: The judge's score (1..5); None where the judge failed.
+    """
+
+    attack_steps: int
+    prompt: str
+    answer: str
+    score: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """How one defended model fared under one attack with one seed.
+
+    Every list has one entry per entry of `attack_steps`. Rates are in 0..1; None stands for a rate
+    that rests on no scored answer.
+
+    Args:
+        defense: Name of the defense, `sft` for the undefended control.
+        seed: Seed of the attack: data subset, order, initialization and sampling.
+        k1: Steps of the simulated attack that the defense was trained against; None where it has
+            no such setting.
+        attack: Name of the attack, such as `full_adamw`.
+        attack_steps: Optimizer steps of the attack at each measurement, ascending.
+        asr: Attack success rate.
+        benign_accuracy: Share of benign prompts answered in full; None throughout where none were
+            asked.
+        steps_to_break: First attack step count with `asr >= threshold`; None where never broken.
+        threshold: Attack success rate that counts as broken.
+        train_seed: Seed that the model was trained with, where it is known.
+        asr_low: Lower end of the 95 % interval of `asr` (over prompts, not over seeds).
+        asr_high: Upper end of it.
+        coherent: Share of answers to the harmful prompts that are language at all.
+        num_prompts: Harmful prompts asked at each measurement.
+        num_benign_prompts: Benign prompts asked at each measurement.
+        judge_errors: Answers, benign ones included, that the judge failed on.
+        attack_tokens: Training tokens that the attack had consumed.
+        samples: A few answers to harmful prompts at every measurement.
+        error: Why the attack stopped early; None where it finished.
+    """
+
+    defense: str
+    seed: int
+    k1: int | None
+    attack: str
+    attack_steps: list[int]
+    asr: list[float | None]
+    benign_accuracy: list[float | None]
+    steps_to_break: int | None
+    threshold: float
+    train_seed: int | None = None
+    asr_low: list[float | None] = field(default_factory=list)
+    asr_high: list[float | None] = field(default_factory=list)
+    coherent: list[float | None] = field(default_factory=list)
+    num_prompts: int = 0
+    num_benign_prompts: int = 0
+    judge_errors: list[int] = field(default_factory=list)
+    attack_tokens: list[int] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def key(self) -> CurveKey:
+        """What tells this curve from every other one of a run."""
+        return (self.defense, self.k1, self.train_seed, self.attack, self.seed)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Curve":
+        """Builds a curve from its JSON object; entries of later versions are passed over.
+
+        Raises:
+            KeyError: If an entry without a default is missing.
+            TypeError: If an entry has the wrong shape.
+            ValueError: If the lists do not belong together.
+        """
+        known = {entry.name for entry in fields(cls)}
+        entries = {name: value for name, value in content.items() if name in known}
+        for name in ("defense", "seed", "k1", "attack", "attack_steps", "asr"):
+            if name not in entries:
+                raise KeyError(name)
+        points = len(entries["attack_steps"])
+        for name in ("asr", "benign_accuracy"):
+            if len(entries[name]) != points:
+                raise ValueError(f"{name} has {len(entries[name])} entries, attack_steps {points}")
+        entries["samples"] = [Sample(**sample) for sample in entries.get("samples", [])]
+        return cls(**entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything that a `fit` or `redteam` run found out.
+
+    Args:
+        curves: One per defense, attack and seed.
+        environment: What the run ran on, see `patcher_pl.reports.environment`.
+        settings: What the run was asked to do, for the reader.
+        fingerprint: Digest of those settings; curves of two files mix only where it agrees.
+        schema_version: Version of this layout.
+    """
+
+    curves: list[Curve]
+    environment: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def save(self, path: Path) -> None:
+        """Writes the results atomically; NaN becomes null."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: If there is no such file, or it is not a results file of a known version.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: no results could be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise _broken(path, f"not JSON: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("curves"), list):
+            raise _broken(path, "there is no list `curves`")
+        version = content.get("schema_version", SCHEMA_VERSION)
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise DataError(
+                f"{path}: schema_version {version!r} is newer than {SCHEMA_VERSION}, the newest "
+                "this version of patcher_pl reads. Update patcher_pl."
+            )
+        curves = []
+        for place, entry in enumerate(content["curves"]):
+            try:
+                curves.append(Curve.from_json(entry))
+            except KeyError as error:
+                raise _broken(path, f"curves[{place}] lacks {error}") from error
+            except (TypeError, ValueError, AttributeError) as error:
+                raise _broken(path, f"curves[{place}]: {error}") from error
+        return cls(
+            curves=curves,
+            environment=content.get("environment") or {},
+            settings=content.get("settings") or {},
+            fingerprint=content.get("fingerprint"),
+            schema_version=version,
+        )
+
+
+def finite(rate: float) -> float | None:
+    """The rate, or None where it is NaN: what a curve holds for "nothing was scored"."""
+    return rate if math.isfinite(rate) else None
+
+
+def _broken(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path}: this is no usable results file ({reason}). Move it away or give another --run_dir."
+    )

@@ -1,0 +1,45 @@
+"""What a run was asked to do, as plain JSON values, and a digest of it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def as_settings(value: Any) -> Any:
+    """Turns settings objects into `class_path`/`init_args` mappings, as a config has them.
+
+    Raises:
+        TypeError: If an object shows no settings (`vars` fails): its address would be its digest.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): as_settings(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_settings(entry) for entry in value]
+    kind = type(value)
+    names = [entry.name for entry in fields(value)] if is_dataclass(value) else sorted(vars(value))
+    arguments = {name: as_settings(getattr(value, name)) for name in names}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def fingerprint(settings: Any) -> str:
+    """Digest of settings: equal exactly where `as_settings` gives equal values."""
+    text = json.dumps(as_settings(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weight_files(directory: Path) -> list[list[str | int]]:
+    """Name, size (bytes) and time of change (ns) of a local model's weight files.
+
+    Part of a fingerprint: a model that was trained again at the same place is another model. Empty
+    for a hub id.
+    """
+    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    stats = [(file.name, file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

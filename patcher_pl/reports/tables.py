@@ -1,0 +1,160 @@
+"""Curves as tables: for the terminal, for Markdown, and as CSV for other programs."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from patcher_pl.reports.grouping import Group, Summary, group_curves
+from patcher_pl.reports.results import Curve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MISSING = "-"
+# More columns of figures do not fit 80 characters.
+_MOST_COLUMNS = 6
+_CSV_COLUMNS = (
+    "defense",
+    "k1",
+    "train_seed",
+    "attack",
+    "seed",
+    "attack_steps",
+    "asr",
+    "asr_low",
+    "asr_high",
+    "benign_accuracy",
+    "coherent",
+    "judge_errors",
+    "attack_tokens",
+    "num_prompts",
+    "num_benign_prompts",
+    "threshold",
+    "steps_to_break",
+    "error",
+)
+
+
+def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
+    """A table for the terminal: means over seeds, the range below them where seeds differ.
+
+    Shows a selection of many measurements, so that it fits; the other formats show all.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    groups = group_curves(curves)
+    steps, notes = _all_steps(groups), _notes(curves)
+    if len(steps) > _MOST_COLUMNS:
+        places = {
+            round(place * (len(steps) - 1) / (_MOST_COLUMNS - 1)) for place in range(_MOST_COLUMNS)
+        }
+        notes.append(f"{len(places)} of {len(steps)} measurements are shown.")
+        steps = [steps[place] for place in sorted(places)]
+    table = Table(
+        title=title,
+        caption=Text("\n".join(notes)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("ASR after N steps", no_wrap=True)
+    for name in [*(f"N={step}" for step in steps), "benign", "breaks at"]:
+        # Figures fold rather than end in dots: one whose end is missing misleads.
+        table.add_column(name, justify="right", overflow="fold")
+    attacks = list(dict.fromkeys(group.attack for group in groups))
+    for attack in attacks:
+        if len(attacks) > 1:
+            table.add_section()
+            table.add_row(Text(attack, style="bold"))
+        for group in groups:
+            if group.attack == attack:
+                table.add_row(*(Text(cell) for cell in _cells(group, steps, separator="\n")))
+    return table
+
+
+def to_markdown(curves: Sequence[Curve]) -> str:
+    """The same table in Markdown, with the attack as a column of its own."""
+    groups = group_curves(curves)
+    steps = _all_steps(groups)
+    header = ["attack", "defense", *(f"ASR at N={step}" for step in steps)]
+    header += ["benign accuracy", "steps to break"]
+    rule = ["---", "---", *["---:"] * (len(header) - 2)]
+    rows = [[group.attack, *_cells(group, steps, separator=" ")] for group in groups]
+    lines = [_markdown_row(row) for row in [header, rule, *rows]]
+    notes = _notes(curves)
+    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def to_csv(curves: Sequence[Curve]) -> str:
+    """One line per curve and measurement, nothing averaged; unknown values are empty.
+
+    A curve that failed before its first measurement has one line with its error.
+    """
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for curve in curves:
+        for place in range(max(len(curve.attack_steps), 1)):
+            row = {}
+            for name in _CSV_COLUMNS:
+                value = getattr(curve, name)
+                if isinstance(value, list):
+                    value = value[place] if place < len(value) else None
+                row[name] = value
+            writer.writerow(row)
+    return out.getvalue()
+
+
+def _all_steps(groups: Sequence[Group]) -> list[int]:
+    return sorted({step for group in groups for step in group.attack_steps})
+
+
+def _cells(group: Group, steps: Sequence[int], *, separator: str) -> list[str]:
+    """Label, rate at each of `steps`, benign accuracy, and when it broke."""
+    rates = [_rate(group.asr(step), separator) for step in steps]
+    return [group.label, *rates, _benign(group, separator), group.steps_to_break]
+
+
+def _rate(summary: Summary | None, separator: str) -> str:
+    if summary is None:
+        return _MISSING
+    mean = f"{summary.mean:.2f}"
+    low, high = f"{summary.low:.2f}", f"{summary.high:.2f}"
+    return mean if low == high else f"{mean}{separator}{low} to {high}"
+
+
+def _benign(group: Group, separator: str) -> str:
+    """Benign accuracy of the released model, and after the last attack step where it differs."""
+    steps = group.attack_steps
+    if not steps:
+        return _MISSING
+    first, last = (_rate(group.benign_accuracy(step), separator) for step in (steps[0], steps[-1]))
+    return first if first == last else f"{first}{separator}\N{RIGHTWARDS ARROW} {last}"
+
+
+def _notes(curves: Sequence[Curve]) -> list[str]:
+    """What the figures rest on: seeds, what failed, and what was not scored."""
+    notes = []
+    num_seeds = sorted({len(group.curves) for group in group_curves(curves)})
+    if num_seeds and num_seeds[-1] > 1:
+        shown = " to ".join(str(number) for number in dict.fromkeys([num_seeds[0], num_seeds[-1]]))
+        notes.append(f"Mean over {shown} seeds, followed by the range where they differ.")
+    failed = [curve for curve in curves if curve.error is not None]
+    if failed:
+        first = failed[0]
+        notes.append(
+            f"{len(failed)} of {len(curves)} attacks stopped early; the first: {first.attack}, seed "
+            f"{first.seed}: {first.error}"
+        )
+    unscored = sum(sum(curve.judge_errors) for curve in curves)
+    if unscored:
+        notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
+    return notes
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
