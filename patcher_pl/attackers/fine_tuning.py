@@ -51,12 +51,13 @@ class FineTuningAttacker(Attacker):
             )
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(
-                f"FineTuningAttacker.max_grad_norm must be > 0 or null, got {self.max_grad_norm}."
+                f"FineTuningAttacker.max_grad_norm must be > 0 or null, got {self.max_grad_norm}. "
+                "Use null to leave gradients as they are."
             )
         if not 0 <= self.num_warmup_steps <= self.num_steps:
             raise ValueError(
                 "FineTuningAttacker.num_warmup_steps must be in 0..num_steps, "
-                f"got {self.num_warmup_steps} of {self.num_steps}."
+                f"got {self.num_warmup_steps} of {self.num_steps}. Use 0 for no warm-up."
             )
 
     def attack(

@@ -2,6 +2,7 @@
 
 from patcher_pl.callbacks.cost_monitor import CostMonitor
 from patcher_pl.callbacks.graceful_stop import GracefulStop
+from patcher_pl.callbacks.progress import Progress
 from patcher_pl.callbacks.robustness_probe import RobustnessProbe
 from patcher_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 
@@ -9,6 +10,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "CostMonitor",
     "GracefulStop",
+    "Progress",
     "RobustnessProbe",
     "RunCheckpoint",
 ]

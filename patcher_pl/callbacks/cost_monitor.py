@@ -30,7 +30,14 @@ class CostMonitor(Callback):
         self._tokens, self._time_s = pl_module.cost.tokens, time.monotonic()
         self._logged_at = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Logs every `log_every_n_steps` defender steps."""
         assert isinstance(pl_module, Defense)
         step = trainer.global_step

@@ -35,7 +35,14 @@ class GracefulStop(Callback):
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._on_signal)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Ends the run where that was asked for."""
         assert isinstance(pl_module, Defense)
         if pl_module.stop_requested and pl_module.is_between_steps:

@@ -18,6 +18,7 @@ class RobustnessProbe(Callback):
 
     The attack must be held out: its data has nothing in common with the simulated attacker's. The
     probe changes neither weights nor random state of the run. Its cost is not counted as training.
+    The end of training is not probed: whoever trains measures the finished model.
 
     Args:
         redteam: Attacks, data, prompts and judge.
@@ -38,12 +39,21 @@ class RobustnessProbe(Callback):
         """Starts counting at the step that was resumed."""
         self._probed_at = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Probes where it is due."""
         assert isinstance(pl_module, Defense)
-        if trainer.global_step - self._probed_at < self.every_n_steps:
+        step = trainer.global_step
+        num_due = step // self.every_n_steps - self._probed_at // self.every_n_steps
+        if num_due == 0 or step == trainer.max_steps:
             return
-        self._probed_at = trainer.global_step
+        self._probed_at = step
         curves = self.redteam.run(
             pl_module.model,
             pl_module.tokenizer,
@@ -52,7 +62,7 @@ class RobustnessProbe(Callback):
             k1=pl_module.num_attack_steps,
         )
         if isinstance(trainer.logger, TensorBoardLogger):
-            log_robustness(trainer.logger, curves, step=trainer.global_step)
+            log_robustness(trainer.logger, curves, step)
 
 
 def log_robustness(logger: TensorBoardLogger, curves: Sequence[Curve], step: int) -> None:

@@ -61,7 +61,14 @@ class RunCheckpoint(Checkpoint):
         """Starts counting at the step that was resumed."""
         self._saved_at = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Saves where a checkpoint is due."""
         if trainer.global_step - self._saved_at >= self.every_n_steps:
             self.save(trainer, pl_module)
@@ -76,7 +83,7 @@ class RunCheckpoint(Checkpoint):
         if isinstance(pl_module, Defense) and not pl_module.is_between_steps:
             return
         path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self._saved_at = trainer.global_step
         if trainer.is_global_zero:
             point_last_at(path)

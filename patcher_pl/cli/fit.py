@@ -135,12 +135,12 @@ class _Outcome:
         chosen = {"defense": defense.name, "seed": config.seed_everything}
         if defense is self.cli.model:
             flat = dict(config.model.init_args.items(branches=False))
-            chosen |= {key: value for key, value in flat.items() if _is_plain(value)}
+            chosen |= {
+                key.replace("init_args.", ""): value
+                for key, value in flat.items()
+                if isinstance(value, int | float | str | bool) and not key.endswith("class_path")
+            }
         return chosen
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | bool)
 
 
 def _final_metrics(curves: list[Curve]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -12,6 +13,7 @@ from patcher_pl.callbacks import (
     AtomicCheckpointIO,
     CostMonitor,
     GracefulStop,
+    Progress,
     RobustnessProbe,
     RunCheckpoint,
 )
@@ -62,15 +64,16 @@ class PatcherCLI(LightningCLI):
         pass
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what a run needs beside trainer, model and data."""
+        """Adds what a run needs beside trainer, model and data.
+
+        Every command takes the options of `fit`, so that the configuration of a run fits them all.
+        """
         parser.add_argument(
             "--run_dir",
             type=Path,
             required=self.command == "fit",
             help="Where everything of the run goes.",
         )
-        if self.command != "fit":
-            return
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete an earlier run in run_dir first."
         )
@@ -78,7 +81,7 @@ class PatcherCLI(LightningCLI):
             "--redteam",
             type=RedTeam | None,
             default=None,
-            enable_path=True,
+            sub_configs=True,
             help="Attacks on the trained model; none without it.",
         )
         parser.add_argument(
@@ -130,7 +133,7 @@ class PatcherCLI(LightningCLI):
         if self.command != "fit":
             return super().instantiate_trainer(logger=False, **kwargs)
         run_directory = RunDirectory(self.options.run_dir)
-        return self.build_trainer(run_directory, name="main", probe=True, **kwargs)
+        return self.build_trainer(run_directory, name=self.model.name, probe=True, **kwargs)
 
     def build_trainer(
         self, run_directory: RunDirectory, name: str, probe: bool, **kwargs: Any
@@ -155,6 +158,9 @@ class PatcherCLI(LightningCLI):
             callbacks.append(RobustnessProbe(options.redteam, options.probe_every_n_steps))
         if not trainer_config["fast_dev_run"]:
             callbacks += [checkpoint, GracefulStop(checkpoint)]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if trainer_config["enable_progress_bar"] is not False and not has_bar:
+            callbacks.append(Progress())
         trainer_config["callbacks"] = callbacks
         if trainer_config["logger"] in (None, True):
             root = RunDirectory(options.run_dir).tensorboard
@@ -172,9 +178,14 @@ class PatcherCLI(LightningCLI):
         return self.parser.instantiate(self.config)[self.command].data
 
     def save_config(self, path: Path) -> None:
-        """Writes the complete configuration, from which the run can be repeated."""
-        parser = self._parser(self.command)
-        write_text(path, parser.dump(self.config[self.command], skip_none=False))
+        """Writes the complete configuration, from which the run can be repeated.
+
+        How this call began, afresh or from a checkpoint, is no part of it: repeating the run must
+        neither delete an earlier one nor look for a checkpoint that is gone by then.
+        """
+        config = self.config[self.command].clone()
+        config.overwrite, config.ckpt_path = False, None
+        write_text(path, self._parser(self.command).dump(config, skip_unset=False))
 
 
 def run_lightning(command: str, arguments: Sequence[str]) -> None:

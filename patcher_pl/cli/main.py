@@ -2,8 +2,8 @@
 
 import argparse
 import os
+import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"patcher_pl {command}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"patcher_pl {command}: error: {error}. What was written is whole.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"patcher_pl {command}: interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -61,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(command: str, arguments: list[str]) -> None:
+    from patcher_pl.cli.console import log_progress, quiet_libraries
+
+    log_progress()
+    quiet_libraries()
     if command in ("fit", "validate", "test"):
         from patcher_pl.cli.lightning_cli import run_lightning
 
@@ -95,5 +107,4 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
     with readable_config_errors():
         options = parser.instantiate(parser.parse_args(arguments))
     options.pop("config", None)
-    with warnings.catch_warnings():
-        function(**vars(options))
+    function(**vars(options))

@@ -75,10 +75,10 @@ class SafetyDataModule(LightningDataModule):
         """Draws and tokenizes what the stage needs; what is there already is kept.
 
         Raises:
-            ConfigError: If the stage is `validate` and there is no validation data.
+            ConfigError: If the stage is `validate` or `test` and there is no validation data.
             DataError: If a source cannot be read or supply its share, or nothing is left of it.
         """
-        if stage == "validate":
+        if stage in ("validate", "test"):
             self._encode("val")
         elif stage == "fit":
             for part, mixture in self._mixtures.items():
@@ -111,6 +111,10 @@ class SafetyDataModule(LightningDataModule):
             batch_size=self._batch_size,
             pad_token_id=self._pad_token_id,
         )
+
+    def test_dataloader(self) -> FixedBatches | list[Any]:
+        """Returns the validation batches; what a model withstands is tested by the red team."""
+        return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the seed and the attacker's position; Lightning saves the defender's."""
@@ -151,7 +155,7 @@ class SafetyDataModule(LightningDataModule):
             if mixture is None:
                 raise ConfigError(
                     f"SafetyDataModule.{part} is not set, but this run needs it. "
-                    f"Add `data.init_args.{part}` with at least one source."
+                    f"Add `data.{part}` with at least one source."
                 )
             conversations = mixture.draw(derive_seed(self.seed, part))
             self._encoded[part] = encode_all(

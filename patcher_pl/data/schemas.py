@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from patcher_pl.data.readers import (
     Reader,
+    RowError,
     optional_text,
     question_and_answer,
     require_flag,
@@ -46,7 +47,8 @@ class BeaverTails(Reader):
 class BeaverTailsRefusals(Reader):
     """BeaverTails with a refusal written for each unsafe row (RepNoise's file): adds `refusal`.
 
-    Rows whose `is_safe` is true carry no attack and are left out.
+    Rows whose `is_safe` is true carry no attack and are left out. Published refusals repeat the
+    question; what follows their last `Answer:` is the refusal.
 
     Args:
         answer: `refusal` gives safe conversations, `response` the harmful originals.
@@ -61,9 +63,14 @@ class BeaverTailsRefusals(Reader):
         """Reads one row; see `Reader.read`."""
         if require_flag(row, "is_safe"):
             return None
+        answer = require_text(row, self.answer)
+        if self.answer == "refusal":
+            answer = answer.rpartition("Answer:")[2].strip()
+            if not answer:
+                raise RowError("refusal", "must not be empty after `Answer:`")
         return question_and_answer(
             require_text(row, "prompt"),
-            require_text(row, self.answer),
+            answer,
             harmful=self.answer == "response",
             origin=origin,
         )

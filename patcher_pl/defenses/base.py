@@ -12,7 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from patcher_pl.defenses.cost import Cost
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.types import Batch
@@ -55,9 +55,14 @@ class Defense(LightningModule):
             "max_grad_norm",
             "> 0 or null",
             max_grad_norm,
+            "Use null to leave gradients as they are.",
         )
         self._require(
-            accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", accumulate_grad_batches
+            accumulate_grad_batches >= 1,
+            "accumulate_grad_batches",
+            ">= 1",
+            accumulate_grad_batches,
+            "Use 1 to take a step after every batch.",
         )
         self.automatic_optimization = False
         self.language_model = language_model
@@ -68,6 +73,8 @@ class Defense(LightningModule):
         self.cost = Cost()
         self.stop_requested = False
         self._num_accumulated = 0
+        self._losses: dict[str, Tensor] = {}
+        self._restored_random_state: dict[str, Tensor] = {}
         self._model: PreTrainedModel | None = None
 
     @abstractmethod
@@ -135,19 +142,31 @@ class Defense(LightningModule):
             )
         self.model.train()
 
+    def on_train_start(self) -> None:
+        """Begins between two steps, with the random state of the run that is resumed."""
+        self.model.zero_grad(set_to_none=True)
+        self._num_accumulated = 0
+        self._losses = {}
+        if self._restored_random_state:
+            torch.set_rng_state(self._restored_random_state["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in self._restored_random_state:
+                torch.cuda.set_rng_state(self._restored_random_state["cuda"].cpu(), self.device)
+            self._restored_random_state = {}
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Takes one batch; every `accumulate_grad_batches`-th one ends a defender step."""
         if self._num_accumulated == 0:
             self.before_step()
-        losses = self.add_gradients(batch, 1 / self.accumulate_grad_batches)
-        for key, value in losses.items():
-            self.log(f"train/{key}", value, prog_bar=key in ("loss_safe", "attack_gap"))
+        share = 1 / self.accumulate_grad_batches
+        for key, value in self.add_gradients(batch, share).items():
+            self._losses[key] = self._losses.get(key, 0) + share * value
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate_grad_batches:
+            losses, self._losses = self._losses, {}
             self._num_accumulated = 0
-            self._take_step()
+            self._log_step({**losses, **self._take_step()})
 
-    def _take_step(self) -> None:
+    def _take_step(self) -> dict[str, Any]:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         parameters = [
@@ -155,13 +174,24 @@ class Defense(LightningModule):
         ]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedulers = self.lr_schedulers()
         if schedulers is not None:
             schedulers.step()  # type: ignore[union-attr]
-        self.log("train/grad_norm", grad_norm)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        return {"grad_norm": grad_norm, "lr": lr}
+
+    def _log_step(self, metrics: Mapping[str, Any]) -> None:
+        metrics = {f"train/{key}": float(value) for key, value in metrics.items()}
+        for key, value in metrics.items():
+            shown = key in ("train/loss_safe", "train/attack_gap")
+            self.log(key, value, prog_bar=shown, logger=False)
+        # Straight to the loggers: Lightning's own steps there are batches, not defender steps.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every > 0 and self.global_step % every == 0:
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=self.global_step)
 
     def backward_of(self, loss: Tensor, batch: Batch) -> None:
         """Backward pass of a scaled loss, counted as one gradient evaluation."""
@@ -179,16 +209,38 @@ class Defense(LightningModule):
     def _log_held_out(self, stage: str, batch: Batch) -> None:
         loss = causal_lm_loss(self.model, batch)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        if self.trainer.state.fn == "fit":
+            # Lightning takes this as the place on the logger's axis, instead of counting batches.
+            step = float(self.global_step)
+            self.log("step", step, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters of the run."""
-        checkpoint["defense"] = {"cost": self.cost.state()}
+        """Adds the counters and the random state of the run."""
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["defense"] = {
+            "class": type(self).__name__,
+            "cost": self.cost.state(),
+            "random_state": random_state,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the counters of the run."""
-        state = checkpoint["defense"]
-        self.cost = Cost(**state["cost"])
+        """Goes on with the counters and the random state of the run.
 
-    def _require(self, holds: bool, field: str, rule: str, value: object) -> None:
+        Raises:
+            CheckpointError: If the checkpoint is not one of this defense.
+        """
+        state = checkpoint.get("defense", {})
+        own, writer = type(self).__name__, state.get("class", "another program")
+        if writer != own:
+            raise CheckpointError(
+                f"The checkpoint was written by {writer}, so {own} cannot go on from it. Give "
+                f"--ckpt_path a checkpoint of {own}, or leave it away to start from the beginning."
+            )
+        self.cost = Cost(**state["cost"])
+        self._restored_random_state = state["random_state"]
+
+    def _require(self, holds: bool, field: str, rule: str, value: object, remedy: str) -> None:
         if not holds:
-            raise ValueError(f"{type(self).__name__}.{field} must be {rule}, got {value}.")
+            raise ValueError(f"{type(self).__name__}.{field} must be {rule}, got {value}. {remedy}")

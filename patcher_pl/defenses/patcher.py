@@ -1,5 +1,6 @@
 """Patcher: adversarial training against simulated fine-tuning attacks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from patcher_pl.attackers import Attacker, AttackOutcome
 from patcher_pl.defenses.base import Defense
-from patcher_pl.errors import CheckpointError, RunInterrupted
+from patcher_pl.errors import ConfigError, RunInterrupted
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.weights import vector_norm
@@ -65,10 +66,22 @@ class Patcher(Defense):
         super().__init__(
             language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
         )
-        self._require(0 <= alpha <= 1, "alpha", "in [0, 1]", alpha)
-        self._require(refresh_every >= 1, "refresh_every", ">= 1", refresh_every)
         self._require(
-            num_sft_steps is None or num_sft_steps >= 0, "num_sft_steps", ">= 0", num_sft_steps
+            0 <= alpha <= 1, "alpha", "in [0, 1]", alpha, "Use 0.5 to weigh both losses equally."
+        )
+        self._require(
+            refresh_every >= 1,
+            "refresh_every",
+            ">= 1",
+            refresh_every,
+            "Use 1 to attack before every step.",
+        )
+        self._require(
+            num_sft_steps is None or num_sft_steps >= 0,
+            "num_sft_steps",
+            ">= 0 or null",
+            num_sft_steps,
+            "Use 0 to attack from the first step on.",
         )
         self.attacker = attacker
         self.alpha = alpha
@@ -90,6 +103,22 @@ class Patcher(Defense):
         if self._weights is None:
             self._weights = Weights(self.model)
         return self._weights
+
+    def on_fit_start(self) -> None:
+        """Refuses to start without data for the attacks, which may be due hours later only."""
+        super().on_fit_start()
+        if not getattr(self.trainer.datamodule, "has_attack", False):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "SafetyDataModule.attack: Patcher attacks its model in training and needs harmful "
+                "conversations for that, got none. Set `data.attack`, or use SFT."
+            )
+
+    def on_train_start(self) -> None:
+        """Moves a restored attack vector to where the weights are."""
+        super().on_train_start()
+        if self.attack_vector is not None:
+            device = self.weights.parameters[0].device
+            self.attack_vector = [tensor.to(device) for tensor in self.attack_vector]
 
     def before_step(self) -> None:
         """Attacks where a new attack vector is due."""
@@ -127,22 +156,29 @@ class Patcher(Defense):
             stream.rewind(stream.position - start)
             self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
             raise
+        norm = float(vector_norm(outcome.vector))
+        if not math.isfinite(norm):
+            raise ConfigError(
+                f"Patcher.attacker: the simulated attack diverged at defender step "
+                f"{self.global_step} (norm of the attack vector: {norm}). Lower "
+                "`attacker.optimizer.lr` or set `attacker.max_grad_norm`."
+            )
         self.attack_vector = outcome.vector
         self._num_attacks += 1
         for step in outcome.steps:
             self.cost.add(num_tokens=step.num_tokens)
         if self.restart_optimizer:
             self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
-        self._log_attack(outcome)
+        self._log_attack(outcome, norm)
 
-    def _log_attack(self, outcome: AttackOutcome) -> None:
+    def _log_attack(self, outcome: AttackOutcome, norm: float) -> None:
         # Straight to the logger: `self.log` would drop what falls between two logging steps.
         if self.logger is None:
             return
         attack = {
             "attack/loss": outcome.steps[-1].loss,
             "attack/loss_before": outcome.steps[0].loss,
-            "attack/vector_norm": float(vector_norm(outcome.vector)),
+            "attack/vector_norm": norm,
         }
         self.logger.log_metrics(attack, step=self.global_step)
         taken = (self._num_attacks - 1) * self.attacker.num_steps
@@ -165,17 +201,7 @@ class Patcher(Defense):
         """Goes on with the attack vector of the run."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["defense"]
-        if "num_attacks" not in state:
-            raise CheckpointError(
-                "The checkpoint was written by another defense than Patcher; it cannot be resumed."
-            )
         self._num_attacks = state["num_attacks"]
         vector = state.get("attack_vector")
         if vector is not None:
             self.attack_vector = [vector[name] for name in self.weights.names]
-
-    def on_train_start(self) -> None:
-        """Moves a restored attack vector to where the weights are."""
-        if self.attack_vector is not None:
-            device = self.weights.parameters[0].device
-            self.attack_vector = [tensor.to(device) for tensor in self.attack_vector]

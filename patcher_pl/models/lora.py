@@ -34,11 +34,17 @@ class Lora:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"Lora.rank must be >= 1, got {self.rank}.")
+            raise ValueError(
+                f"Lora.rank must be >= 1, got {self.rank}. Use `lora: null` to train every weight."
+            )
         if self.alpha <= 0:
-            raise ValueError(f"Lora.alpha must be > 0, got {self.alpha}.")
+            raise ValueError(
+                f"Lora.alpha must be > 0, got {self.alpha}. Twice the rank is a common choice."
+            )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"Lora.dropout must be in [0, 1), got {self.dropout}.")
+            raise ValueError(
+                f"Lora.dropout must be in [0, 1), got {self.dropout}. Use 0 for no dropout."
+            )
 
     def attach(self, model: "PreTrainedModel") -> Any:
         """Wraps `model` in place into a `peft.PeftModel` whose adapters alone are trainable.

@@ -32,10 +32,11 @@ class AdamW(Optimizer):
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "> 0")
-        self._require(all(0 <= beta < 1 for beta in self.betas), "betas", "in [0, 1)")
-        self._require(self.eps > 0, "eps", "> 0")
-        self._require(self.weight_decay >= 0, "weight_decay", ">= 0")
+        self._require(self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
+        betas_hold = all(0 <= beta < 1 for beta in self.betas)
+        self._require(betas_hold, "betas", "in [0, 1)", "Use 0 for no memory.")
+        self._require(self.eps > 0, "eps", "> 0", "torch's default is 1e-8.")
+        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(

@@ -27,9 +27,9 @@ class SGD(Optimizer):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "> 0")
-        self._require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
-        self._require(self.weight_decay >= 0, "weight_decay", ">= 0")
+        self._require(self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-3 to 1e-1.")
+        self._require(0 <= self.momentum < 1, "momentum", "in [0, 1)", "Use 0 for none.")
+        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no penalty.")
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(

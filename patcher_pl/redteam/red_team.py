@@ -232,7 +232,9 @@ class _Record:
         self.points.append(point)
         self.harmful.append(harmful)
         self.benign.append(benign)
-        rows = zip(answers[:num_samples], harmful.verdicts, strict=False)
+        num_shown = min(num_samples, len(answers))
+        shown = [place * len(answers) // num_shown for place in range(num_shown)]
+        rows = [(answers[place], harmful.verdicts[place]) for place in shown]
         self.samples += [
             Sample(
                 attack_steps=point.steps,

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +38,7 @@ def fingerprint() -> str:
 def build_testbed(directory: Path) -> None:
     """Writes `model/` (an ordinary Hugging Face directory) and `data/*.jsonl` into `directory`.
 
-    Takes under a minute on one core. The directory appears whole or not at all; where another
-    process built it meanwhile, the same content is replaced by the same content.
+    Uses one core. The directory appears whole or not at all.
     """
 
     def write(temporary: Path) -> None:
@@ -79,7 +80,7 @@ def _train_base_model(tokenizer: "PreTrainedTokenizerFast", rows: list[Row]) -> 
         pad_token_id=_token_id(tokenizer, "pad"),
         seed=TRAINING["seed"],
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(TRAINING["seed"])
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -103,6 +104,19 @@ def _train_base_model(tokenizer: "PreTrainedTokenizerFast", rows: list[Row]) -> 
         ):
             pass
     return model.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Sums then come out the same however many cores there are, and cores that others use do no harm.
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _token_id(tokenizer: Any, name: str) -> int:

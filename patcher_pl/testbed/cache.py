@@ -1,9 +1,12 @@
 """Where the built-in testbed lives: built on first use, then cached."""
 
+import logging
 import os
 from pathlib import Path
 
 NAME = "testbed"
+
+logger = logging.getLogger(__name__)
 
 
 def cache_directory() -> Path:
@@ -29,9 +32,15 @@ def resolve_data(path: str) -> str:
 
 def testbed_directory() -> Path:
     """The cached testbed of this version of its recipe; builds it when it is not there yet."""
+    from filelock import FileLock
+
     from patcher_pl.testbed.build import build_testbed, fingerprint
 
     directory = cache_directory() / f"{NAME}-{fingerprint()}"
     if not directory.is_dir():
-        build_testbed(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):  # Several processes may start at the same time.
+            if not directory.is_dir():
+                logger.info("Building the testbed in %s, once; takes about a minute.", directory)
+                build_testbed(directory)
     return directory

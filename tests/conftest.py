@@ -1,0 +1,41 @@
+"""What every test may rely on: nothing outside of pytest's own folders is read or written."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of the session's own; the user's is never touched. Child processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("cache")
+        patch.setenv("PATCHER_PL_CACHE", str(directory))
+        yield directory
+
+
+# The imports are inside: reports and other light tests need none of this.
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """Directory of a tiny random Llama."""
+    from tests.families import build_family
+
+    return build_family("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory) -> Path:
+    """Directory of a tiny random GPT-2: tied embeddings, dropout, Conv1D layers, no template."""
+    from tests.families import build_family
+
+    return build_family("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Small harmless data sets; see `tests.tiny_runs.Rows`."""
+    from tests.tiny_runs import Rows
+
+    return Rows(tmp_path / "rows")

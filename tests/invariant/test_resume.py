@@ -1,0 +1,152 @@
+"""If these fail, a run that was interrupted and goes on is another run than one that was not."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.defenses import SFT, Patcher
+from patcher_pl.errors import CheckpointError, RunInterrupted
+from patcher_pl.models import LanguageModel, Lora
+from patcher_pl.optim import AdamW
+from tests.tiny_runs import ATTACKER, SaveAt, adamw, assert_same, fit, snapshot
+
+NUM_STEPS = 8
+
+
+def decaying(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+
+
+def make_sft(path, **options):
+    return SFT(LanguageModel(path=str(path)), optimizer=adamw(), scheduler=decaying, **options)
+
+
+def make_patcher(path, attacker=ATTACKER, lora=None, **options):
+    return Patcher(
+        LanguageModel(path=str(path), lora=lora),
+        attacker,
+        optimizer=adamw(),
+        scheduler=decaying,
+        refresh_every=3,
+        **options,
+    )
+
+
+def make_lora_patcher(path, **options):
+    attacker = FineTuningAttacker(num_steps=2, optimizer=AdamW(lr=1e-2), lora=Lora(rank=2))
+    return make_patcher(path, attacker, lora=Lora(rank=2, dropout=0.1), **options)
+
+
+def assert_goes_on(make, path, rows, checkpoint, **options) -> None:
+    """A run that goes on from `checkpoint` ends as one that was never interrupted."""
+    torch.manual_seed(1)
+    whole = make(path, **options)
+    fit(whole, rows.module(), NUM_STEPS)
+    torch.manual_seed(99)
+    resumed = make(path, **options)
+    fit(resumed, rows.module(), NUM_STEPS, ckpt_path=checkpoint, weights_only=True)
+    assert_same(snapshot(resumed.model), snapshot(whole.model))
+    assert resumed.cost == whole.cost
+    if isinstance(whole, Patcher):
+        pairs = zip(resumed.attack_vector, whole.attack_vector, strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "step"),
+    [
+        (make_sft, 5),
+        (make_patcher, 2),  # in the first round, before any attack
+        (make_patcher, 5),  # in the middle of a round, and of an epoch
+        (make_patcher, 6),  # right before an attack
+        (make_lora_patcher, 5),  # draws adapters and dropout masks
+    ],
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(llama, rows, tmp_path, make, step, accumulate):
+    checkpoint = tmp_path / "step.ckpt"
+    torch.manual_seed(1)
+    interrupted = make(llama, accumulate_grad_batches=accumulate)
+    fit(interrupted, rows.module(), NUM_STEPS, callbacks=[SaveAt(step, checkpoint)])
+    assert interrupted.global_step == step
+    assert_goes_on(make, llama, rows, checkpoint, accumulate_grad_batches=accumulate)
+
+
+def test_dropout_goes_on_where_it_was(gpt2, rows, tmp_path):
+    checkpoint = tmp_path / "step.ckpt"
+    torch.manual_seed(1)
+    fit(make_sft(gpt2), rows.module(), NUM_STEPS, callbacks=[SaveAt(5, checkpoint)])
+    assert_goes_on(make_sft, gpt2, rows, checkpoint)
+
+
+class StopInSecondAttack(Callback):
+    """Asks for a stop once the second attack has begun, and saves when the run ends by it."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        attack = pl_module.attacker.attack
+
+        def interrupted(model, weights, batches, before_step):
+            calls = iter([None])
+
+            def stop_late() -> None:
+                if pl_module.global_step == 6 and next(calls, "late") == "late":
+                    pl_module.stop_requested = True
+                before_step()
+
+            return attack(model, weights, batches, stop_late)
+
+        object.__setattr__(pl_module.attacker, "attack", interrupted)
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        assert isinstance(exception, RunInterrupted)
+        assert pl_module.is_between_steps
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_stopped_in_an_attack_repeats_the_attack(llama, rows, tmp_path, accumulate):
+    """Both streams must hand out again what the cancelled step had taken."""
+    checkpoint = tmp_path / "step.ckpt"
+    torch.manual_seed(1)
+    attacker = FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3))
+    interrupted = make_patcher(llama, attacker, accumulate_grad_batches=accumulate)
+    with pytest.raises(RunInterrupted):
+        fit(interrupted, rows.module(), NUM_STEPS, callbacks=[StopInSecondAttack(checkpoint)])
+    assert interrupted.global_step == 6
+
+    def make(path, **options):
+        return make_patcher(
+            path, FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3)), **options
+        )
+
+    assert_goes_on(make, llama, rows, checkpoint, accumulate_grad_batches=accumulate)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "message"),
+    [
+        (make_sft, make_patcher, "written by SFT, so Patcher cannot go on"),
+        (make_patcher, make_sft, "written by Patcher, so SFT cannot go on"),
+    ],
+)
+def test_the_checkpoint_of_another_defense_is_refused(
+    llama, rows, tmp_path, writer, reader, message
+):
+    checkpoint = tmp_path / "step.ckpt"
+    fit(writer(llama), rows.module(), 2, callbacks=[SaveAt(1, checkpoint)])
+    with pytest.raises(CheckpointError, match=message):
+        fit(reader(llama), rows.module(), 2, ckpt_path=checkpoint, weights_only=True)
+
+
+def test_the_checkpoint_of_another_program_is_refused(llama, rows, tmp_path):
+    checkpoint = tmp_path / "step.ckpt"
+    fit(make_sft(llama), rows.module(), 2, callbacks=[SaveAt(1, checkpoint)])
+    content = torch.load(checkpoint, weights_only=True)
+    del content["defense"]
+    torch.save(content, checkpoint)
+    with pytest.raises(CheckpointError, match="written by another program"):
+        fit(make_sft(llama), rows.module(), 2, ckpt_path=checkpoint, weights_only=True)
