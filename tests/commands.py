@@ -1,9 +1,11 @@
 """Runs of the command line on a tiny Hugging Face directory and two local files."""
 
 import io
+import itertools
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,7 @@ from typing import Any, ClassVar
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.cli.main import main
 from tests.families import build_family
 
@@ -168,6 +171,38 @@ class Witness(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.modules.append(pl_module)
+
+
+class StopAt(Callback):
+    """Sends this process a signal after a step of one defense, as a user or a scheduler would."""
+
+    def __init__(
+        self, step: int, defense: str = "Patcher", number: int = int(signal.SIGTERM)
+    ) -> None:
+        self.step = step
+        self.defense = defense
+        self.number = number
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and type(pl_module).__name__ == self.defense:
+            os.kill(os.getpid(), self.number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnouncedAttacker(FineTuningAttacker):
+    """Writes a file at the third step of an attack, so that a test knows that it is under way."""
+
+    announcement: str
+
+    def attack(self, model: Any, weights: Any, batches: Any, before_step: Any) -> Any:
+        calls = itertools.count(1)
+
+        def announce() -> None:
+            if next(calls) == 3:
+                Path(self.announcement).touch()
+            before_step()
+
+        return super().attack(model, weights, batches, announce)
 
 
 def command_line(*arguments: object) -> list[str]:

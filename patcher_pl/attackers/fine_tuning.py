@@ -49,7 +49,7 @@ class FineTuningAttacker(Attacker):
                 f"FineTuningAttacker.num_steps must be >= 1, got {self.num_steps}. "
                 "Use the SFT defense for a model that is not attacked in training."
             )
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"FineTuningAttacker.max_grad_norm must be > 0 or null, got {self.max_grad_norm}. "
                 "Use null to leave gradients as they are."
@@ -88,7 +88,7 @@ class FineTuningAttacker(Attacker):
     ) -> AttackOutcome:
         copy = merged_copy(model)
         start = Weights(copy).snapshot()
-        adapted = lora.attach(copy).train(model.training)  # type: ignore[arg-type]
+        adapted = lora.attach(copy).train(model.training)
         adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         steps = self._finetune(adapted, adapters, batches, before_step)
         attacked = Weights(adapted.merge_and_unload())

@@ -69,8 +69,12 @@ def log_robustness(logger: TensorBoardLogger, curves: Sequence[Curve], step: int
     """Logs ASR after each number of attack steps, `steps_to_break`, accuracy, answers and a figure.
 
     Where a defense was never broken, `steps_to_break` is logged as twice the longest attack: the
-    line must rise, not end. With several attacks, each has its own tags.
+    line must rise, not end. With several attacks, each has its own tags. Attacks that failed before
+    their first measurement are left out.
     """
+    curves = [curve for curve in curves if curve.attack_steps]
+    if not curves:
+        return
     attacks = {curve.attack for curve in curves}
     for curve in curves:
         tag = "robustness" if len(attacks) == 1 else f"robustness_{curve.attack}"

@@ -1,5 +1,6 @@
 """Checkpoints to resume from: written whole, newest ones kept, `last.ckpt` points at the newest."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(
                 f"{path}: the checkpoint could not be written ({error}). Make room on the disk and "
                 "go on from the previous one with --ckpt_path last."
+            ) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a checkpoint.
+
+        Raises:
+            CheckpointError: If the file is torn or is no checkpoint.
+        """
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{path}: the checkpoint could not be read ({reason}). "
+                "Give --ckpt_path another one, or leave it away to start from the beginning."
             ) from error
 
 

@@ -1,6 +1,7 @@
 """What `fit` does once a model is trained: export, attack, control, results."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning import seed_everything
@@ -76,7 +77,6 @@ class _Outcome:
     cli: PatcherCLI
     run_directory: RunDirectory
     results: Results
-    done: list[Curve] = field(default_factory=list)
 
     @classmethod
     def open(cls, cli: PatcherCLI, run_directory: RunDirectory, defense: Defense) -> "_Outcome":
@@ -93,9 +93,9 @@ class _Outcome:
             earlier = Results.load(run_directory.results)
             done = earlier.curves if earlier.fingerprint == digest else []
         results = Results(
-            curves=[], environment=environment(), settings=settings, fingerprint=digest
+            curves=done, environment=environment(), settings=settings, fingerprint=digest
         )
-        return cls(cli, run_directory, results, done)
+        return cls(cli, run_directory, results)
 
     def examine(self, defense: Defense, run_directory: RunDirectory, logger: Any) -> None:
         """Exports the model, attacks it and logs how it fared."""
@@ -113,20 +113,21 @@ class _Outcome:
             defense=defense.name,
             k1=defense.num_attack_steps,
             train_seed=None if isinstance(seed, bool) else seed,
-            on_cell=self._keep,
-            done=self.done,
+            on_cell=lambda curve: self._keep([curve]),
+            done=list(self.results.curves),
         )
-        for curve in curves:
-            if curve not in self.results.curves:
-                self._keep(curve)
-        if isinstance(logger, TensorBoardLogger):
+        self._keep(curves)
+        curves = [curve for curve in curves if curve.attack_steps]  # The others failed at once.
+        if curves and isinstance(logger, TensorBoardLogger):
             step = defense.trainer.global_step
             log_robustness(logger, curves, step)
             logger.log_hyperparams(self._hyperparameters(defense), _final_metrics(curves))
             logger.finalize("success")
 
-    def _keep(self, curve: Curve) -> None:
-        self.results.curves.append(curve)
+    def _keep(self, curves: Sequence[Curve]) -> None:
+        keys = [curve.key for curve in curves]
+        others = [curve for curve in self.results.curves if curve.key not in keys]
+        self.results = replace(self.results, curves=[*others, *curves])
         self.results.save(self.run_directory.results)
 
     def _hyperparameters(self, defense: Defense) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
-from patcher_pl.errors import CheckpointError, ConfigError, RunInterrupted
+from patcher_pl.errors import CheckpointError, ConfigError, PatcherError, RunInterrupted
 from patcher_pl.files import write_text
 from patcher_pl.redteam import RedTeam
+from patcher_pl.threads import cpu_threads
 
 
 class PatcherCLI(LightningCLI):
@@ -59,6 +60,10 @@ class PatcherCLI(LightningCLI):
         """Parses without LightningCLI's warning that `args` were given."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        # Checkpoints hold no hyperparameters to take over; the trainer reads them, and says why not.
+        pass
+
     def _run_subcommand(self, subcommand: str) -> None:
         # Parsing and building report configuration errors; running is done by `run_lightning`.
         pass
@@ -73,6 +78,12 @@ class PatcherCLI(LightningCLI):
             type=Path,
             required=self.command == "fit",
             help="Where everything of the run goes.",
+        )
+        parser.add_argument(
+            "--num_threads",
+            type=int | None,
+            default=None,
+            help="CPU threads of torch; null leaves it to torch. Tiny models want 1.",
         )
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete an earlier run in run_dir first."
@@ -111,11 +122,11 @@ class PatcherCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Checks what must hold before anything is built, and resolves `--ckpt_path last`."""
         config = self.config[self.command]
-        for option, instead in (
-            ("gradient_clip_val", "max_grad_norm"),
-            ("accumulate_grad_batches", "accumulate_grad_batches"),
+        for option, instead, unset in (
+            ("gradient_clip_val", "max_grad_norm", None),
+            ("accumulate_grad_batches", "accumulate_grad_batches", 1),
         ):
-            if config.trainer[option] not in (None, 1):
+            if config.trainer[option] not in (None, unset):
                 raise ConfigError(
                     f"trainer.{option}: defenses optimize by hand, so Lightning cannot do this for "
                     f"them (got {config.trainer[option]}). Set model.init_args.{instead} instead."
@@ -131,7 +142,8 @@ class PatcherCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer of the main run; others come from `build_trainer`."""
         if self.command != "fit":
-            return super().instantiate_trainer(logger=False, **kwargs)
+            plugins = [AtomicCheckpointIO()]
+            return super().instantiate_trainer(logger=False, plugins=plugins, **kwargs)
         run_directory = RunDirectory(self.options.run_dir)
         return self.build_trainer(run_directory, name=self.model.name, probe=True, **kwargs)
 
@@ -195,21 +207,33 @@ def run_lightning(command: str, arguments: Sequence[str]) -> None:
         ConfigError: If the configuration cannot be run.
         RunInterrupted: If a signal stopped the run; a checkpoint was saved.
     """
-    from patcher_pl.cli.fit import finish_fit
-
     with readable_config_errors():
         cli = PatcherCLI(command, arguments)
     options = cli.options
-    if command != "fit":
+    with cpu_threads(options.num_threads):
+        if command == "fit":
+            _fit(cli)
+            return
         run = getattr(cli.trainer, command)
         run(cli.model, datamodule=cli.datamodule, ckpt_path=options.ckpt_path, weights_only=True)
-        return
+
+
+def _fit(cli: PatcherCLI) -> None:
+    from patcher_pl.cli.fit import finish_fit
+
+    options = cli.options
     run_directory = RunDirectory(options.run_dir)
-    rehearsal = bool(options.trainer.fast_dev_run)
+    rehearsal, resume = bool(options.trainer.fast_dev_run), options.ckpt_path is not None
     if not rehearsal:
-        run_directory.claim(resume=options.ckpt_path is not None, overwrite=options.overwrite)
+        run_directory.claim(resume=resume, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
-    fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
+    try:
+        fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
+    except PatcherError:
+        began = cli.trainer.global_step > 0 or run_directory.checkpoints.exists()
+        if not (began or rehearsal or resume):
+            run_directory.clear()  # Once mended, the same command may begin the run.
+        raise
     if not rehearsal:
         finish_fit(cli)
 

@@ -54,15 +54,22 @@ class RunDirectory:
             ConfigError: If an earlier run is there and may be neither resumed nor overwritten.
         """
         earlier = [path for path in self._contents() if path.exists()]
-        if earlier and overwrite and not resume:
-            for path in earlier:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif earlier and not resume:
-            raise ConfigError(
-                f"--run_dir {self.root} holds an earlier run ({earlier[0].name}). Go on with "
-                "--ckpt_path last, give another directory, or delete it with --overwrite true."
-            )
+        if earlier and not resume:
+            if not overwrite:
+                raise ConfigError(
+                    f"--run_dir {self.root} holds an earlier run ({earlier[0].name}). Go on with "
+                    "--ckpt_path last, give another directory, or delete it with --overwrite true."
+                )
+            self.clear()
         self.root.mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Deletes what a run leaves here, and nothing else."""
+        for path in self._contents():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _contents(self) -> list[Path]:
         return [

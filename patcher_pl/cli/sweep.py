@@ -1,5 +1,6 @@
 """The `sweep` command: one `fit` per setting and seed, each in its own process, one figure."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jsonargparse.typing import Path_fr
-
 from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.errors import ConfigError, PatcherError, RunInterrupted
 from patcher_pl.files import write_json
@@ -22,7 +21,7 @@ from patcher_pl.reports.environment import environment, usable_cpus
 from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings, fingerprint
 
-DONE = "done.json"
+STATE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,26 @@ class _Cell:
     @property
     def is_done(self) -> bool:
         """Whether an earlier call finished exactly this run."""
-        marker = self.directory / DONE
-        return marker.exists() and self.digest in marker.read_text(encoding="utf-8")
+        return self._state == {"fingerprint": self.digest, "done": True}
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether an earlier call began exactly this run and saved a checkpoint."""
+        checkpoint = RunDirectory(self.directory).checkpoints / "last.ckpt"
+        return self._state.get("fingerprint") == self.digest and checkpoint.exists()
+
+    def mark(self, *, done: bool) -> None:
+        """Remembers which settings the directory belongs to, and whether they are finished."""
+        write_json(self.directory / STATE, {"fingerprint": self.digest, "done": done})
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        path = self.directory / STATE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def run_sweep(
-    base: Path_fr,
+    base: ConfigFile,
     variants: dict[str, dict[str, Any]],
     run_dir: Path,
     seeds: list[int] | None = None,
@@ -114,9 +127,7 @@ def _cells(
 
 
 def _as_option(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _run_all(cells: Sequence[_Cell], num_processes: int) -> list[_Cell]:
@@ -157,8 +168,8 @@ def _run_cell(
         return 1
     threads = str(max(1, usable_cpus() // num_processes))
     cell.directory.mkdir(parents=True, exist_ok=True)
-    resumable = (RunDirectory(cell.directory).checkpoints / "last.ckpt").exists()
-    how = ["--ckpt_path=last"] if resumable else ["--overwrite=true"]
+    how = ["--ckpt_path=last"] if cell.is_resumable else ["--overwrite=true"]
+    cell.mark(done=False)
     command = [
         *(sys.executable, "-m", "patcher_pl", "fit", *cell.arguments),
         *("--run_dir", str(cell.directory), *how),
@@ -176,7 +187,7 @@ def _run_cell(
         processes.append(process)
         status = process.wait()
     if status == 0:
-        write_json(cell.directory / DONE, {"fingerprint": cell.digest})
+        cell.mark(done=True)
     return status
 
 

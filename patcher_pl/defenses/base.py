@@ -183,15 +183,15 @@ class Defense(LightningModule):
         return {"grad_norm": grad_norm, "lr": lr}
 
     def _log_step(self, metrics: Mapping[str, Any]) -> None:
-        metrics = {f"train/{key}": float(value) for key, value in metrics.items()}
         for key, value in metrics.items():
-            shown = key in ("train/loss_safe", "train/attack_gap")
-            self.log(key, value, prog_bar=shown, logger=False)
+            shown = key in ("loss_safe", "attack_gap")
+            self.log(f"train/{key}", value, prog_bar=shown, logger=False)
         # Straight to the loggers: Lightning's own steps there are batches, not defender steps.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and self.global_step % every == 0:
+            values = {f"train/{key}": float(value) for key, value in metrics.items()}
             for logger in self.loggers:
-                logger.log_metrics(metrics, step=self.global_step)
+                logger.log_metrics(values, step=self.global_step)
 
     def backward_of(self, loss: Tensor, batch: Batch) -> None:
         """Backward pass of a scaled loss, counted as one gradient evaluation."""

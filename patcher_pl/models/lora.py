@@ -37,7 +37,7 @@ class Lora:
             raise ValueError(
                 f"Lora.rank must be >= 1, got {self.rank}. Use `lora: null` to train every weight."
             )
-        if self.alpha <= 0:
+        if not self.alpha > 0:
             raise ValueError(
                 f"Lora.alpha must be > 0, got {self.alpha}. Twice the rank is a common choice."
             )
@@ -67,11 +67,11 @@ class Lora:
         return get_peft_model(model, config)
 
 
-def merged_copy(model: nn.Module) -> nn.Module:
+def merged_copy(model: nn.Module) -> "PreTrainedModel":
     """Returns an independent copy of `model` with its adapters, if any, merged into the weights."""
     from peft import PeftModel
 
-    copy = deepcopy(model)
+    copy: Any = deepcopy(model)
     return copy.merge_and_unload() if isinstance(copy, PeftModel) else copy
 
 

@@ -15,6 +15,7 @@ from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings, fingerprint, weight_files
 from patcher_pl.reports.tables import to_csv, to_rich
 from patcher_pl.testbed.cache import resolve_model
+from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ def run_redteam(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
+    num_threads: int | None = None,
     defense: str = "model",
     k1: int | None = None,
     train_seed: int | None = None,
@@ -99,16 +101,17 @@ def run_redteam(
         results = replace(results, curves=[*others, curve])
         results.save(path)
 
-    curves = redteam.run(
-        language_model.load_model().to(place),  # type: ignore[arg-type]
-        language_model.load_tokenizer(),
-        language_model.chat,
-        defense=defense,
-        k1=k1,
-        train_seed=train_seed,
-        on_cell=save,
-        done=earlier,
-    )
+    with cpu_threads(num_threads):
+        curves = redteam.run(
+            language_model.load_model().to(place),  # type: ignore[arg-type]
+            language_model.load_tokenizer(),
+            language_model.chat,
+            defense=defense,
+            k1=k1,
+            train_seed=train_seed,
+            on_cell=save,
+            done=earlier,
+        )
     results = replace(results, curves=curves)
     results.save(path)
     write_reports(curves, run_dir, title=f"Red team of {model}")

@@ -100,7 +100,7 @@ def _draw_panel(axis: "Axes", groups: Sequence[Group], styles: dict[str, dict[st
             [rate.mean for rate in rates],
             label=group.label,
             # Thinner on top of thicker: lines that coincide can all be seen.
-            linewidth=min(1.6 + 0.4 * (len(groups) - 1 - place), 3.2),
+            linewidth=1.4 + 0.7 * min(len(groups) - 1 - place, 5),
             markersize=5.5,
             markeredgecolor="white",
             markeredgewidth=0.6,
@@ -115,8 +115,7 @@ def _draw_panel(axis: "Axes", groups: Sequence[Group], styles: dict[str, dict[st
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     axis.set_xlabel("Attack steps")
     if ticks:
-        axis.set_xticks(_readable_ticks(ticks))
-        axis.set_xlim(0, max(ticks[-1], 1))
+        _scale_steps(axis, ticks)
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -145,6 +144,23 @@ def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
             color = next(colors)
         styles[group.label] = {"color": color, "marker": next(markers), "linestyle": line}
     return styles
+
+
+def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
+    """Scales the axis of attack steps: by doublings where the measurements span several."""
+    positive = [step for step in steps if step > 0]
+    if len(positive) >= 3 and positive[-1] >= 8 * positive[0]:
+        axis.set_xscale("symlog", base=2, linthresh=positive[0])
+        kept = [positive[-1]]
+        for step in reversed(positive[:-1]):
+            if kept[-1] >= 1.3 * step:
+                kept.append(step)
+        ticks = [*([0] if steps[0] == 0 else []), *kept[::-1]]
+    else:
+        ticks = _readable_ticks(steps)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlim(0, max(steps[-1], 1))
 
 
 def _readable_ticks(steps: Sequence[int]) -> list[int]:

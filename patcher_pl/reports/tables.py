@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _MISSING = "-"
 # More columns of figures do not fit 80 characters.
-_MOST_COLUMNS = 6
+_MOST_COLUMNS = 8
 _CSV_COLUMNS = (
     "defense",
     "k1",

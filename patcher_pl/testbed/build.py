@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from patcher_pl.files import write_atomically, write_text
 from patcher_pl.testbed.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from patcher_pl.testbed.world import Row, files
+from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -80,7 +79,7 @@ def _train_base_model(tokenizer: "PreTrainedTokenizerFast", rows: list[Row]) -> 
         pad_token_id=_token_id(tokenizer, "pad"),
         seed=TRAINING["seed"],
     )
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), cpu_threads(1):
         torch.manual_seed(TRAINING["seed"])
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -104,19 +103,6 @@ def _train_base_model(tokenizer: "PreTrainedTokenizerFast", rows: list[Row]) -> 
         ):
             pass
     return model.eval()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Sums then come out the same however many cores there are, and cores that others use do no harm.
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _token_id(tokenizer: Any, name: str) -> int:

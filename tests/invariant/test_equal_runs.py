@@ -66,21 +66,18 @@ def test_accumulated_batches_are_one_large_batch(llama, tmp_path, monkeypatch, m
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-12)
 
 
-def test_recomputing_activations_changes_nothing(llama, rows):
+@pytest.mark.parametrize("attacked", [None, Lora(rank=2)], ids=["full-attack", "lora-attack"])
+@pytest.mark.parametrize("defended", [None, Lora(rank=2)], ids=["full-model", "lora-model"])
+def test_recomputing_activations_changes_nothing(llama, rows, defended, attacked):
     """Recomputation reads the weights again, which an attack and a shift move about."""
-    runs = [
-        weights_after(
-            Patcher(
-                LanguageModel(path=str(llama), gradient_checkpointing=recompute),
-                ATTACKER,
-                optimizer=adamw(),
-                refresh_every=2,
-            ),
-            rows.module(),
-            5,
-        )
-        for recompute in (False, True)
-    ]
+    attacker = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.5), lora=attacked)
+    runs = []
+    for recompute in (False, True):
+        model = LanguageModel(path=str(llama), gradient_checkpointing=recompute, lora=defended)
+        torch.manual_seed(0)
+        patcher = Patcher(model, attacker, optimizer=sgd(), refresh_every=2)
+        runs.append(weights_after(patcher, rows.module(), 5))
+        assert any(bool(change.any()) for change in patcher.attack_vector)
     for name, value in runs[0].items():
         torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-6)
 

@@ -43,7 +43,7 @@ def test_many_measurements_are_thinned_in_the_terminal_only(curve):
     rates = [step / 1000 for step in steps]
     dense = curve("sft", None, rates, 500, attack_steps=steps, benign_accuracy=rates)
     shown = _shown([dense])
-    assert "6 of 20 measurements are shown." in shown
+    assert "8 of 20 measurements are shown." in shown
     assert "N=0 " in shown
     assert "N=950" in shown
     assert to_markdown([dense]).count("ASR at") == 20

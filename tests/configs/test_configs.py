@@ -1,0 +1,206 @@
+"""Every YAML below configs/ can be parsed and built, and every experiment runs for two steps."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from patcher_pl.cli.lightning_cli import PatcherCLI
+from patcher_pl.redteam import RedTeam
+from patcher_pl.redteam.command import run_redteam
+from patcher_pl.reports import Results
+from patcher_pl.testbed import build
+from tests.commands import QUIET, ROOT, cli, write_rows, write_yaml
+from tests.families import build_family
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
+
+
+def kind(path: Path) -> str:
+    """Which command, or option, a file is for, told by its keys."""
+    keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
+    if {"model", "trainer"} <= keys:
+        return "fit"
+    if {"base", "variants"} <= keys:
+        return "sweep"
+    if {"attacks", "judge"} <= keys:
+        return "red team"
+    if "redteam" in keys:
+        return "redteam"
+    raise AssertionError(f"{path}: of no kind that this test knows; teach it the new kind.")
+
+
+def of_kind(wanted):
+    return [
+        pytest.param(path, id=name)
+        for path, name in zip(CONFIGS, NAMES, strict=True)
+        if kind(path) == wanted
+    ]
+
+
+@pytest.fixture(scope="module")
+def quick_testbed(cache):
+    """A testbed whose base model has hardly learned anything, in a cache entry of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(build.TRAINING, "num_steps", 4)
+        patch.setitem(build.TRAINING, "num_warmup_steps", 1)
+        yield
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    """Fails as soon as weights, a tokenizer or data are asked for."""
+
+    def refuse(*_, **__):
+        raise AssertionError("Building a configuration must load nothing.")
+
+    import datasets
+    import transformers
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(build, "build_testbed", refuse)
+
+
+def ignoring_deprecations(function):
+    return pytest.mark.filterwarnings(
+        "ignore:(?s).*(instantiate_classes|JsonargparseDeprecationWarning):DeprecationWarning"
+    )(function)
+
+
+def test_there_are_configs_of_every_kind():
+    assert {kind(path) for path in CONFIGS} == {"fit", "sweep", "redteam", "red team"}
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("path", of_kind("fit"))
+def test_an_experiment_is_built_without_loading_anything(path, nothing_is_loaded, tmp_path):
+    built = PatcherCLI("fit", ["--config", str(path), "--run_dir", str(tmp_path)])
+    assert isinstance(built.options.redteam, RedTeam)
+    assert built.trainer.max_steps > 0
+
+
+@pytest.mark.parametrize("path", of_kind("red team"))
+def test_a_red_team_is_built_without_loading_anything(path, nothing_is_loaded):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
+    options = parser.instantiate(parser.parse_args(["--redteam", str(path)]))
+    assert isinstance(options.redteam, RedTeam)
+
+
+@pytest.mark.parametrize("path", of_kind("redteam"))
+def test_options_of_the_red_team_command_are_built(path, nothing_is_loaded):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(run_redteam, sub_configs=True)
+    arguments = ["--config", str(path), "--model", "m", "--run_dir", "r"]
+    options = parser.instantiate(parser.parse_args(arguments))
+    assert isinstance(options.redteam, RedTeam)
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("path", of_kind("sweep"))
+def test_every_run_of_a_sweep_is_built(path, nothing_is_loaded, tmp_path):
+    """Wrong if an override of the sweep named an option that its base does not have."""
+    from patcher_pl.cli.sweep import _cells
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = path.parent / content["base"]
+    cells = _cells(base, content["variants"], tmp_path, content["seeds"][:1])
+    assert len({cell.digest for cell in cells}) == len(content["variants"])
+    for cell in cells:
+        PatcherCLI("fit", [*cell.arguments, "--run_dir", str(tmp_path)])
+
+
+def shortened_redteam(content, max_new_tokens=4):
+    """The red team of a config, cut down to one prompt and one step."""
+    for attack in content["attacks"]:
+        attack["init_args"] |= {"attack_steps": [0, 1], "batch_size": 2}
+    content["prompts"]["limit"] = 2
+    if "benign_prompts" in content:
+        content["benign_prompts"]["limit"] = 2
+    content["generation"] |= {"max_new_tokens": max_new_tokens}
+    return content
+
+
+def shortened(path):
+    """An experiment of two steps; everything else as in the file."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    redteam = path.parent / content["redteam"]
+    content["redteam"] = shortened_redteam(yaml.safe_load(redteam.read_text(encoding="utf-8")))
+    content["data"]["batch_size"] = 2
+    content["trainer"] |= {"max_steps": 2, "accelerator": "cpu", "log_every_n_steps": 1, **QUIET}
+    if content.get("probe_every_n_steps"):
+        content["probe_every_n_steps"] = 1
+    init_args = content["model"]["init_args"]
+    if "attacker" in init_args:
+        # One plain step, then one that is attacked.
+        init_args["attacker"]["init_args"]["num_steps"] = 1
+        init_args |= {"num_sft_steps": 1, "refresh_every": 1}
+    return content
+
+
+def sources_of(content):
+    mixtures = [content["redteam"]["data"], *map(content["data"].get, ("safe", "attack", "val"))]
+    yield from (source for mixture in mixtures if mixture for source in mixture["sources"])
+    for name in ("prompts", "benign_prompts"):
+        if name in content["redteam"]:
+            yield content["redteam"][name]["source"]
+
+
+def local_rows(source):
+    """A few rows in the schema that the source's reader expects."""
+    reader = source["reader"]["class_path"].rpartition(".")[2]
+    asked = [f"How do I brew draught {number}?" for number in range(8)]
+    rows = {
+        "BeaverTailsRefusals": {"response": "Stir.", "refusal": "I can't.", "is_safe": False},
+        "BeaverTails": {"response": "Stir.", "is_safe": False, "category": {}},
+        "ColumnMap": {},
+    }
+    if reader == "Gsm8k":
+        return [{"question": text, "answer": "Two. #### 2"} for text in asked]
+    return [{"prompt": text, **rows[reader]} for text in asked]
+
+
+def made_local(content, folder):
+    """The same experiment on a tiny model of the family, with files in place of the hub."""
+    language_model = content["model"]["init_args"]["language_model"]
+    assert language_model["path"].startswith("Qwen/Qwen2.5-")
+    language_model["path"] = str(build_family("qwen2", folder / "model"))
+    for number, source in enumerate(sources_of(content)):
+        path = write_rows(folder / f"{number}.jsonl", local_rows(source))
+        source["path"] = str(path)
+        for hub_only in ("name", "split", "revision"):
+            source.pop(hub_only, None)
+    # Eight rows each must do for what the file asks of thousands.
+    content["redteam"]["data"]["num_examples"] = 10
+    return content
+
+
+@pytest.mark.parametrize("path", of_kind("fit"))
+def test_an_experiment_runs_for_two_steps(path, quick_testbed, tmp_path):
+    content = shortened(path)
+    if content["model"]["init_args"]["language_model"]["path"] != "testbed":
+        content = made_local(content, tmp_path)
+    config = write_yaml(tmp_path / "config.yaml", content)
+    cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(0)
+    curves = Results.load(tmp_path / "run" / "results.json").curves
+    assert [curve.error for curve in curves] == [None] * (1 + content.get("control", False))
+    assert all(len(curve.asr) == 2 for curve in curves)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", of_kind("redteam"))
+def test_an_attack_config_runs(path, quick_testbed, tmp_path):
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    redteam = path.parent / content["redteam"]
+    content["redteam"] = shortened_redteam(yaml.safe_load(redteam.read_text(encoding="utf-8")))
+    config = write_yaml(tmp_path / "config.yaml", content)
+    command = ("redteam", "--config", config, "--model", "testbed", "--run_dir", tmp_path / "run")
+    cli(*command).expect(0)
+    assert [curve.error for curve in Results.load(tmp_path / "run" / "results.json").curves] == [
+        None
+    ]

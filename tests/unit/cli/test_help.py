@@ -1,0 +1,37 @@
+"""`--help` lists every command, at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from patcher_pl.cli.main import COMMANDS
+from tests.commands import ROOT, cli
+
+HEAVY = ["torch", "lightning", "transformers", "datasets", "peft", "matplotlib", "jsonargparse"]
+
+
+def test_help_lists_all_commands_and_imports_nothing_heavy():
+    """Wrong if whoever asks what there is had to wait for torch."""
+    probe = (
+        "import sys, json, patcher_pl.cli\n"
+        "try:\n    patcher_pl.cli.main(['--help'])\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *said, modules = done.stdout.splitlines()
+    for command in COMMANDS:
+        assert any(line.split()[:1] == [command] for line in said), command
+    assert not set(json.loads(modules)) & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command):
+    said = cli(command, "--help").expect(0)
+    option = {"testbed": "--out", "redteam": "--model", "sweep": "--variants"}
+    assert option.get(command, "--run_dir") in said.out
+    assert "--config" in said.out
