@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.errors import ConfigError, PatcherError, RunInterrupted
@@ -20,6 +20,12 @@ from patcher_pl.redteam.command import write_reports
 from patcher_pl.reports.environment import environment, usable_cpus
 from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings, fingerprint
+
+if TYPE_CHECKING:
+    ConfigFile = Path
+else:
+    # Relative to the configuration file that names it, and checked to be readable.
+    from jsonargparse.typing import Path_fr as ConfigFile
 
 STATE = "sweep.json"
 

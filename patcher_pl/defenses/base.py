@@ -10,6 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from patcher_pl.defenses.cost import Cost
 from patcher_pl.errors import CheckpointError, ConfigError
@@ -126,7 +127,13 @@ class Defense(LightningModule):
         optimizer = self.build_optimizer(trainable)
         if self.build_scheduler is None:
             return optimizer
-        return [optimizer], [self.build_scheduler(optimizer)]
+        scheduler = self.build_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                f"{type(self).__name__}.scheduler must depend on the step alone, got "
+                "ReduceLROnPlateau. Use a schedule such as CosineAnnealingLR."
+            )
+        return [optimizer], [scheduler]
 
     def on_fit_start(self) -> None:
         """Refuses what this version cannot do right, before any compute is spent."""

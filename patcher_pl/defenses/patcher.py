@@ -1,5 +1,6 @@
 """Patcher: adversarial training against simulated fine-tuning attacks."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.weights import vector_norm
 from patcher_pl.types import Batch
+
+logger = logging.getLogger(__name__)
 
 
 class Patcher(Defense):
@@ -111,6 +114,11 @@ class Patcher(Defense):
             raise ConfigError(
                 "SafetyDataModule.attack: Patcher attacks its model in training and needs harmful "
                 "conversations for that, got none. Set `data.attack`, or use SFT."
+            )
+        if 0 <= self.trainer.max_steps <= self.num_sft_steps:
+            logger.warning(
+                "Patcher never attacks in this run: trainer.max_steps %d, num_sft_steps %d.",
+                *(self.trainer.max_steps, self.num_sft_steps),
             )
 
     def on_train_start(self) -> None:

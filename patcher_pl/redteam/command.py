@@ -54,6 +54,7 @@ def run_redteam(
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        num_threads: CPU threads of torch; null leaves it to torch. Tiny models want 1.
         defense: Name of the model's defense in the results.
         k1: Simulated attack steps that it was trained against, for the results.
         train_seed: Seed that it was trained with, for the results.
