@@ -1,8 +1,12 @@
 """What every test may rely on: nothing outside of pytest's own folders is read or written."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch starts its threads: tests run side by side, on models for which one is best.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

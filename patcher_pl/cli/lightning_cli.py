@@ -45,7 +45,7 @@ class PatcherCLI(LightningCLI):
             subclass_mode_model=True,
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={"use_distributed_sampler": False, "devices": 1},
             parser_kwargs={**quiet, command: quiet},
             args=[command, *arguments],
             auto_configure_optimizers=False,

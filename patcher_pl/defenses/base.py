@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from patcher_pl.defenses.cost import Cost
-from patcher_pl.errors import CheckpointError, ConfigError
+from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.types import Batch
@@ -181,6 +181,12 @@ class Defense(LightningModule):
         ]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not torch.isfinite(grad_norm):
+            raise PatcherError(
+                f"{type(self).__name__} diverged at defender step {self.global_step} (gradient norm "
+                f"{float(grad_norm)}); the weights were not touched. Lower the learning rate of "
+                "model.init_args.optimizer, or go on from an earlier checkpoint."
+            )
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -27,7 +27,9 @@ def tokenizer(quick_testbed):
 
 
 def test_every_text_survives_the_tokenizer(tokenizer):
-    texts = {text for rows in files().values() for row in rows for text in (row.prompt, row.response)}
+    texts = {
+        text for rows in files().values() for row in rows for text in (row.prompt, row.response)
+    }
     for text in sorted(texts):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.unk_token_id not in ids
