@@ -68,9 +68,8 @@ class RobustnessProbe(Callback):
 def log_robustness(logger: TensorBoardLogger, curves: Sequence[Curve], step: int) -> None:
     """Logs ASR after each number of attack steps, `steps_to_break`, accuracy, answers and a figure.
 
-    Where a defense was never broken, `steps_to_break` is logged as twice the longest attack: the
-    line must rise, not end. With several attacks, each has its own tags. Attacks that failed before
-    their first measurement are left out.
+    With several attacks, each has its own tags. Attacks that failed before their first measurement
+    are left out.
     """
     curves = [curve for curve in curves if curve.attack_steps]
     if not curves:
@@ -78,14 +77,8 @@ def log_robustness(logger: TensorBoardLogger, curves: Sequence[Curve], step: int
     attacks = {curve.attack for curve in curves}
     for curve in curves:
         tag = "robustness" if len(attacks) == 1 else f"robustness_{curve.attack}"
-        scalars = {
-            f"{tag}/asr_at_{steps}": asr
-            for steps, asr in zip(curve.attack_steps, curve.asr, strict=True)
-        }
-        broken = curve.steps_to_break
-        scalars[f"{tag}/steps_to_break"] = 2 * curve.attack_steps[-1] if broken is None else broken
-        scalars[f"{tag}/benign_accuracy"] = curve.benign_accuracy[0]
-        logger.log_metrics({k: float(v) for k, v in scalars.items() if v is not None}, step)
+        scalars = {f"{tag}/{key}": value for key, value in robustness_scalars(curve).items()}
+        logger.log_metrics(scalars, step)
         answers = [
             f"| {sample.attack_steps} | {sample.prompt} | {sample.answer} | {sample.score} |"
             for sample in curve.samples
@@ -95,3 +88,17 @@ def log_robustness(logger: TensorBoardLogger, curves: Sequence[Curve], step: int
         )
         logger.experiment.add_text(f"{tag}/answers", table, step)
     logger.experiment.add_figure("robustness/asr_curve", asr_figure(curves), step)
+
+
+def robustness_scalars(curve: Curve) -> dict[str, float]:
+    """Returns `asr_at_N`, `steps_to_break` and `benign_accuracy` (before the attack) of a curve.
+
+    A defense that was never broken gets twice the longest attack as `steps_to_break`: its line in a
+    plot must rise, not end. What was not scored is left out.
+    """
+    rates = zip(curve.attack_steps, curve.asr, strict=True)
+    scalars = {f"asr_at_{steps}": asr for steps, asr in rates}
+    broken = curve.steps_to_break
+    scalars["steps_to_break"] = 2 * curve.attack_steps[-1] if broken is None else broken
+    scalars["benign_accuracy"] = curve.benign_accuracy[0]
+    return {key: float(value) for key, value in scalars.items() if value is not None}

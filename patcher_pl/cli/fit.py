@@ -7,7 +7,7 @@ from typing import Any
 from lightning import seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from patcher_pl.callbacks.robustness_probe import log_robustness
+from patcher_pl.callbacks.robustness_probe import log_robustness, robustness_scalars
 from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.lightning_cli import PatcherCLI, fit_or_stop
 from patcher_pl.cli.run_directory import RunDirectory
@@ -117,11 +117,13 @@ class _Outcome:
             done=list(self.results.curves),
         )
         self._keep(curves)
+        defense.cpu()  # Room for the control on the device.
         curves = [curve for curve in curves if curve.attack_steps]  # The others failed at once.
         if curves and isinstance(logger, TensorBoardLogger):
             step = defense.trainer.global_step
             log_robustness(logger, curves, step)
-            logger.log_hyperparams(self._hyperparameters(defense), _final_metrics(curves))
+            final = {f"final/{key}": value for key, value in robustness_scalars(curves[0]).items()}
+            logger.log_hyperparams(self._hyperparameters(defense), final)
             logger.finalize("success")
 
     def _keep(self, curves: Sequence[Curve]) -> None:
@@ -142,15 +144,3 @@ class _Outcome:
                 if isinstance(value, int | float | str | bool) and not key.endswith("class_path")
             }
         return chosen
-
-
-def _final_metrics(curves: list[Curve]) -> dict[str, float]:
-    first = curves[0]
-    metrics = {
-        f"final/asr_at_{steps}": asr
-        for steps, asr in zip(first.attack_steps, first.asr, strict=True)
-    }
-    metrics["final/benign_accuracy"] = first.benign_accuracy[0]
-    broken = first.steps_to_break
-    metrics["final/steps_to_break"] = 2 * first.attack_steps[-1] if broken is None else broken
-    return {key: float(value) for key, value in metrics.items() if value is not None}

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ class FullDisk:
         REAL_SAVE(content, path, *args, **kwargs)
         self.good_saves -= 1
         if self.good_saves < 0:
-            os.truncate(path, os.path.getsize(path) // 2)
+            os.truncate(path, Path(path).stat().st_size // 2)
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
