@@ -50,6 +50,19 @@ def test_the_template_marks_the_answer_and_its_end(tokenizer):
         assert list(encoded.input_ids[len(prompt) :]) == learned
 
 
+def test_the_mask_of_the_template_itself_takes_in_the_end_token(tokenizer):
+    """For whoever trains on the testbed with other programs: `ChatFormat` would add the token."""
+    row = files()["safe"][0]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    masked = zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
+    learned = [token for token, is_answer in masked if is_answer]
+    assert tokenizer.decode(learned) == row.response + tokenizer.eos_token
+
+
 def test_two_builds_agree_to_the_last_byte(quick_testbed, short_training, tmp_path):
     """Wrong if results of two machines, or of two days, could not be compared."""
     torch.manual_seed(99)
