@@ -14,3 +14,7 @@ class Progress(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Runs are as long as `max_steps`; Lightning would count epochs towards minus two.
+        return f"Epoch {current_epoch}"

@@ -10,8 +10,9 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-    for message in (".*LeafSpec.*", ".*is_gradient_checkpointing.*"):
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # The last one is about Lightning's own logging; defenses log by themselves.
+    for message in (".*LeafSpec.*", ".*is_gradient_checkpointing.*", ".*the logging interval.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def log_progress() -> None:

@@ -31,4 +31,4 @@ _NOISE = (
 def _shortened(message: str) -> str:
     lines = [line.rstrip() for line in message.splitlines() if line.strip()]
     told = [line for line in lines if not line.strip().startswith(_NOISE)]
-    return "\n".join(told or lines)
+    return "\n".join(told or lines).strip().removeprefix("- ")

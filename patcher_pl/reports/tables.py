@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _MISSING = "-"
 # More columns of figures do not fit 80 characters.
-_MOST_COLUMNS = 8
+_MOST_COLUMNS = 7
 _CSV_COLUMNS = (
     "defense",
     "k1",
@@ -61,8 +61,8 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("ASR after N steps", no_wrap=True)
-    for name in [*(f"N={step}" for step in steps), "benign", "breaks at"]:
+    table.add_column("ASR at attack step", no_wrap=True)
+    for name in [*(str(step) for step in steps), "benign", "breaks at"]:
         # Figures fold rather than end in dots: one whose end is missing misleads.
         table.add_column(name, justify="right", overflow="fold")
     attacks = list(dict.fromkeys(group.attack for group in groups))
