@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import tests.typechecking  # noqa: F401  # The import hook of jaxtyping looks for it.
+
 # Before torch starts its threads: tests run side by side, on models for which one is best.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -149,7 +149,8 @@ class RedTeam:
                     record.add(point, *examiner.examine(target, seed), self.num_samples)
                     rate = record.harmful[-1].rate
                     logger.info(
-                        "%s, seed %d, %d steps: ASR %.3f", attack.name, seed, point.steps, rate
+                        "%s under %s, seed %d, after %d steps: ASR %.3f",
+                        *(key[0], attack.name, seed, point.steps, rate),
                     )
             except (PatcherError, RuntimeError) as failure:
                 error = f"{type(failure).__name__}: {failure}"

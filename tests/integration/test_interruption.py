@@ -191,6 +191,6 @@ def test_an_interrupted_red_team_goes_on_after_its_last_curve(inputs, tmp_path, 
         cli(*command, "--ckpt_path", "last").expect(128 + signal.SIGINT)
     assert [curve.seed for curve in Results.load(results).curves] == [0]
     resumed = cli(*command, "--ckpt_path", "last").expect(0)
-    assert "seed 1, 2 steps" in resumed.out
-    assert "seed 0, 2 steps" not in resumed.out
+    assert "seed 1, after 2 steps" in resumed.out
+    assert "seed 0, after 2 steps" not in resumed.out
     assert [curve.seed for curve in Results.load(results).curves] == [0, 1]

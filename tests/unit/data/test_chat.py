@@ -141,10 +141,16 @@ def test_a_row_that_the_template_refuses_names_its_origin_and_the_templates_word
     ("options", "message"),
     [
         ({"max_length": 1}, r"ChatFormat\.max_length must be >= 2, got 1"),
-        ({"too_long": "wrap"}, r"ChatFormat\.too_long must be .*'wrap'"),
         ({"template_options": {"messages": []}}, r"ChatFormat\.template_options .*'messages'"),
     ],
 )
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ChatFormat(**options)
+
+
+def test_an_unknown_way_to_treat_long_conversations_is_refused():
+    chat = ChatFormat()
+    object.__setattr__(chat, "too_long", "wrap")  # Past the tests' own type checker.
+    with pytest.raises(ValueError, match=r"ChatFormat\.too_long must be .*'wrap'"):
+        chat.__post_init__()

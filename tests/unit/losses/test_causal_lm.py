@@ -67,15 +67,16 @@ def test_the_model_gets_ids_and_mask_and_no_labels():
     """Its own loss would count padding and prompt as it likes."""
     seen = {}
 
-    def model(**inputs):
-        seen.update(inputs)
-        return SimpleNamespace(logits=torch.zeros(1, 2, 3))
+    class Model(torch.nn.Module):
+        def forward(self, **inputs):
+            seen.update(inputs)
+            return SimpleNamespace(logits=torch.zeros(1, 2, 3))
 
     batch = {
         "input_ids": torch.tensor([[1, 2]]),
         "attention_mask": torch.tensor([[1, 1]]),
         "labels": torch.tensor([[-100, 2]]),
     }
-    assert float(causal_lm_loss(model, batch)) == pytest.approx(math.log(3))
+    assert float(causal_lm_loss(Model(), batch)) == pytest.approx(math.log(3))
     assert seen.keys() == {"input_ids", "attention_mask", "use_cache"}
     assert seen["use_cache"] is False
