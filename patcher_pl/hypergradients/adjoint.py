@@ -111,7 +111,12 @@ class Adjoint(Hypergradient):
                         break
         cost = run.num_gradients + 1.0 + walk.num_products * self.hvp.gradient_evaluations
         return HypergradientEstimate(
-            walk.cotangent.parameters, loss, vector, cost, run.random_state, walk.diagnostics()
+            walk.cotangent.parameters,
+            loss,
+            vector,
+            cost,
+            run.random_state,
+            {**run.report(), **walk.diagnostics()},
         )
 
 

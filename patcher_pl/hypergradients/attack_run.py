@@ -85,6 +85,13 @@ class AttackRun:
         self.losses.setdefault(self.position, float(loss.detach()))
         return list(gradients)
 
+    def report(self) -> dict[str, float]:
+        """Losses at the first and the last step (nats per answer token)."""
+        return {
+            "attack_loss_before": self.losses[0],
+            "attack_loss": self.losses[self.num_steps - 1],
+        }
+
     @torch.no_grad()
     def advance(self, gradients: Sequence[Tensor | None]) -> None:
         """Takes the current step with the given gradients."""

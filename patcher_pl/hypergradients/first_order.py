@@ -43,6 +43,7 @@ class FirstOrder(Hypergradient):
                 weights.difference(start),
                 run.num_gradients + 1.0,
                 run.random_state,
+                run.report(),
             )
 
 

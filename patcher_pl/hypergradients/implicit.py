@@ -111,5 +111,5 @@ class Implicit(Hypergradient):
             vector,
             run.num_gradients + 1.0 + products,
             run.random_state,
-            report,
+            {**run.report(), **report},
         )
