@@ -121,7 +121,8 @@ class _Recomputed(torch.autograd.Function):
         sources = [*inputs, *saved[ctx.num_moving :]]
         with kept_random_state(call.random.device), torch.enable_grad(), Composites():
             call.random.restore()
-            outputs = call.run(inputs)
+            with forward_ad._set_fwd_grad_enabled(True):
+                outputs = call.run(inputs)
             pairs = [
                 (output, gradient)
                 for output, gradient in zip(outputs, grad_outputs, strict=True)

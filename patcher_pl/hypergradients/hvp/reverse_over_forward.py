@@ -65,5 +65,7 @@ class ReverseOverForward(HessianProduct):
                 if slope is None or not slope.requires_grad:
                     return [torch.zeros_like(parameter) for parameter in parameters]
                 # Within the block: rematerialization reads the substituted parameters again.
-                found = torch.autograd.grad(slope, parameters, allow_unused=True)
+                # Saved tensors are dual: without the switch, tangents of this pass were computed too.
+                with forward_ad._set_fwd_grad_enabled(False):
+                    found = torch.autograd.grad(slope, parameters, allow_unused=True)
         return filled(found, parameters)
