@@ -2,6 +2,14 @@
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
 from patcher_pl.attackers.fine_tuning import FineTuningAttacker
+from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.attackers.loop import FinetuneStep, finetune
 
-__all__ = ["AttackOutcome", "Attacker", "FineTuningAttacker", "FinetuneStep", "finetune"]
+__all__ = [
+    "AttackOutcome",
+    "Attacker",
+    "FineTuningAttacker",
+    "FinetuneStep",
+    "InnerProblem",
+    "finetune",
+]

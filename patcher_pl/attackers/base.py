@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.attackers.loop import FinetuneStep
 from patcher_pl.models.weights import Weights
 from patcher_pl.types import Batch
@@ -32,6 +33,24 @@ class Attacker(ABC):
     """
 
     num_steps: int
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether `inner_problem` exists."""
+        return False
+
+    def inner_problem(self, batches: Iterator[Batch]) -> InnerProblem:
+        """Records the batches of one attack and returns it as something to differentiate.
+
+        Args:
+            batches: Endless stream, of which `num_steps` are taken.
+
+        Raises:
+            ValueError: If these attacks cannot be differentiated.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be differentiated. Use FineTuningAttacker without lora."
+        )
 
     @abstractmethod
     def attack(

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import nn
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.attackers.loop import FinetuneStep, Schedule, finetune
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.weights import Weights
-from patcher_pl.optim import Optimizer
+from patcher_pl.optim import ClipByGlobalNorm, Optimizer, Update
 from patcher_pl.types import Batch
 
 
@@ -77,6 +79,28 @@ class FineTuningAttacker(Attacker):
             return AttackOutcome(weights.difference(saved), steps)
         finally:
             weights.restore(saved)
+
+    @property
+    def is_differentiable(self) -> bool:
+        return self.lora is None
+
+    def inner_problem(self, batches: Iterator[Batch]) -> InnerProblem:
+        if self.lora is not None:
+            raise ValueError(
+                "FineTuningAttacker.lora must be null for an attack that is differentiated, got "
+                f"{self.lora}. Use FirstOrder hypergradients, or attack all weights."
+            )
+        clip = None
+        if self.max_grad_norm is not None:
+            clip = ClipByGlobalNorm(max_norm=self.max_grad_norm)
+        update = Update(
+            optimizer=self.optimizer.differentiable(),
+            num_steps=self.num_steps,
+            clip=clip,
+            schedule=self.schedule,
+            num_warmup_steps=self.num_warmup_steps,
+        )
+        return InnerProblem(batches=list(islice(batches, self.num_steps)), update=update)
 
     def _attack_copy(
         self,

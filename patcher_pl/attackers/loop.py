@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from patcher_pl.losses import causal_lm_loss
-from patcher_pl.optim import Optimizer
+from patcher_pl.optim import Optimizer, Schedule
 from patcher_pl.types import Batch
 
-Schedule = Literal["constant", "linear", "cosine"]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 

@@ -15,9 +15,9 @@ class Cost:
     gradient_evaluations: int = 0
     tokens: int = 0
 
-    def add(self, *, num_tokens: int) -> None:
-        """Counts one gradient evaluation."""
-        self.gradient_evaluations += 1
+    def add(self, *, num_tokens: int, gradient_evaluations: int = 1) -> None:
+        """Counts gradient evaluations: one, or what something dearer amounts to."""
+        self.gradient_evaluations += gradient_evaluations
         self.tokens += num_tokens
 
     def state(self) -> dict[str, int]:

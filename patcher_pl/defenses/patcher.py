@@ -9,9 +9,16 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from patcher_pl.attackers import Attacker, AttackOutcome
+from patcher_pl.attackers import Attacker, AttackOutcome, InnerProblem
 from patcher_pl.defenses.base import Defense
 from patcher_pl.errors import ConfigError, RunInterrupted
+from patcher_pl.hypergradients import (
+    FirstOrder,
+    Hypergradient,
+    HypergradientEstimate,
+    OuterLoss,
+    measure_trust,
+)
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.weights import vector_norm
@@ -30,13 +37,19 @@ class Patcher(Defense):
         theta <- step on  alpha L_safe(theta + v) + (1 - alpha) L_safe(theta)
 
     The gradient at theta + v is applied to theta: the Jacobian of the attack is taken to be the
-    identity.
+    identity. With another `hypergradient`, the steps before which an attack is due (every step, if
+    `refresh_every` is 1) use its estimate of d L_safe(theta_att) / d theta instead, from a fresh
+    attack; the steps in between go on with v as above.
 
     Args:
         language_model: The model to harden.
         attacker: The simulated attack (k1 = its `num_steps`).
         optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given.
         scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
+        hypergradient: How the loss after the attack is differentiated; None for `FirstOrder`, the
+            paper's. Any other attacks once per batch of a step, in full precision.
+        trust_every: Attack once more after every so many fresh estimates, to log the change of the
+            outer loss beside the predicted one (count, >= 1). None never does.
         alpha: Weight of the attacked model's loss (in [0, 1]); the rest weighs the loss at theta.
         refresh_every: Defender steps for which an attack vector is used (k2, count, >= 1).
         num_sft_steps: Defender steps before the first attack (count, >= 0); None takes
@@ -65,6 +78,8 @@ class Patcher(Defense):
         restart_optimizer: bool = False,
         max_grad_norm: float | None = 1.0,
         accumulate_grad_batches: int = 1,
+        hypergradient: Hypergradient | None = None,
+        trust_every: int | None = None,
     ) -> None:
         super().__init__(
             language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
@@ -86,6 +101,29 @@ class Patcher(Defense):
             num_sft_steps,
             "Use 0 to attack from the first step on.",
         )
+        self.hypergradient = FirstOrder() if hypergradient is None else hypergradient
+        self._require(
+            trust_every is None or (trust_every >= 1 and not self.is_first_order),
+            "trust_every",
+            ">= 1 with a `hypergradient` other than FirstOrder, or null",
+            trust_every,
+            "Use null to save the attacks.",
+        )
+        self._require(
+            self.is_first_order or attacker.is_differentiable,
+            "attacker",
+            "a FineTuningAttacker without lora, for this `hypergradient`",
+            attacker,
+            "Set `attacker.lora: null` or use FirstOrder.",
+        )
+        self._require(
+            self.is_first_order or language_model.lora is None,
+            "language_model.lora",
+            "null for this `hypergradient`",
+            language_model.lora,
+            "Train every weight or use FirstOrder.",
+        )
+        self.trust_every = trust_every
         self.attacker = attacker
         self.alpha = alpha
         self.refresh_every = refresh_every
@@ -94,6 +132,13 @@ class Patcher(Defense):
         self.attack_vector: Sequence[Tensor] | None = None
         self._num_attacks = 0
         self._weights: Weights | None = None
+        self._inner: InnerProblem | None = None
+        self._fresh: tuple[HypergradientEstimate, OuterLoss] | None = None
+
+    @property
+    def is_first_order(self) -> bool:
+        """Whether the paper's own gradient is used at all steps."""
+        return isinstance(self.hypergradient, FirstOrder)
 
     @property
     def num_attack_steps(self) -> int | None:
@@ -132,17 +177,26 @@ class Patcher(Defense):
         """Attacks where a new attack vector is due."""
         steps_since_sft = self.global_step - self.num_sft_steps
         if steps_since_sft >= 0 and steps_since_sft // self.refresh_every >= self._num_attacks:
-            self._refresh_attack_vector()
+            if self.is_first_order:
+                self._refresh_attack_vector()
+            else:
+                stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
+                self._inner = self.attacker.inner_problem(stream.endless())
+                self._count_attack()
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of the two-term loss, or of L_safe while there is no attack yet."""
-        if self.attack_vector is None:
+        if self._inner is None and self.attack_vector is None:
             loss_safe = causal_lm_loss(self.model, batch)
             self.backward_of(share * loss_safe, batch)
             return {"loss_safe": loss_safe.detach()}
-        with self.weights.shifted(self.attack_vector):
-            loss_attacked = causal_lm_loss(self.model, batch)
-            self.backward_of(share * self.alpha * loss_attacked, batch)
+        if self._inner is not None:
+            loss_attacked = self._add_hypergradient(self._inner, batch, share * self.alpha)
+        else:
+            assert self.attack_vector is not None
+            with self.weights.shifted(self.attack_vector):
+                loss_attacked = causal_lm_loss(self.model, batch)
+                self.backward_of(share * self.alpha * loss_attacked, batch)
         loss_safe = causal_lm_loss(self.model, batch)
         self.backward_of(share * (1 - self.alpha) * loss_safe, batch)
         gap = (loss_attacked - loss_safe).detach()
@@ -151,6 +205,63 @@ class Patcher(Defense):
             "loss_attacked": loss_attacked.detach(),
             "attack_gap": gap,
         }
+
+    def _add_hypergradient(self, inner: InnerProblem, batch: Batch, weight: float) -> Tensor:
+        """Adds `weight` times the estimate for a batch; returns the loss after the attack."""
+
+        def outer_loss(model: torch.nn.Module) -> Tensor:
+            return causal_lm_loss(model, batch)
+
+        try:
+            estimate = self.hypergradient.estimate(
+                self.model, self.weights, inner, outer_loss, self._check_for_stop
+            )
+        except RunInterrupted:
+            self._forget_step(inner)
+            raise
+        self._check_norm(norm := float(vector_norm(estimate.attack_vector)))
+        for parameter, gradient in zip(self.weights.parameters, estimate.gradients, strict=True):
+            if parameter.requires_grad:
+                scaled = gradient * weight
+                parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+        self.attack_vector = estimate.attack_vector
+        self._fresh = estimate, outer_loss
+        # Everything but the outer gradient runs over attack batches.
+        evaluations = estimate.gradient_evaluations - 1
+        num_tokens = round(evaluations * inner.num_tokens / inner.num_steps)
+        self.cost.add(num_tokens=num_tokens, gradient_evaluations=math.ceil(evaluations))
+        self.cost.add(num_tokens=int(batch["attention_mask"].sum()))
+        self._log_now({f"hypergradient/{k}": v for k, v in estimate.diagnostics.items()})
+        self._log_now({"attack/vector_norm": norm})
+        return torch.tensor(estimate.outer_loss, device=self.device)
+
+    def _forget_step(self, inner: InnerProblem) -> None:
+        """Goes back to where this step had not begun: the same batches will be handed out again."""
+        self.trainer.datamodule.attack_stream().rewind(inner.num_steps)  # type: ignore[attr-defined]
+        loader = self.trainer.train_dataloader
+        loader.rewind(self._num_accumulated + 1)  # type: ignore[union-attr]
+        self.model.zero_grad(set_to_none=True)
+        self._num_accumulated, self._losses = 0, {}
+        self._num_attacks -= 1
+        self._inner = None
+
+    def _take_step(self) -> dict[str, Any]:
+        inner, fresh = self._inner, self._fresh
+        self._inner = self._fresh = None
+        due = self.trust_every is not None and self._num_attacks % self.trust_every == 0
+        if inner is None or fresh is None or not due:
+            return super()._take_step()
+        before = self.weights.snapshot()
+        metrics = super()._take_step()
+        estimate, outer_loss = fresh
+        trust = measure_trust(
+            *(self.model, self.weights, inner, outer_loss, estimate),
+            self.weights.difference(before),
+        )
+        self.cost.add(num_tokens=inner.num_tokens, gradient_evaluations=inner.num_steps)
+        changes = {"predicted_change": trust.predicted, "actual_change": trust.actual}
+        self._log_now({f"hypergradient/{key}": value for key, value in changes.items()})
+        return metrics
 
     def _refresh_attack_vector(self) -> None:
         stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
@@ -164,31 +275,41 @@ class Patcher(Defense):
             stream.rewind(stream.position - start)
             self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
             raise
-        norm = float(vector_norm(outcome.vector))
+        self._check_norm(norm := float(vector_norm(outcome.vector)))
+        self.attack_vector = outcome.vector
+        for step in outcome.steps:
+            self.cost.add(num_tokens=step.num_tokens)
+        self._count_attack()
+        self._log_attack(outcome, norm)
+
+    def _count_attack(self) -> None:
+        self._num_attacks += 1
+        if self.restart_optimizer:
+            self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
+
+    def _check_norm(self, norm: float) -> None:
         if not math.isfinite(norm):
             raise ConfigError(
                 f"Patcher.attacker: the simulated attack diverged at defender step "
                 f"{self.global_step} (norm of the attack vector: {norm}). Lower "
                 "`attacker.optimizer.lr` or set `attacker.max_grad_norm`."
             )
-        self.attack_vector = outcome.vector
-        self._num_attacks += 1
-        for step in outcome.steps:
-            self.cost.add(num_tokens=step.num_tokens)
-        if self.restart_optimizer:
-            self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
-        self._log_attack(outcome, norm)
+
+    def _log_now(self, metrics: Mapping[str, float]) -> None:
+        # Straight to the logger: `self.log` would drop what falls between two logging steps.
+        if self.logger is not None:
+            self.logger.log_metrics(dict(metrics), step=self.global_step)
 
     def _log_attack(self, outcome: AttackOutcome, norm: float) -> None:
-        # Straight to the logger: `self.log` would drop what falls between two logging steps.
         if self.logger is None:
             return
-        attack = {
-            "attack/loss": outcome.steps[-1].loss,
-            "attack/loss_before": outcome.steps[0].loss,
-            "attack/vector_norm": norm,
-        }
-        self.logger.log_metrics(attack, step=self.global_step)
+        self._log_now(
+            {
+                "attack/loss": outcome.steps[-1].loss,
+                "attack/loss_before": outcome.steps[0].loss,
+                "attack/vector_norm": norm,
+            }
+        )
         taken = (self._num_attacks - 1) * self.attacker.num_steps
         for step in outcome.steps:
             self.logger.log_metrics({"attack/loss_by_attack_step": step.loss}, taken + step.index)

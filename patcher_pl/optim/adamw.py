@@ -1,35 +1,54 @@
 """AdamW."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from patcher_pl.optim.base import Optimizer
+from patcher_pl.optim.torch_adapter import TorchAdapter
+
+# See `AdamW.eps_root`.
+DIFFERENTIABLE_EPS_ROOT = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
     """Adam with decoupled weight decay; defaults are torch's, which Patcher's scripts use too.
 
+        m' = beta1 m + (1 - beta1) g        v' = beta2 v + (1 - beta2) g^2
+        theta' = (1 - lr decay) theta - lr m_hat / (sqrt(v_hat + eps_root) + eps)
+
+    with m_hat and v_hat corrected for their start at zero.
+
+    The update of a weight whose gradients have all been tiny (an embedding row that no batch has
+    shown yet) is steep: its derivative is about 1 / eps = 1e8, and in float32 the derivative of a
+    whole attack drowns in that. `eps_root` bounds it by 1 / sqrt(eps_root). Torch's AdamW has no such
+    term. It is therefore 0 where an attack is only carried out, and 1e-10 where one is to be
+    differentiated (`differentiable`, which the inner problem of every hypergradient calls); it slows
+    weights down whose gradients are below 1e-5. Give a number to have the same in both places.
+
     Args:
         lr: Step size (> 0).
         betas: Decay rates of the first and second moment (each in [0, 1)).
         eps: Added to the root of the second moment (> 0).
         weight_decay: Decoupled decay per unit of lr (>= 0).
+        eps_root: Added to the second moment within the root (>= 0); None as explained above.
 
     Raises:
         ValueError: If a value is out of its range.
 
     References:
-        Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101.
+        Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
     """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    eps_root: float | None = None
 
     def __post_init__(self) -> None:
         self._require(self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
@@ -37,8 +56,77 @@ class AdamW(Optimizer):
         self._require(betas_hold, "betas", "in [0, 1)", "Use 0 for no memory.")
         self._require(self.eps > 0, "eps", "> 0", "torch's default is 1e-8.")
         self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
+        root_holds = self.eps_root is None or self.eps_root >= 0
+        self._require(root_holds, "eps_root", ">= 0 or null", "Use 0 for torch's AdamW.")
+
+    @property
+    def num_slots(self) -> int:
+        return 2
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        if self.eps_root:
+            return TorchAdapter(parameters, self)
         return torch.optim.AdamW(
             parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
+
+    def differentiable(self) -> Self:
+        if self.eps_root is not None:
+            return self
+        return replace(self, eps_root=DIFFERENTIABLE_EPS_ROOT)
+
+    def _step_one_(
+        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
+    ) -> None:
+        # In the order of torch's single-tensor AdamW, so that both agree to the last bit.
+        (beta1, beta2), (m, v) = self.betas, slots
+        theta.mul_(1 - lr * self.weight_decay)
+        m.lerp_(gradient, 1 - beta1)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        correction = 1 - beta2**step
+        if self.eps_root:
+            root = v.div(correction).add_(self.eps_root).sqrt_()
+        else:
+            root = v.sqrt().div_(correction**0.5)
+        theta.addcdiv_(m, root.add_(self.eps), value=-lr / (1 - beta1**step))
+
+    def _applied_one(
+        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        (beta1, beta2), (m, v) = self.betas, slots
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient * gradient
+        squared = v / (1 - beta2**step) + (self.eps_root or 0.0)
+        # At v = 0, m is 0 too and the root takes no part in the derivative; autograd says 0 / 0.
+        at_zero = squared == 0
+        root = torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, squared).sqrt())
+        move = m / (1 - beta1**step) / (root + self.eps)
+        return (1 - lr * self.weight_decay) * theta - lr * move, (m, v)
+
+    def _vjp_one_(
+        self,
+        above: Tensor,
+        moments: Sequence[Tensor],
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        step: int,
+        lr: float,
+    ) -> Tensor:
+        (beta1, beta2), (m, v) = self.betas, slots
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        m = m.lerp(gradient, 1 - beta1)
+        squared = (v * beta2).addcmul_(gradient, gradient, value=1 - beta2).div_(correction2)
+        root = squared.add_(self.eps_root or 0.0).sqrt_()
+        by_m, by_v = moments
+        # lr above / denominator is the derivative by -m_hat.
+        denominator = root + self.eps
+        scaled = (above * lr).div_(denominator)
+        by_root = m.mul_(scaled).div_(denominator).div_(correction1)
+        by_root.div_(root.mul_(2 * correction2)).masked_fill_(root == 0, 0.0)
+        by_v.add_(by_root)
+        by_m.sub_(scaled.div_(correction1))
+        pulled = (by_m * (1 - beta1)).addcmul_(by_v, gradient, value=2 * (1 - beta2))
+        by_m.mul_(beta1)
+        by_v.mul_(beta2)
+        above.mul_(1 - lr * self.weight_decay)
+        return pulled

@@ -1,6 +1,6 @@
 """Stochastic gradient descent."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,45 @@ class SGD(Optimizer):
         self._require(0 <= self.momentum < 1, "momentum", "in [0, 1)", "Use 0 for none.")
         self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no penalty.")
 
+    @property
+    def num_slots(self) -> int:
+        return 1 if self.momentum else 0
+
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
+
+    def _step_one_(
+        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
+    ) -> None:
+        if self.weight_decay:
+            gradient = gradient.add(theta, alpha=self.weight_decay)
+        for velocity in slots:
+            gradient = velocity.mul_(self.momentum).add_(gradient)
+        theta.add_(gradient, alpha=-lr)
+
+    def _applied_one(
+        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        direction = gradient + self.weight_decay * theta
+        velocities = [self.momentum * velocity + direction for velocity in slots]
+        for velocity in velocities:
+            direction = velocity
+        return theta - lr * direction, velocities
+
+    def _vjp_one_(
+        self,
+        above: Tensor,
+        moments: Sequence[Tensor],
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        step: int,
+        lr: float,
+    ) -> Tensor:
+        pulled = above * -lr
+        for moment in moments:
+            pulled += moment
+            moment.copy_(pulled).mul_(self.momentum)
+        above.add_(pulled, alpha=self.weight_decay)
+        return pulled

@@ -1,0 +1,118 @@
+"""An attack under way: it can be advanced, noted, put back and looked at again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from patcher_pl.attackers.inner_problem import InnerProblem
+from patcher_pl.attackers.loop import move_batch
+from patcher_pl.hypergradients.composites import ReplayableAttention
+from patcher_pl.hypergradients.randomness import RandomState
+from patcher_pl.optim import OptimizerState
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where an attack is: everything that its next steps depend on.
+
+    Args:
+        position: Steps taken (count).
+        tensors: Parameters, then moments.
+        steps: Steps that each parameter has taken (counts).
+    """
+
+    position: int
+    tensors: Sequence[Tensor]
+    steps: Sequence[int]
+
+
+class AttackRun:
+    """Runs an inner problem in place on the live parameters.
+
+    Random numbers of a step are those of its first visit.
+
+    Args:
+        model: Module under attack.
+        parameters: What the attack trains; leaves that require gradients.
+        inner: The attack.
+        before_step: Called before every first visit of a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[Tensor],
+        inner: InnerProblem,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model = model
+        self.parameters = list(parameters)
+        self.inner = inner
+        self.before_step = before_step
+        self.device = self.parameters[0].device
+        self.position = 0
+        self.random_state = RandomState.capture(self.device)
+        self.num_gradients = 0
+        self.losses: dict[int, float] = {}
+        self.state: OptimizerState = inner.update.optimizer.init(self.parameters)
+        self._random: dict[int, RandomState] = {}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole attack (K, count)."""
+        return self.inner.num_steps
+
+    def loss(self) -> Tensor:
+        """L(theta_k) on the batch of the current step, with the random numbers of that step."""
+        if self.position in self._random:
+            self._random[self.position].restore()
+        else:
+            self._random[self.position] = RandomState.capture(self.device)
+        batch = move_batch(self.inner.batches[self.position], self.device)
+        with torch.enable_grad():
+            return self.inner.loss_function(self.model, batch)
+
+    def gradient(self) -> list[Tensor | None]:
+        """Gradient of L at the current parameters; None where the loss does not depend on one."""
+        if self.position not in self._random:
+            self.before_step()
+        with ReplayableAttention():
+            loss = self.loss()
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        self.num_gradients += 1
+        self.losses.setdefault(self.position, float(loss.detach()))
+        return list(gradients)
+
+    def report(self) -> dict[str, float]:
+        """Losses at the first and the last step (nats per answer token)."""
+        return {
+            "attack_loss_before": self.losses[0],
+            "attack_loss": self.losses[self.num_steps - 1],
+        }
+
+    @torch.no_grad()
+    def advance(self, gradients: Sequence[Tensor | None]) -> None:
+        """Takes the current step with the given gradients."""
+        self.inner.update.step_(self.parameters, gradients, self.state, self.position)
+        self.position += 1
+
+    def run_to(self, position: int) -> None:
+        """Takes steps until `position`."""
+        while self.position < position:
+            self.advance(self.gradient())
+
+    def point(self) -> Point:
+        """Returns where the attack is; shares memory with it."""
+        moments = [tensor for slot in self.state.slots for tensor in slot]
+        parameters = [parameter.detach() for parameter in self.parameters]
+        return Point(self.position, [*parameters, *moments], list(self.state.steps))
+
+    @torch.no_grad()
+    def go_to(self, point: Point) -> None:
+        """Puts the attack where it was."""
+        for tensor, value in zip(self.point().tensors, point.tensors, strict=True):
+            tensor.copy_(value)
+        self.state.steps[:] = point.steps
+        self.position = point.position

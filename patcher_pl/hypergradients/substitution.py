@@ -1,0 +1,48 @@
+"""Other tensors in the place of a module's parameters, for the length of a block."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def substituted(
+    model: nn.Module, parameters: Sequence[Tensor], substitutes: Sequence[Tensor]
+) -> Iterator[None]:
+    """Puts `substitutes` where `parameters` are, tied ones included.
+
+    What runs within the block sees them, and so does whatever is recomputed by a backward pass within
+    it; a backward pass after it would recompute with the parameters, without any error.
+    """
+    by_identity = dict(zip(map(id, parameters), substitutes, strict=True))
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in by_identity
+    ]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = by_identity[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Switches the model's own recomputation of activations off, as Hugging Face stores it.
+
+    It recomputes with the parameters that are in place later on, and knows nothing of forward
+    derivatives.
+    """
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", 0)]
+    try:
+        for module in modules:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -1,0 +1,131 @@
+"""If these fail, Patcher does not train with the hypergradient that its configuration names."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.defenses import Patcher
+from patcher_pl.hypergradients import (
+    Adjoint,
+    FirstOrder,
+    Implicit,
+    Neumann,
+    Truncated,
+    Unrolled,
+)
+from patcher_pl.hypergradients.hvp import FiniteDifference
+from patcher_pl.hypergradients.trajectories import GradientLog
+from patcher_pl.losses import causal_lm_loss
+from patcher_pl.models import LanguageModel, Lora, Weights
+from patcher_pl.optim import SGD, AdamW
+from tests.numerics.hypergradients.problems import distance
+from tests.tiny_runs import MemoryLogger, adamw, assert_same, fit, load, make_llama_exact, sgd
+from tests.tiny_runs import snapshot as weights_of
+
+ATTACKER = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.3), max_grad_norm=None)
+ESTIMATORS = {
+    "unrolled": Unrolled(),
+    "higher": Unrolled(backend="higher"),
+    "adjoint": Adjoint(),
+    "differences": Adjoint(hvp=FiniteDifference(), store=GradientLog(device="disk")),
+    "truncated": Truncated(last_steps=1),
+    "implicit": Implicit(),
+    "neumann": Implicit(solver=Neumann(num_terms=3), strength=50.0),
+}
+
+
+def make(path, hypergradient=None, **options):
+    settings = {"attacker": ATTACKER, "optimizer": adamw(), "refresh_every": 1, "num_sft_steps": 1}
+    model = LanguageModel(path=str(path), dtype=options.pop("dtype", "float32"))
+    return Patcher(model, hypergradient=hypergradient, **{**settings, **options})
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_every_estimator_trains(estimator, llama, rows):
+    logger = MemoryLogger()
+    defense = make(llama, estimator, trust_every=1, attacker=FineTuningAttacker(
+        num_steps=2, optimizer=AdamW(lr=1e-3)
+    ))  # fmt: skip
+    fit(defense, rows.module(), 3, logger=logger)
+    first_order = make(llama)
+    fit(first_order, rows.module(), 3)
+    assert all(bool(value.isfinite().all()) for value in weights_of(defense.model).values())
+    changed = weights_of(first_order.model)
+    assert any(not torch.equal(v, changed[k]) for k, v in weights_of(defense.model).items())
+    assert sorted(logger.history["hypergradient/predicted_change"]) == [2, 3]
+    assert sorted(logger.history["attack/vector_norm"]) == [1, 2]
+    assert all(math.isfinite(v) for v in logger.history["hypergradient/actual_change"].values())
+    assert defense.cost.gradient_evaluations > 3 + 2 * 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_update_is_gradient_descent_on_the_two_losses(llama, rows, monkeypatch, accumulate):
+    """One step by hand: alpha d L(theta_K(theta)) + (1 - alpha) d L(theta), over all batches."""
+    make_llama_exact(monkeypatch)
+    defense = make(
+        *(llama, Adjoint()),
+        dtype="float64",
+        optimizer=sgd(0.1),
+        alpha=0.3,
+        num_sft_steps=0,
+        max_grad_norm=None,
+        accumulate_grad_batches=accumulate,
+    )
+    fit(defense, rows.module(), 1)
+    model = load(llama, dtype="float64").train()
+    inner = ATTACKER.inner_problem(rows.batches("attack", defense.tokenizer))
+    safe = list(islice(rows.batches("safe", defense.tokenizer), accumulate))
+
+    def loss(module):
+        return sum(causal_lm_loss(module, batch) for batch in safe) / accumulate
+
+    attacked = Unrolled().estimate(model, Weights(model), inner, loss).gradients
+    plain = torch.autograd.grad(loss(model), list(model.parameters()))
+    expected = [
+        p.detach() - 0.1 * (0.3 * a + 0.7 * b)
+        for p, a, b in zip(model.parameters(), attacked, plain, strict=True)
+    ]
+    found = [p.detach() for p in defense.model.parameters()]
+    assert distance(found, expected) < 1e-12
+    assert distance([p.detach() for p in model.parameters()], expected) > 1e-4
+
+
+@pytest.mark.parametrize("refresh_every", [1, 3])
+def test_first_order_is_the_paper_bit_for_bit(llama, rows, refresh_every):
+    runs = []
+    for estimator in (None, FirstOrder()):
+        defense = make(llama, estimator, refresh_every=refresh_every)
+        fit(defense, rows.module(), 4)
+        runs.append(weights_of(defense.model))
+    assert_same(*runs)
+
+
+def test_in_between_the_vector_of_the_last_estimate_is_used(llama, rows):
+    """With no step differentiated, an estimator is first-order: also where it refreshes rarely."""
+    runs = []
+    for estimator in (None, Truncated(last_steps=0)):
+        defense = make(llama, estimator, refresh_every=2, optimizer=sgd())
+        fit(defense, rows.module(), 5)
+        runs.append(list(weights_of(defense.model).values()))
+    assert distance(runs[1], runs[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"attacker": FineTuningAttacker(num_steps=1, optimizer=SGD(lr=1), lora=Lora())}, "attacker"),
+        ({"trust_every": 0}, "trust_every"),
+        ({"hypergradient": None, "trust_every": 1}, "trust_every"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_differentiated_is_refused(llama, options, field):
+    with pytest.raises(ValueError, match=rf"^Patcher\.{field} must be .*, got .*\. .*\.$"):
+        make(llama, **{"hypergradient": Adjoint(), **options})
+
+
+def test_a_model_with_adapters_is_refused(llama):
+    with pytest.raises(ValueError, match=r"^Patcher\.language_model\.lora must be null"):
+        Patcher(LanguageModel(path=str(llama), lora=Lora()), ATTACKER, hypergradient=Adjoint())
