@@ -8,6 +8,7 @@ import torch
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.defenses import Patcher
+from patcher_pl.errors import RunInterrupted
 from patcher_pl.hypergradients import (
     Adjoint,
     FirstOrder,
@@ -129,3 +130,34 @@ def test_what_cannot_be_differentiated_is_refused(llama, options, field):
 def test_a_model_with_adapters_is_refused(llama):
     with pytest.raises(ValueError, match=r"^Patcher\.language_model\.lora must be null"):
         Patcher(LanguageModel(path=str(llama), lora=Lora()), ATTACKER, hypergradient=Adjoint())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_called_off_leaves_no_traces(llama, rows, accumulate):
+    """Stopped on the way back of the step's last batch: the next run sees the same batches."""
+
+    class Stopped(Patcher):
+        calls = 0
+
+        def _check_for_stop(self):
+            self.calls += 1
+            self.stop_requested = self.calls > 4 * accumulate - 1
+            super()._check_for_stop()
+
+    model = LanguageModel(path=str(llama))
+    defense = Stopped(
+        *(model, ATTACKER),
+        optimizer=adamw(),
+        num_sft_steps=0,
+        refresh_every=1,
+        hypergradient=Adjoint(store=GradientLog()),
+        accumulate_grad_batches=accumulate,
+    )
+    data = rows.module()
+    with pytest.raises(RunInterrupted):
+        fit(defense, data, 2)
+    assert defense.is_between_steps
+    assert data.attack_stream().position == 0
+    assert data.train_dataloader().position == 0
+    assert all(parameter.grad is None for parameter in defense.model.parameters())
+    assert_same(weights_of(defense.model), load(llama).state_dict())
