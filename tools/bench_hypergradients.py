@@ -135,7 +135,7 @@ def main() -> None:
     report = {"rows": rows, "ratios": ratios(rows)}
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report["ratios"], indent=2))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

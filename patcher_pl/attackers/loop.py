@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.losses import causal_lm_loss
-from patcher_pl.optim import Optimizer, Schedule
+from patcher_pl.optim import Optimizer, Schedule, lr_factor
 from patcher_pl.types import Batch
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -89,9 +89,9 @@ def _scheduler(
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
     if schedule == "constant" and num_warmup_steps == 0:
         return None
-    from transformers import get_scheduler
-
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: lr_factor(
+            schedule, step=step, num_steps=num_steps, num_warmup_steps=num_warmup_steps
+        ),
     )
