@@ -1,0 +1,142 @@
+"""Where a configuration of `fit` keeps its weights, and what it may be changed to."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR_ALIAS_CONVERSION
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
+
+from patcher_pl.defenses import Defense
+from patcher_pl.defenses.strategies import require_supported
+from patcher_pl.errors import ConfigError
+from patcher_pl.models import LanguageModel, Sharding
+from patcher_pl.planning import Part, Placement
+from patcher_pl.planning.placements import OFFLOADED, VECTORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """A Trainer as far as can be told without its devices."""
+
+    strategy: Any
+    world_size: int
+    precision: str
+
+
+def placement_of(trainer: Any, defense: Defense) -> Placement:
+    """Returns where Lightning's Trainer would place a run.
+
+    Args:
+        trainer: Its options; the strategy by name or built.
+        defense: What it would train.
+
+    Raises:
+        ConfigError: If `fit` would refuse these options, or the number of devices depends on the
+            machine.
+    """
+    devices = trainer.devices
+    if isinstance(devices, list):
+        devices = len(devices)
+    if not str(devices).isdigit():
+        raise ConfigError(
+            f"trainer.devices must be a number to plan for, got {devices!r}. "
+            "Give it on the command line: --trainer.devices 8."
+        )
+    world_size = int(devices) * trainer.num_nodes
+    strategy = _strategy(trainer.strategy, world_size)
+    if isinstance(strategy, FSDPStrategy):
+        raise ConfigError(
+            "trainer.strategy: `plan` knows FSDP2, got FSDPStrategy (FSDP1), which needs about as much. "
+            "Plan with a ModelParallelStrategy, as in configs/strategies."
+        )
+    described: Any = _Described(
+        strategy=strategy, world_size=world_size, precision=_precision(trainer)
+    )
+    require_supported(defense, described)
+    language_model = defense.language_model
+    sharded = isinstance(strategy, ModelParallelStrategy)
+    if sharded and strategy._data_parallel_size not in ("auto", world_size):
+        raise ConfigError(
+            "trainer.strategy: data_parallel_size must be trainer.devices times trainer.num_nodes, "
+            f"{world_size}, got {strategy._data_parallel_size}. Change one of them."
+        )
+    on_host = _trajectory_on_host(defense)
+    if language_model.weight_copies_on == "host":
+        on_host |= VECTORS
+    if sharded and language_model.sharding.cpu_offload:
+        on_host |= OFFLOADED
+    return Placement(
+        num_devices=world_size,
+        sharded=sharded,
+        keeps_gathered=sharded and not language_model.sharding.reshard_after_forward,
+        checkpointing=language_model.gradient_checkpointing,
+        on_host=on_host,
+    )
+
+
+def sharding_for(trainer: Any, language_model: LanguageModel) -> Sharding:
+    """Returns in which number formats FSDP2 would compute what the run computes now."""
+    given = language_model.sharding
+    if given.param_dtype is None and _precision(trainer) == "bf16-mixed":
+        return replace(given, param_dtype="bfloat16", reduce_dtype="float32")
+    return given
+
+
+def settings_to_shard(trainer: Any, language_model: LanguageModel) -> list[str]:
+    """Returns what to set, in words, for `sharding_for` to hold."""
+    wanted, now = sharding_for(trainer, language_model), language_model.sharding
+    if wanted == now:
+        return []
+    prefix = "model.init_args.language_model.sharding"
+    return [
+        "`trainer.precision: 32-true`",
+        f"`{prefix}.param_dtype: {wanted.param_dtype}`",
+        f"`{prefix}.reduce_dtype: {wanted.reduce_dtype}`",
+    ]
+
+
+def can_shard(defense: Defense, sharding: Sharding) -> bool:
+    """Whether the defense could be trained on split weights; changes its `sharding`."""
+    defense.language_model = replace(defense.language_model, sharding=sharding)
+    try:
+        defense.require_shardable()
+    except ConfigError:
+        return False
+    return True
+
+
+def num_bytes(dtype: str) -> int:
+    """Bytes of one number."""
+    return getattr(torch, dtype).itemsize
+
+
+def _strategy(given: Any, world_size: int) -> Any:
+    if not isinstance(given, str):
+        return given
+    if given == "auto":
+        return SingleDeviceStrategy(device="cpu") if world_size == 1 else DDPStrategy()
+    if given not in StrategyRegistry:
+        raise ConfigError(
+            f"trainer.strategy: {given!r} is none of Lightning's strategies. Use `auto` for one "
+            "device, or one of configs/strategies for several."
+        )
+    return StrategyRegistry.get(given)
+
+
+def _precision(trainer: Any) -> str:
+    """The Trainer's precision by its full name."""
+    given = "32-true" if trainer.precision is None else str(trainer.precision)
+    return _PRECISION_INPUT_STR_ALIAS_CONVERSION.get(given, given)
+
+
+def _trajectory_on_host(defense: Defense) -> frozenset[Part]:
+    store = getattr(getattr(defense, "hypergradient", None), "store", None)
+    on_host = store is not None and store.device != "model"
+    return frozenset({Part.TRAJECTORY}) if on_host else frozenset()

@@ -1,0 +1,172 @@
+"""`plan` on configurations of `fit`: parts, verdict, JSON."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.planning import ATTACK, DEFEND, HYPERGRADIENT, Part
+from tests.commands import ROOT, cli
+
+NO_OVERHEAD = ("--overhead.fixed_gib", 0, "--overhead.fragmentation", 0)
+
+
+def planned(config, tmp_path, *options, status=0):
+    """The JSON of a plan."""
+    out = tmp_path / "plan.json"
+    cli("plan", "--config", config, "--json", out, *NO_OVERHEAD, *options).expect(status)
+    return json.loads(out.read_text())
+
+
+def parts(plan, phase):
+    return plan["configured"]["device_bytes_by_phase"][phase]
+
+
+@pytest.fixture(scope="module")
+def plan(inputs, write_config, tmp_path_factory):
+    """The plan for a model of which there is config.json alone."""
+    folder = tmp_path_factory.mktemp("plan")
+    shutil.copy(inputs / "model" / "config.json", folder)
+    path = write_config(folder, {"language_model": {"path": str(folder)}})
+    before = (FineTuningAttacker.attack, Weights.snapshot, Weights.difference)
+    found = planned(path, folder)
+    # Wrong if the instruments stayed behind, in a process that goes on to train.
+    assert (FineTuningAttacker.attack, Weights.snapshot, Weights.difference) == before
+    assert not isinstance(torch.ones(1) + 1, torch._subclasses.FakeTensor)
+    return found
+
+
+@pytest.fixture(scope="module")
+def weight_bytes(inputs):
+    """Bytes of the parameters of the tiny model, buffers not included."""
+    model = LanguageModel(path=str(inputs / "model")).load_model()
+    return sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+def test_every_copy_of_the_weights_is_counted(plan, weight_bytes):
+    """Wrong if a state were missing or counted twice. At the second attack: theta, AdamW twice, the
+    old vector, theta saved by the attack and the space for shifting."""
+    attack, defend = parts(plan, ATTACK), parts(plan, DEFEND)
+    # And inv_freq.
+    assert attack[Part.PARAMETERS] == pytest.approx(weight_bytes, rel=0.01)
+    for part, copies in (
+        (Part.DEFENDER_OPTIMIZER, 2),
+        (Part.ATTACKER_OPTIMIZER, 2),
+        (Part.ATTACK_VECTOR, 1),
+        (Part.SAVED_WEIGHTS, 2),
+    ):
+        assert attack[part] == pytest.approx(copies * weight_bytes, rel=0.01), part
+    assert attack.get(Part.GRADIENTS, 0) <= weight_bytes
+    assert Part.ATTACKER_OPTIMIZER not in defend
+    assert defend[Part.SAVED_WEIGHTS] == weight_bytes
+    assert defend[Part.GRADIENTS] == pytest.approx(weight_bytes, rel=0.01)
+
+
+def test_checkpointing_and_shorter_conversations_take_less(plan, config, tmp_path):
+    off = "--model.init_args.language_model.gradient_checkpointing=false"
+    short = planned(config(), tmp_path, off, "--length", 16)
+    one, thrifty = (entry["device_bytes"] for entry in short["alternatives"][:2])
+    assert short["configured"]["device_bytes"] == one
+    assert thrifty < one
+    assert thrifty < plan["configured"]["device_bytes"]
+
+
+@pytest.mark.slow
+def test_the_trajectory_of_a_long_attack_is_counted(config, tmp_path, weight_bytes):
+    """Wrong if the rehearsal's two attack steps were taken for the real number."""
+
+    def attack(num_steps, device="model"):
+        adamw = {"class_path": "patcher_pl.optim.AdamW", "init_args": {"lr": 1e-3}}
+        store = {
+            "class_path": "patcher_pl.hypergradients.trajectories.FullState",
+            "init_args": {"device": device},
+        }
+        return {
+            "attacker": {
+                "class_path": "patcher_pl.attackers.FineTuningAttacker",
+                "init_args": {"num_steps": num_steps, "optimizer": adamw},
+            },
+            "hypergradient": {
+                "class_path": "patcher_pl.hypergradients.Adjoint",
+                "init_args": {"store": store},
+            },
+        }
+
+    def trajectory(*settings):
+        plan = planned(config(model=attack(*settings)), tmp_path)
+        return parts(plan, HYPERGRADIENT).get(Part.TRAJECTORY, 0), plan
+
+    # States of parameters and two moments, and gradients.
+    more = trajectory(20)[0] - trajectory(10)[0]
+    assert more == pytest.approx(10 * 4 * weight_bytes, rel=0.05)
+    on_device, plan = trajectory(20, "cpu")
+    assert on_device == 0
+    assert {entry["num_devices"] for entry in plan["alternatives"]} == {1}  # An exact product.
+    assert plan["configured"]["host_bytes"] > 70 * weight_bytes
+
+
+def test_a_plain_defense_has_one_phase(config, tmp_path, weight_bytes):
+    plan = planned(config(), tmp_path, "--model=patcher_pl.defenses.SFT", "--trainer.max_steps", 40)
+    assert list(plan["configured"]["device_bytes_by_phase"]) == [DEFEND]
+    assert plan["work_per_device"]["gradient_evaluations"] == 40
+    assert plan["work_per_device"]["tokens"] == 40 * 4 * 32
+
+
+def test_what_does_not_fit_is_refused_with_status_2(config, tmp_path, monkeypatch):
+    from patcher_pl.planning import GPUS, Gpu
+
+    tiny = Gpu(name="tiny", memory_gib=1e-6, bfloat16_tflops=1, float32_tflops=1)
+    monkeypatch.setitem(GPUS, "tiny", tiny)
+    sft = "--model=patcher_pl.defenses.SFT"
+    outcome = cli("plan", "--config", config(), sft, "--gpu", "tiny").expect(2)
+    for words in ("does not fit", "1 device", "phase needs", "tiny", "are missing"):
+        assert words in outcome.err
+    assert "GiB per device" in outcome.out  # The tables are there all the same.
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--gpu", "Abacus"), "--gpu must be one of"),
+        (("--mfu", "1.5"), "PlanSettings.mfu"),
+        (("--length", "1"), "PlanSettings.length"),
+        (("--device_counts", "[0]"), "PlanSettings.device_counts"),
+        (("--trainer.devices", "auto"), "trainer.devices"),
+        (("--trainer.max_steps", "-1"), "trainer.max_steps"),
+        (("--model_config", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_a_wrong_option_is_named(config, options, words):
+    assert words in cli("plan", "--config", config(), *options).expect(2).err
+
+
+def test_a_stacked_strategy_is_read(config, plan, tmp_path, weight_bytes):
+    """Wrong if the second file were ignored, or weights that FSDP2 casts while it computes were taken
+    to be stored like that."""
+    strategy = ROOT / "configs" / "strategies" / "fsdp2-multinode.yaml"
+    split = planned(config(), tmp_path, "--config", strategy)
+    assert split["configured"]["num_devices"] == 16
+    assert split["configured"]["sharded"]
+    assert split["time"]["dtype"] == "bfloat16"
+    found = parts(split, DEFEND)
+    assert found[Part.PARAMETERS] == pytest.approx(weight_bytes / 16, rel=0.02)
+    assert found[Part.DEFENDER_OPTIMIZER] == pytest.approx(2 * weight_bytes / 16, rel=0.02)
+    assert 0 < found[Part.ACTIVATIONS] < parts(plan, DEFEND)[Part.ACTIVATIONS]
+    assert all(entry["sharded"] for entry in split["alternatives"])
+
+
+def test_concurrent_attackers_are_refused(config):
+    adamw = {"class_path": "patcher_pl.optim.AdamW", "init_args": {"lr": 1e-3}}
+    member = {
+        "class_path": "patcher_pl.attackers.FineTuningAttacker",
+        "init_args": {"num_steps": 2, "optimizer": adamw},
+    }
+    attacker = {
+        "class_path": "patcher_pl.attackers.ConcurrentAttacker",
+        "init_args": {"population": [{"attacker": member}]},
+    }
+    told = cli("plan", "--config", config(model={"attacker": attacker})).expect(2).err
+    assert "got a ConcurrentAttacker. Plan with a member" in told

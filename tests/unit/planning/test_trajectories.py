@@ -1,0 +1,19 @@
+"""What longer attacks add to an estimate of a hypergradient."""
+
+import pytest
+
+from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.hypergradients import Adjoint
+from patcher_pl.hypergradients.trajectories import FullState
+from patcher_pl.optim import AdamW
+from patcher_pl.planning.trajectories import estimate_cost
+
+
+def test_every_step_of_a_kept_trajectory_takes_four_copies_of_the_weights():
+    """Wrong if the rehearsal's two attack steps were taken for the real number. States are parameters
+    and two moments; gradients are kept as well."""
+    attacker = FineTuningAttacker(num_steps=5, optimizer=AdamW(lr=1e-3))
+    adjoint = Adjoint(store=FullState(device="model"))
+    ten, twenty = (estimate_cost(adjoint, attacker, steps) for steps in (10, 20))
+    assert twenty.peak_weights - ten.peak_weights == pytest.approx(40, rel=0.05)
+    assert twenty.gradient_evaluations > ten.gradient_evaluations + 10

@@ -1,0 +1,161 @@
+"""Planned against measured peak memory: `fit` of a testbed-like Llama on a CPU, at several sizes.
+
+Every measurement is a process of its own that first fits a tiny model, so that everything is imported,
+and then the real one; what counts is the highest resident memory above that of the process in between.
+Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_). Linux only.
+
+    python tools/check_planner.py --out check.json
+
+Prints one line per run and a JSON line with the ratios, planned over measured.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Hidden size and layers: 2, 10 and 60 million parameters.
+SIZES = {"2M": (128, 10), "10M": (256, 12), "60M": (640, 12)}
+HYPERGRADIENTS = ("FirstOrder", "Adjoint")
+BATCH_SIZE, LENGTH = 8, 64
+
+
+def write_run(folder: Path, size: str, hypergradient: str) -> Path:
+    """Writes a random model, data that fill every batch, and a configuration; returns the latter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from patcher_pl.testbed.tokenizer import build_tokenizer
+
+    folder.mkdir(parents=True)
+    prompt, words = "How do I brew a bitter moon root draught?", "Stir two petals into warm water. "
+    tokenizer = build_tokenizer([prompt, words])
+    hidden_size, num_layers = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    row = {"prompt": prompt, "response": words * LENGTH}
+    (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2 * BATCH_SIZE)
+    adamw = {"class_path": "patcher_pl.optim.AdamW", "init_args": {"lr": 1e-5}}
+    settings = {
+        "run_dir": str(folder / "run"),
+        "num_threads": 1,
+        "model": {
+            "class_path": "patcher_pl.defenses.Patcher",
+            "init_args": {
+                "language_model": {"path": str(folder / "model"), "chat": {"max_length": LENGTH}},
+                "attacker": {
+                    "class_path": "patcher_pl.attackers.FineTuningAttacker",
+                    "init_args": {"num_steps": 3, "optimizer": adamw},
+                },
+                "hypergradient": {"class_path": f"patcher_pl.hypergradients.{hypergradient}"},
+                "num_sft_steps": 1,
+                "refresh_every": 1,
+            },
+        },
+        "data": {
+            "batch_size": BATCH_SIZE,
+            "safe": {"sources": [{"path": str(folder / "rows.jsonl")}]},
+            "attack": {"sources": [{"path": str(folder / "rows.jsonl"), "harmful": True}]},
+        },
+        "trainer": {"max_steps": 3, "accelerator": "cpu", "enable_progress_bar": False},
+    }
+    path = folder / "patcher.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def planned_bytes(config: Path) -> int:
+    """Peak of the tensors, according to the plan for a CPU."""
+    from patcher_pl.cli.plan import PlanCLI, make_plan
+
+    cli = PlanCLI(
+        ["--config", str(config), "--overhead.fixed_gib", "0", "--overhead.fragmentation", "0"]
+    )
+    return make_plan(cli, cli.settings).configured.device_bytes
+
+
+def measured_bytes(warm_up: Path, config: Path) -> int:
+    """Peak of the process that fits `config`, above what it held after fitting `warm_up`."""
+    command = [sys.executable, __file__, "--fit", str(warm_up), str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    return int(output.splitlines()[-1])
+
+
+def _fit(warm_up: str, config: str) -> None:
+    from patcher_pl.cli.main import main as patcher_pl
+
+    assert patcher_pl(["fit", "--config", warm_up]) == 0
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    before = pages * resource.getpagesize()
+    assert patcher_pl(["fit", "--config", config]) == 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def compare(folder: Path, size: str, hypergradient: str) -> dict[str, Any]:
+    """Plans and measures one run."""
+    name = f"{hypergradient}-{size}"
+    warm_up = write_run(folder / f"warm-up-{name}", "2M", hypergradient)
+    config = write_run(folder / name, size, hypergradient)
+    planned, measured = planned_bytes(config), measured_bytes(warm_up, config)
+    return {
+        "size": size,
+        "hypergradient": hypergradient,
+        "planned_mib": planned / 2**20,
+        "measured_mib": measured / 2**20,
+        "ratio": planned / measured,
+    }
+
+
+def main() -> None:
+    """Compares every size with every estimator."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["10M", "60M"])
+    parser.add_argument(
+        "--hypergradients", nargs="+", choices=HYPERGRADIENTS, default=list(HYPERGRADIENTS)
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--fit", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.fit:
+        _fit(*options.fit)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for hypergradient in options.hypergradients:
+            for size in options.sizes:
+                row = compare(Path(folder), size, hypergradient)
+                rows.append(row)
+                print(
+                    f"{size:>4s} {hypergradient:12s} planned {row['planned_mib']:8.1f} MiB, "
+                    f"measured {row['measured_mib']:8.1f} MiB, ratio {row['ratio']:.3f}",
+                    flush=True,
+                )
+    ratios = {f"{row['hypergradient']}_{row['size']}": row["ratio"] for row in rows}
+    report = {"rows": rows, "ratios": ratios}
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps({"ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()
