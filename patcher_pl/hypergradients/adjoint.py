@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
@@ -76,6 +75,10 @@ class Adjoint(Hypergradient):
                 "Use raise to learn of it."
             )
 
+    @property
+    def works_sharded(self) -> bool:
+        return self.hvp.works_sharded
+
     def estimate(
         self,
         model: nn.Module,
@@ -103,18 +106,18 @@ class Adjoint(Hypergradient):
             self.store.record(run, shelf)
             loss, outer = outer_gradient(model, parameters, outer_loss)
             vector = weights.difference(start)
-            walk = _Walk(self, inner.update.optimizer.init_cotangent(outer), run.num_steps)
+            walk = _Walk(self, inner.update.optimizer.init_cotangent(outer), run)
             with kept_random_state(run.device):
                 for gradients in self.store.walk_back(run, shelf, first):
                     before_step()
                     if not walk.step_back(run, gradients):
                         break
-        cost = run.num_gradients + 1.0 + walk.num_products * self.hvp.gradient_evaluations
+        products = walk.num_products * self.hvp.gradient_evaluations(model)
         return HypergradientEstimate(
             walk.cotangent.parameters,
             loss,
             vector,
-            cost,
+            run.num_gradients + 1.0 + products,
             run.random_state,
             {**run.report(), **walk.diagnostics()},
         )
@@ -126,21 +129,22 @@ class _Walk:
     Args:
         settings: What to do with adjoints that are large or not finite.
         cotangent: Derivative of the outer loss after the last step.
-        num_steps: Steps of the attack (count).
+        run: The attack.
     """
 
-    def __init__(self, settings: Adjoint, cotangent: Cotangent, num_steps: int) -> None:
+    def __init__(self, settings: Adjoint, cotangent: Cotangent, run: AttackRun) -> None:
         self.settings = settings
         self.cotangent = cotangent
         self.num_products = 0
-        self._num_steps = num_steps
+        self._shards = run.shards
+        self._num_steps = run.num_steps
         self._num_clipped = 0
         self._truncated_at = -1
-        self._outer_norm = self._norm = _norm(cotangent.parameters)
+        self._outer_norm = self._norm = float(self._shards.norm(cotangent.parameters))
         if not math.isfinite(self._outer_norm):
             raise HypergradientError(
-                f"{type(settings).__name__}: the gradient of the outer loss after {num_steps} attack "
-                "steps is not finite. Lower the attack's `optimizer.lr`."
+                f"{type(settings).__name__}: the gradient of the outer loss after {run.num_steps} "
+                "attack steps is not finite. Lower the attack's `optimizer.lr`."
             )
 
     def step_back(self, run: AttackRun, gradients: Sequence[Tensor | None]) -> bool:
@@ -148,12 +152,14 @@ class _Walk:
         before = None
         if self.settings.non_finite == "truncate":
             before = [tensor.clone() for tensor in self.cotangent.parameters]
-        pulled = run.inner.update.vjp(self.cotangent, gradients, run.state, run.position)
+        pulled = run.inner.update.vjp(
+            self.cotangent, gradients, run.state, run.position, run.shards.reduction
+        )
         product = self.settings.hvp.product(run.model, run.parameters, run.loss, pulled, gradients)
         self.num_products += 1
         for one, change in zip(self.cotangent.parameters, product, strict=True):
             one.add_(change)
-        norm = _norm(self.cotangent.parameters)
+        norm = float(self._shards.norm(self.cotangent.parameters))
         if not math.isfinite(norm):
             if before is not None:
                 self.cotangent.parameters[:] = before
@@ -186,7 +192,7 @@ class _Walk:
         tensors = [*self.cotangent.parameters, *(t for s in self.cotangent.slots for t in s)]
         for tensor in tensors:
             tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        norm = _norm(self.cotangent.parameters)
+        norm = float(self._shards.norm(self.cotangent.parameters))
         if norm > self._norm:
             self._scale(self._norm / norm)
             return self._norm
@@ -197,7 +203,3 @@ class _Walk:
         self._num_clipped += 1
         for tensor in [*self.cotangent.parameters, *(t for s in self.cotangent.slots for t in s)]:
             tensor.mul_(factor)
-
-
-def _norm(vector: list[Tensor]) -> float:
-    return float(torch.nn.utils.get_total_norm(vector))

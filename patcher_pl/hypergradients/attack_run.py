@@ -10,6 +10,7 @@ from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.attackers.loop import move_batch
 from patcher_pl.hypergradients.composites import ReplayableAttention
 from patcher_pl.hypergradients.randomness import RandomState
+from patcher_pl.models.shards import Shards
 from patcher_pl.optim import OptimizerState
 
 
@@ -49,14 +50,15 @@ class AttackRun:
     ) -> None:
         self.model = model
         self.parameters = list(parameters)
+        self.shards = Shards(model, self.parameters)
         self.inner = inner
         self.before_step = before_step
-        self.device = self.parameters[0].device
+        self.device = self.shards.device
         self.position = 0
         self.random_state = RandomState.capture(self.device)
         self.num_gradients = 0
         self.losses: dict[int, float] = {}
-        self.state: OptimizerState = inner.update.optimizer.init(self.parameters)
+        self.state: OptimizerState = inner.update.optimizer.init(self.shards.tensors)
         self._random: dict[int, RandomState] = {}
 
     @property
@@ -80,10 +82,11 @@ class AttackRun:
             self.before_step()
         with ReplayableAttention():
             loss = self.loss()
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            gradients = self.shards.gradients(loss)
         self.num_gradients += 1
-        self.losses.setdefault(self.position, float(loss.detach()))
-        return list(gradients)
+        if self.position not in self.losses:
+            self.losses[self.position] = self.shards.mean(loss)
+        return gradients
 
     def report(self) -> dict[str, float]:
         """Losses at the first and the last step (nats per answer token)."""
@@ -92,10 +95,12 @@ class AttackRun:
             "attack_loss": self.losses[self.num_steps - 1],
         }
 
-    @torch.no_grad()
     def advance(self, gradients: Sequence[Tensor | None]) -> None:
         """Takes the current step with the given gradients."""
-        self.inner.update.step_(self.parameters, gradients, self.state, self.position)
+        with self.shards.changing() as tensors:
+            self.inner.update.step_(
+                tensors, gradients, self.state, self.position, self.shards.reduction
+            )
         self.position += 1
 
     def run_to(self, position: int) -> None:
@@ -106,13 +111,12 @@ class AttackRun:
     def point(self) -> Point:
         """Returns where the attack is; shares memory with it."""
         moments = [tensor for slot in self.state.slots for tensor in slot]
-        parameters = [parameter.detach() for parameter in self.parameters]
-        return Point(self.position, [*parameters, *moments], list(self.state.steps))
+        return Point(self.position, [*self.shards.tensors, *moments], list(self.state.steps))
 
-    @torch.no_grad()
     def go_to(self, point: Point) -> None:
         """Puts the attack where it was."""
-        for tensor, value in zip(self.point().tensors, point.tensors, strict=True):
-            tensor.copy_(value)
+        with self.shards.changing():
+            for tensor, value in zip(self.point().tensors, point.tensors, strict=True):
+                tensor.copy_(value)
         self.state.steps[:] = point.steps
         self.position = point.position

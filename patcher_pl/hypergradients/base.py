@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.errors import PatcherError
@@ -13,6 +14,11 @@ from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.models.weights import Weights
 
 OuterLoss = Callable[[nn.Module], Tensor]
+
+SHARDED_REMEDY = (
+    "Use patcher_pl.hypergradients.Adjoint with `hvp: patcher_pl.hypergradients.hvp.FiniteDifference`"
+    " (alone or as `adjoint` of Truncated), or FirstOrder."
+)
 
 
 class HypergradientError(PatcherError):
@@ -44,6 +50,11 @@ class HypergradientEstimate:
 class Hypergradient(ABC):
     """Estimates the derivative of an outer loss after an attack by the weights before it."""
 
+    @property
+    def works_sharded(self) -> bool:
+        """Whether it needs plain forward and backward passes only: all that sharded weights offer."""
+        return False
+
     @abstractmethod
     def estimate(
         self,
@@ -73,7 +84,7 @@ class Hypergradient(ABC):
         """
 
 
-def require_full_precision(estimator: object, parameters: Sequence[Tensor]) -> None:
+def require_full_precision(estimator: Hypergradient, parameters: Sequence[Tensor]) -> None:
     """Refuses weights whose second derivatives would be noise.
 
     Raises:
@@ -87,7 +98,7 @@ def require_full_precision(estimator: object, parameters: Sequence[Tensor]) -> N
                 "derivatives in half precision are mostly noise. Load the model with "
                 "`language_model.dtype: float32`, or use FirstOrder."
             )
-        if hasattr(parameter, "device_mesh"):
+        if isinstance(parameter, DTensor) and not estimator.works_sharded:
             raise HypergradientError(
-                f"{name} needs every weight whole on one device, got sharded ones. Use FirstOrder."
+                f"{name} needs every weight whole on one device, got sharded ones. {SHARDED_REMEDY}"
             )

@@ -6,12 +6,15 @@ attention a model is configured with; the model itself is not touched.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 IGNORE_INDEX = -100
@@ -47,6 +50,36 @@ class ReplayableAttention(TorchFunctionMode):
             if dropout > 0:
                 return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+class SplitDuals(TorchFunctionMode):
+    """Computes exp, sigmoid and tanh of dual numbers as primal and tangent, outside of `Composites`.
+
+    Torch saves their result for the backward pass with its tangent, whose graph leads back to the
+    result: a circle that is kept until the dual level ends, whatever else is let go. Not for passes
+    that carry tangents backwards.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        slope = _SLOPES.get(func)
+        if slope is not None and not kwargs and len(args) == 1:
+            primal, tangent = forward_ad.unpack_dual(args[0])
+            if tangent is not None:
+                result = func(primal)
+                return forward_ad.make_dual(result, slope(result) * tangent)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def twice_differentiable_attention() -> Iterator[None]:
+    """Lets backward passes be differentiated for the length of a block; all but attention can be.
+
+    Fused attention is replaced by torch's own plain one, so that nothing else of this file is needed.
+    """
+    with ReplayableAttention(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _log_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -177,6 +210,12 @@ def _embedding(
     return torch.where((input == row).unsqueeze(-1), rows.detach(), rows)
 
 
+# Derivatives by results.
+_SLOPES: dict[Any, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys((torch.exp, Tensor.exp), lambda y: y),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), lambda y: y * (1 - y)),
+    **dict.fromkeys((torch.tanh, Tensor.tanh), lambda y: 1 - y * y),
+}
 _SUBSTITUTES: dict[Any, Callable[..., Tensor | None]] = {
     functional.scaled_dot_product_attention: _attention,
     functional.softmax: _softmax,

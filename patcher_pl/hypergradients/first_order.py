@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.attack_run import AttackRun
 from patcher_pl.hypergradients.base import Hypergradient, HypergradientEstimate, OuterLoss
+from patcher_pl.models.shards import Shards
 from patcher_pl.models.weights import Vector, Weights
 
 
@@ -24,6 +25,10 @@ class FirstOrder(Hypergradient):
         FOMAML: Finn et al., 2017, https://arxiv.org/abs/1703.03400, section 5.2; Patcher,
         https://arxiv.org/abs/2606.07970, uses it with an attack vector of up to k2 steps ago.
     """
+
+    @property
+    def works_sharded(self) -> bool:
+        return True
 
     def estimate(
         self,
@@ -71,10 +76,10 @@ def outer_gradient(
     model: nn.Module, parameters: list[nn.Parameter], outer_loss: OuterLoss
 ) -> tuple[float, Vector]:
     """Returns the outer loss at the current parameters, and its gradient."""
+    shards = Shards(model, parameters)
     loss = outer_loss(model)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
     gradients: list[Tensor] = [
-        torch.zeros_like(parameter) if one is None else one.clone()
-        for one, parameter in zip(found, parameters, strict=True)
+        torch.zeros_like(tensor) if one is None else one.clone()
+        for one, tensor in zip(shards.gradients(loss), shards.tensors, strict=True)
     ]
-    return float(loss.detach()), gradients
+    return shards.mean(loss), gradients

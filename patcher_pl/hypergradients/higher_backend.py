@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.attackers.loop import move_batch
 from patcher_pl.hypergradients.base import HypergradientError, OuterLoss
-from patcher_pl.hypergradients.composites import Composites
+from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.optim import SGD, AdamW, Optimizer
 
 
@@ -55,10 +55,10 @@ def unroll_with_higher(
         for step, recorded in enumerate(inner.batches):
             before_step()
             batch = move_batch(recorded, device)
-            with Composites():
+            with twice_differentiable_attention():
                 loss = inner.loss_function(functional, batch)
             differentiable.step(loss, override={"lr": [update.lr(step)]})
-        with Composites():
+        with twice_differentiable_attention():
             loss = outer_loss(functional)
     attacked = list(functional.parameters())
     return [attacked[places[id(parameter)]] for parameter in parameters], loss

@@ -104,7 +104,7 @@ class Implicit(Hypergradient):
                 f"Implicit.solver: {type(self.solver).__name__} did not stay finite. Raise "
                 "`strength`, or use ConjugateGradient."
             )
-        products = report["num_products"] * num_batches * self.hvp.gradient_evaluations
+        products = report["num_products"] * num_batches * self.hvp.gradient_evaluations(model)
         return HypergradientEstimate(
             gradients,
             loss,

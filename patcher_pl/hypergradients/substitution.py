@@ -31,6 +31,11 @@ def substituted(
             module._parameters[name] = parameter
 
 
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether the model recomputes activations on its own, as Hugging Face stores it."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Switches the model's own recomputation of activations off, as Hugging Face stores it.

@@ -38,6 +38,10 @@ class Truncated(Hypergradient):
                 f"Truncated.last_steps must be >= 0, got {self.last_steps}. Use 0 for first-order."
             )
 
+    @property
+    def works_sharded(self) -> bool:
+        return self.adjoint.works_sharded
+
     def estimate(
         self,
         model: nn.Module,

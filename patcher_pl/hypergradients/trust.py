@@ -55,11 +55,12 @@ def measure_trust(
         step: Weights now minus weights then.
         before_step: Called before every attack step; may raise.
     """
-    with attacked_in_place(weights) as (parameters, _), kept_random_state(parameters[0].device):
+    with attacked_in_place(weights) as (parameters, _), kept_random_state(weights.shards.device):
         estimate.random_state.restore()
         run = AttackRun(model, parameters, inner, before_step)
         run.run_to(run.num_steps)
         with torch.no_grad():
-            after = float(outer_loss(model))
-    predicted = float(inner_product(list(estimate.gradients), list(step)))
+            after = run.shards.mean(outer_loss(model))
+    along = inner_product(list(estimate.gradients), list(step), weights.shards.reduction)
+    predicted = float(along)
     return Trust(predicted, after - estimate.outer_loss)

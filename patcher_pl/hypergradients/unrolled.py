@@ -16,7 +16,7 @@ from patcher_pl.hypergradients.base import (
     OuterLoss,
     require_full_precision,
 )
-from patcher_pl.hypergradients.composites import Composites
+from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.hypergradients.first_order import full_precision
 from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.hypergradients.substitution import without_checkpointing
@@ -117,7 +117,7 @@ def _unroll(
     names = [names_of[id(parameter)] for parameter in parameters]
 
     def call(theta: list[Tensor], function: Callable[[nn.Module], Tensor]) -> Tensor:
-        with Composites():
+        with twice_differentiable_attention():
             substitutes = dict(zip(names, theta, strict=True))
             return torch.func.functional_call(caller, substitutes, (function,))
 

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl.files import write_atomically
 from patcher_pl.reports.grouping import CONTROL, Group, Summary, group_curves
+from patcher_pl.reports.palette import COLORS, GREY, MARKERS
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GREY = "#6b6b6b"
-# Okabe and Ito's palette: distinguishable with every common color blindness.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _NOT_SCORED = Summary(math.nan, math.nan, math.nan)
 _LINES = ("-", "--", ":", "-.")
 
@@ -127,14 +124,14 @@ def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 
     k1_values = sorted({group.k1 for group in groups if group.k1 is not None})
     with_k1 = list(dict.fromkeys(group.defense for group in groups if group.k1 is not None))
-    colors, markers = itertools.cycle(_COLORS), itertools.cycle(_MARKERS)
+    colors, markers = itertools.cycle(COLORS), itertools.cycle(MARKERS)
     styles: dict[str, dict[str, Any]] = {}
     for group in groups:
         if group.label in styles:
             continue
         line = "-"
         if group.defense.lower() == CONTROL:
-            color = _GREY
+            color = GREY
         elif group.k1 is not None and len(k1_values) > 1:
             # Below 0.15 and above 0.85 the map is too close to black and to white paper.
             place = k1_values.index(group.k1) / (len(k1_values) - 1)

@@ -84,7 +84,7 @@ def to_markdown(curves: Sequence[Curve]) -> str:
     header += ["benign accuracy", "steps to break"]
     rule = ["---", "---", *["---:"] * (len(header) - 2)]
     rows = [[group.attack, *_cells(group, steps, separator=" ")] for group in groups]
-    lines = [_markdown_row(row) for row in [header, rule, *rows]]
+    lines = [markdown_row(row) for row in [header, rule, *rows]]
     notes = _notes(curves)
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 
@@ -156,5 +156,6 @@ def _notes(curves: Sequence[Curve]) -> list[str]:
     return notes
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a table in Markdown."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -12,14 +12,18 @@ Vector = list[Tensor]
 class HessianProduct(ABC):
     """Computes H(theta) u for the loss of one attack step."""
 
-    @property
     @abstractmethod
-    def gradient_evaluations(self) -> float:
+    def gradient_evaluations(self, model: nn.Module) -> float:
         """What a product costs, by its matrix products, in gradients of the same loss."""
 
     @property
     def uses_gradients(self) -> bool:
         """Whether `product` looks at its argument `gradients`."""
+        return False
+
+    @property
+    def works_sharded(self) -> bool:
+        """Whether it needs plain forward and backward passes only: all that sharded weights offer."""
         return False
 
     @abstractmethod

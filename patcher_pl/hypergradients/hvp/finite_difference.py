@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from patcher_pl.hypergradients.composites import ReplayableAttention
 from patcher_pl.hypergradients.hvp.base import HessianProduct, Vector
+from patcher_pl.models.shards import Shards
 
 Scheme = Literal["central", "one_sided"]
 
@@ -54,13 +55,16 @@ class FiniteDifference(HessianProduct):
                 "Use null for the default of the weights' type."
             )
 
-    @property
-    def gradient_evaluations(self) -> float:
+    def gradient_evaluations(self, model: nn.Module) -> float:
         return 2.0 if self.scheme == "central" else 1.0
 
     @property
     def uses_gradients(self) -> bool:
         return self.mask_zero_gradients or self.scheme == "one_sided"
+
+    @property
+    def works_sharded(self) -> bool:
+        return True
 
     def product(
         self,
@@ -73,42 +77,38 @@ class FiniteDifference(HessianProduct):
         if self.mask_zero_gradients:
             for u, gradient in zip(vector, gradients, strict=True):
                 u.zero_() if gradient is None else u.masked_fill_(gradient == 0, 0.0)
-        with torch.no_grad():
-            length = torch.nn.utils.get_total_norm(vector)
-            scale = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
-            step = self._rel_step(parameters[0].dtype) * float(scale) / float(length or 1.0)
-        if float(length) == 0.0:
-            return [torch.zeros_like(parameter) for parameter in parameters]
-        saved = [parameter.detach().clone() for parameter in parameters]
+        shards = Shards(model, parameters)
+        length = float(shards.norm(vector))
+        if length == 0.0:
+            return [torch.zeros_like(tensor) for tensor in shards.tensors]
+        scale = float(shards.norm(shards.tensors))
+        step = self._rel_step(parameters[0].dtype) * scale / length
+        saved = [tensor.clone() for tensor in shards.tensors]
         try:
-            above = self._gradient_at(parameters, saved, vector, step, loss)
+            above = _gradient_at(shards, saved, vector, step, loss)
             if self.scheme == "one_sided":
-                return _difference(above, gradients, step, parameters)
-            below = self._gradient_at(parameters, saved, vector, -step, loss)
-            return _difference(above, below, 2 * step, parameters)
+                return _difference(above, gradients, step, shards.tensors)
+            below = _gradient_at(shards, saved, vector, -step, loss)
+            return _difference(above, below, 2 * step, shards.tensors)
         finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, saved, strict=True):
-                    parameter.copy_(value)
+            with shards.changing() as tensors:
+                for tensor, value in zip(tensors, saved, strict=True):
+                    tensor.copy_(value)
 
     def _rel_step(self, dtype: torch.dtype) -> float:
         if self.rel_step is not None:
             return self.rel_step
         return 1e-6 if dtype == torch.float64 else 3e-4
 
-    def _gradient_at(
-        self,
-        parameters: Sequence[Tensor],
-        saved: Vector,
-        vector: Vector,
-        step: float,
-        loss: Callable[[], Tensor],
-    ) -> Sequence[Tensor | None]:
-        with torch.no_grad():
-            for parameter, value, u in zip(parameters, saved, vector, strict=True):
-                torch.add(value, u, alpha=step, out=parameter.data)
-        with ReplayableAttention():
-            return torch.autograd.grad(loss(), parameters, allow_unused=True)
+
+def _gradient_at(
+    shards: Shards, saved: Vector, vector: Vector, step: float, loss: Callable[[], Tensor]
+) -> Sequence[Tensor | None]:
+    with shards.changing() as tensors:
+        for tensor, value, u in zip(tensors, saved, vector, strict=True):
+            torch.add(value, u, alpha=step, out=tensor)
+    with ReplayableAttention():
+        return shards.gradients(loss())
 
 
 @torch.no_grad()
@@ -116,9 +116,9 @@ def _difference(
     above: Sequence[Tensor | None],
     below: Sequence[Tensor | None],
     step: float,
-    parameters: Sequence[Tensor],
+    tensors: Sequence[Tensor],
 ) -> Vector:
     return [
-        torch.zeros_like(parameter) if high is None or low is None else (high - low).div_(step)
-        for high, low, parameter in zip(above, below, parameters, strict=True)
+        torch.zeros_like(tensor) if high is None or low is None else (high - low).div_(step)
+        for high, low, tensor in zip(above, below, tensors, strict=True)
     ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from patcher_pl.hypergradients.composites import Composites
+from patcher_pl.hypergradients.composites import Composites, SplitDuals
 from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
 
 
@@ -119,7 +119,7 @@ class _Recomputed(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs = [tensor.detach().requires_grad_() for tensor in saved[: ctx.num_moving]]
         sources = [*inputs, *saved[ctx.num_moving :]]
-        with kept_random_state(call.random.device), torch.enable_grad(), Composites():
+        with kept_random_state(call.random.device), torch.enable_grad(), SplitDuals(), Composites():
             call.random.restore()
             with forward_ad._set_fwd_grad_enabled(True):
                 outputs = call.run(inputs)

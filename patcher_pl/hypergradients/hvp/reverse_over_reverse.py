@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.hypergradients.composites import Composites
+from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.hypergradients.hvp.base import HessianProduct, Vector, filled
 from patcher_pl.hypergradients.substitution import without_checkpointing
 
@@ -21,8 +21,7 @@ class ReverseOverReverse(HessianProduct):
         Pearlmutter, 1994, https://doi.org/10.1162/neco.1994.6.1.147; Christianson, 1992.
     """
 
-    @property
-    def gradient_evaluations(self) -> float:
+    def gradient_evaluations(self, model: nn.Module) -> float:
         return 3.0
 
     def product(
@@ -33,7 +32,7 @@ class ReverseOverReverse(HessianProduct):
         vector: Vector,
         gradients: Sequence[Tensor | None],
     ) -> Vector:
-        with torch.enable_grad(), without_checkpointing(model), Composites():
+        with torch.enable_grad(), without_checkpointing(model), twice_differentiable_attention():
             first = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
             pairs = [
                 (one, u)

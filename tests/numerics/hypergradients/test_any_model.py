@@ -154,8 +154,7 @@ class Spoiled(HessianProduct):
     def __init__(self, at: int) -> None:
         self.left = at
 
-    @property
-    def gradient_evaluations(self):
+    def gradient_evaluations(self, model):
         return 3.0
 
     def product(self, model, parameters, loss, vector, gradients):

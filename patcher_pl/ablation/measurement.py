@@ -1,0 +1,161 @@
+"""One estimate, in a process of its own: its angle to the exact one, its time and its memory."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
+
+from patcher_pl.ablation.cells import Cell
+from patcher_pl.attackers import InnerProblem
+from patcher_pl.attackers.loop import move_batch
+from patcher_pl.files import write_atomically
+from patcher_pl.hypergradients import (
+    FirstOrder,
+    HypergradientEstimate,
+    OuterLoss,
+    measure_trust,
+)
+from patcher_pl.losses import causal_lm_loss
+from patcher_pl.memory import peak_memory_gib
+from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.optim.clipping import inner_product
+from patcher_pl.reports.ablation import Comparison
+from patcher_pl.types import Batch
+
+# Gradients that are timed; fewer where the attack is shorter.
+_NUM_TIMED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What to measure.
+
+    Args:
+        cell: Which estimator, on which attack, and where the outcome goes.
+        language_model: The trained model, loaded anew.
+        inner: The attack.
+        outer_batch: Batch of the outer loss.
+        trial_step: See `ComparisonGrid`.
+        device: Where to measure.
+        num_threads: CPU threads of torch (count, >= 1).
+    """
+
+    cell: Cell
+    language_model: LanguageModel
+    inner: InnerProblem
+    outer_batch: Batch
+    trial_step: float | None
+    device: torch.device
+    num_threads: int
+
+    def run(self) -> None:
+        """Measures and writes the cell's file; what goes wrong is written there too."""
+        try:
+            self.cell.save(self._measured())
+        except Exception as error:
+            self.cell.fail(f"{type(error).__name__}: {error}")
+
+    def _measured(self) -> Comparison:
+        disable_progress_bar()
+        torch.set_num_threads(self.num_threads)
+        torch.manual_seed(self.cell.row.seed)
+        model: Any = self.language_model.load_model()
+        model = model.to(self.device).train()
+        weights = Weights(model)
+        gradient_s = _time_gradient(model, weights, self.inner, self._outer_loss)
+        memory_gib = peak_memory_gib(self.device)
+        clock = _Clock(self.device)
+        estimate = self.cell.estimator.estimate(model, weights, self.inner, self._outer_loss)
+        time_s = clock.elapsed_s()
+        row = replace(
+            self.cell.row,
+            outer_loss=estimate.outer_loss,
+            gradient_evaluations=estimate.gradient_evaluations,
+            time_s=time_s,
+            time_in_attacks=time_s / gradient_s / self.inner.num_steps,
+            memory_mib=1024 * (peak_memory_gib(self.device) - memory_gib),
+        )
+        row = _compared(row, estimate.gradients, self._exact(weights, estimate))
+        if self.trial_step is None:
+            return row
+        return self._tried(row, model, weights, estimate)
+
+    def _outer_loss(self, model: nn.Module) -> Tensor:
+        return causal_lm_loss(model, move_batch(self.outer_batch, self.device))
+
+    def _exact(self, weights: Weights, estimate: HypergradientEstimate) -> list[Tensor]:
+        """Reads the exact hypergradient, after writing it where this is the one."""
+        if self.cell.is_reference:
+            pairs = zip(weights.names, estimate.gradients, strict=True)
+            named = {name: gradient.contiguous() for name, gradient in pairs}
+            write_atomically(self.cell.exact, lambda temporary: save_file(named, temporary))
+        exact = load_file(self.cell.exact, str(self.device))
+        return [exact[name] for name in weights.names]
+
+    def _tried(
+        self, row: Comparison, model: nn.Module, weights: Weights, estimate: HypergradientEstimate
+    ) -> Comparison:
+        """Steps down along the estimate, attacks again, and sees what became of the outer loss."""
+        assert self.trial_step is not None
+        norm = float(weights.shards.norm(estimate.gradients))
+        if not norm or not math.isfinite(norm):
+            return row
+        length = self.trial_step * float(weights.shards.norm(weights.snapshot()))
+        step = [gradient * (-length / norm) for gradient in estimate.gradients]
+        with weights.shifted(step):
+            trust = measure_trust(model, weights, self.inner, self._outer_loss, estimate, step)
+        return replace(row, predicted_change=trust.predicted, actual_change=trust.actual)
+
+
+def _time_gradient(
+    model: nn.Module, weights: Weights, inner: InnerProblem, outer_loss: OuterLoss
+) -> float:
+    """Seconds per gradient of the attack; what is imported and allocated at first use comes before."""
+    # Forward derivatives of some operations are compiled at import.
+    import torch._decomp.decompositions_for_jvp  # noqa: F401
+
+    short = replace(inner, batches=inner.batches[:_NUM_TIMED])
+    FirstOrder().estimate(model, weights, short, outer_loss)
+    clock = _Clock(weights.parameters[0].device)
+    estimate = FirstOrder().estimate(model, weights, short, outer_loss)
+    return clock.elapsed_s() / estimate.gradient_evaluations
+
+
+def _compared(row: Comparison, estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Comparison:
+    norm, exact_norm = _norm(estimate), _norm(exact)
+    difference = [one - other for one, other in zip(estimate, exact, strict=True)]
+    if not exact_norm:
+        return row
+    return replace(
+        row,
+        cosine=float(inner_product(estimate, exact)) / (norm * exact_norm) if norm else None,
+        relative_error=_norm(difference) / exact_norm,
+        norm_ratio=norm / exact_norm,
+    )
+
+
+def _norm(vector: Sequence[Tensor]) -> float:
+    return float(nn.utils.get_total_norm(vector))
+
+
+class _Clock:
+    """Time since it was made: of the CPU for work on the CPU, which others cannot take, else real."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = self._now()
+
+    def elapsed_s(self) -> float:
+        return self._now() - self._start
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return time.perf_counter()
+        return time.process_time()

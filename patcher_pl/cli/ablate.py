@@ -1,0 +1,253 @@
+"""The `ablate` command: how good must the bi-level gradient be?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patcher_pl.ablation import ComparisonGrid, Subject, compare_estimators
+from patcher_pl.cli.fits import Fit, run_fits
+from patcher_pl.cli.run_directory import RunDirectory
+from patcher_pl.cli.sweep import seed_options
+from patcher_pl.devices import choose_device
+from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.reports.ablation import (
+    Ablation,
+    Hardened,
+    comparison_table,
+    hardened_table,
+    rich_table,
+)
+from patcher_pl.reports.ablation_figures import ablation_figures
+from patcher_pl.reports.curves import save_figure
+from patcher_pl.reports.environment import environment, usable_cpus
+from patcher_pl.reports.grouping import CONTROL
+from patcher_pl.reports.settings import as_settings
+
+if TYPE_CHECKING:
+    ConfigFile = Path
+else:
+    # Relative to the configuration file that names it, and checked to be readable.
+    from jsonargparse.typing import Path_fr as ConfigFile
+
+# Hardening ends by its budget, not after a number of steps.
+_UNTIL_SPENT = {"trainer.max_steps": -1, "trainer.max_epochs": -1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardening:
+    """Models to be hardened with each estimator, at equal compute.
+
+    Args:
+        variants: Name of each, and the options of `fit` by which it differs from the base.
+        budgets: Gradient evaluations after which training ends (counts, >= 1 each).
+
+    Raises:
+        ValueError: If there is no variant or a budget is below 1.
+    """
+
+    variants: Mapping[str, Mapping[str, Any]]
+    budgets: list[int]
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise ValueError(
+                "Hardening.variants must not be empty, got none. Use `hardening: null` to skip it."
+            )
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(
+                f"Hardening.budgets must be >= 1 each, got {self.budgets}. "
+                "Give numbers of gradient evaluations."
+            )
+
+
+def run_ablate(
+    base: ConfigFile,
+    comparison: ComparisonGrid,
+    run_dir: Path,
+    hardening: Hardening | None = None,
+    trained: dict[str, Any] | None = None,
+    model: str | None = None,
+    seeds: list[int] | None = None,
+    num_processes: int | None = None,
+    device: str = "auto",
+) -> Ablation:
+    """Compares hypergradient estimators, on one trained model and by the models they harden.
+
+    First a model is trained (`fit` of `base` with the options `trained`), unless `model` names one.
+    On it, every estimator is held against the exact hypergradient: angle, error, time, memory, and
+    what a small step along it achieves. Then one model is hardened per variant, budget and seed, and
+    attacked. Every measurement and every run is a process of its own; called again, the command goes
+    on where it was interrupted.
+
+    Writes `ablation.json`, `comparisons.csv`, `hardened.csv`, `tables.md`, figures (`cosine`,
+    `trial_step`, `cost`, `memory`, `robustness`, each as PNG and SVG) and `tensorboard/` into
+    `run_dir`.
+
+    Args:
+        base: Configuration of `fit`, with a `Patcher`, whose model, data and attacker are used;
+            relative paths start at the ablation's own configuration file.
+        comparison: Estimators and attacks that are compared.
+        run_dir: Where everything goes; created when missing.
+        hardening: Models to harden; none without it.
+        trained: Options of `fit` that make `base` train the model of the comparison.
+        model: Hub id or directory of that model; trained unless given.
+        seeds: Seeds of batches and of hardened models; 0 unless given.
+        num_processes: Processes at the same time; as many as there are CPUs unless given.
+        device: Where estimators are compared: `cpu`, `cuda`, ...; `auto` takes a GPU where there is
+            one. Hardening goes by `trainer.accelerator` of the base.
+
+    Returns:
+        What was written to `ablation.json`.
+
+    Raises:
+        ConfigError: If `base` has no `Patcher` with a differentiable attacker.
+        PatcherError: If the model could not be trained, or measurements or runs failed.
+        RunInterrupted: If a signal stopped it; nothing finished is lost.
+    """
+    seeds = seeds or [0]
+    num_processes = num_processes or usable_cpus()
+    place = choose_device(device)
+    path = model or str(_train(Path(base), trained or {}, run_dir / "trained"))
+    comparisons = compare_estimators(
+        comparison,
+        _subject(Path(base), path),
+        seeds,
+        run_dir / "comparisons",
+        device=place,
+        num_threads=max(1, usable_cpus() // num_processes),
+        num_processes=num_processes,
+    )
+    settings = {"base": Path(base), "trained": trained, "model": model, "seeds": seeds}
+    settings |= {"comparison": comparison, "hardening": hardening}
+    ablation = Ablation(
+        comparisons=comparisons,
+        hardened=[],
+        environment=environment(),
+        settings=as_settings(settings),
+    )
+    _write(ablation, run_dir)
+    failed = [
+        f"{row.estimator}, K = {row.num_steps}: {row.error}" for row in comparisons if row.error
+    ]
+    if hardening is not None:
+        fits = plan_hardening(Path(base), hardening, seeds, run_dir / "hardened")
+        failed += [f"see {fit.log}" for fit in run_fits(list(fits.values()), num_processes)]
+        ablation = replace(ablation, hardened=_hardened(fits))
+        _write(ablation, run_dir)
+    _show(ablation, run_dir)
+
+    if failed:
+        raise PatcherError(
+            f"{len(failed)} measurements failed; the first: {failed[0]}. "
+            "The same command tries them again."
+        )
+    return ablation
+
+
+def _write(ablation: Ablation, run_dir: Path) -> None:
+    """Writes everything that is known so far."""
+    from patcher_pl.ablation.tensorboard import write_tensorboard
+
+    ablation.save(run_dir)
+    for name, figure in ablation_figures(ablation).items():
+        save_figure(figure, run_dir / f"{name}.png")
+        save_figure(figure, run_dir / f"{name}.svg")
+    write_tensorboard(ablation, run_dir / "tensorboard")
+
+
+def _show(ablation: Ablation, run_dir: Path) -> None:
+    """Prints the tables."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # A log file has no width of its own.
+    console.print(rich_table("Estimators, mean over seeds", comparison_table(ablation.comparisons)))
+    if ablation.hardened:
+        console.print(rich_table("Hardened models, over seeds", hardened_table(ablation.hardened)))
+    console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)
+
+
+def _train(base: Path, options: Mapping[str, Any], directory: Path) -> Path:
+    """Trains the model of the comparison, unless it is there already."""
+    fit = Fit.plan(directory, base, options)
+    if run_fits([fit], num_processes=1, label="model to compare on"):
+        raise PatcherError(f"The model to compare on could not be trained; see {fit.log}.")
+    return RunDirectory(directory).model
+
+
+def _subject(base: Path, model: str) -> Subject:
+    """The bi-level problem of the base configuration, with another model."""
+    from patcher_pl.attackers import FineTuningAttacker
+    from patcher_pl.cli.errors import readable_config_errors
+    from patcher_pl.cli.lightning_cli import PatcherCLI
+    from patcher_pl.defenses import Patcher
+
+    with readable_config_errors():
+        cli = PatcherCLI("fit", ["--config", str(base), "--run_dir", "unused"])
+    defense, data = cli.model, cli.datamodule
+    attacker = getattr(defense, "attacker", None)
+    if not isinstance(defense, Patcher) or not isinstance(attacker, FineTuningAttacker):
+        raise ConfigError(
+            f"base: {base} must train a Patcher against a FineTuningAttacker, got "
+            f"{type(defense).__name__}. Give its configuration, such as configs/testbed/patcher.yaml."
+        )
+    if not attacker.is_differentiable or data.attack is None:
+        raise ConfigError(
+            f"base: {base} must attack all weights (`attacker.lora: null`) and have `data.attack`."
+        )
+    batch_size, attack_batch_size = data.batch_sizes
+    return Subject(
+        language_model=replace(defense.language_model, path=model),
+        attacker=attacker,
+        safe=data.safe,
+        attack=data.attack,
+        batch_size=batch_size,
+        attack_batch_size=attack_batch_size,
+    )
+
+
+_Key = tuple[str, int, int]
+"""Variant, budget and seed."""
+
+
+def plan_hardening(
+    base: Path, hardening: Hardening, seeds: Sequence[int], directory: Path
+) -> dict[_Key, Fit]:
+    """The runs that harden the models of an ablation."""
+    fits = {}
+    for name, variant in hardening.variants.items():
+        for budget in hardening.budgets:
+            for seed in seeds:
+                options = {**_UNTIL_SPENT, "max_gradient_evaluations": budget, **seed_options(seed)}
+                place = directory / name / f"budget-{budget}" / f"seed-{seed}"
+                fits[name, budget, seed] = Fit.plan(place, base, {**options, **variant})
+    return fits
+
+
+def _hardened(fits: Mapping[_Key, Fit]) -> list[Hardened]:
+    """What finished runs found; the control of a run is a variant of its own."""
+    rows = []
+    for (variant, budget, seed), fit in fits.items():
+        if not fit.is_done:
+            continue
+        results = fit.results
+        for curve in results.curves:
+            if not curve.attack_steps:
+                continue
+            is_control = curve.defense == CONTROL and variant != CONTROL
+            rows.append(
+                Hardened(
+                    variant=CONTROL if is_control else variant,
+                    budget=budget,
+                    seed=seed,
+                    gradient_evaluations=results.settings["gradient_evaluations"],
+                    num_steps=None if is_control else results.settings["num_steps"],
+                    attack=curve.attack,
+                    steps_to_break=curve.steps_to_break,
+                    longest_attack=curve.attack_steps[-1],
+                    benign_accuracy=curve.benign_accuracy[0],
+                )
+            )
+    return rows
