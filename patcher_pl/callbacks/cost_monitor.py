@@ -1,22 +1,21 @@
 """Logs what a run costs."""
 
-import resource
-import sys
 import time
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.defenses import Defense
+from patcher_pl.memory import peak_memory_gib
 
 
 class CostMonitor(Callback):
     """Logs `cost/gradient_evaluations`, `cost/tokens_per_second` and `cost/peak_memory_gib`.
 
     Tokens per second count defender and attacker alike, padding excluded, over the time since the
-    last logged step. Peak memory is the GPU allocator's, or on a CPU the process's resident set.
+    last logged step, of all processes. Peak memory is the GPU allocator's, or on a CPU the process's
+    resident set, of the first process.
     """
 
     def __init__(self) -> None:
@@ -27,7 +26,7 @@ class CostMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         assert isinstance(pl_module, Defense)
-        self._tokens, self._time_s = pl_module.cost.tokens, time.monotonic()
+        self._tokens, self._time_s = pl_module.total_tokens(), time.monotonic()
         self._logged_at = trainer.global_step
 
     def on_train_batch_end(
@@ -43,20 +42,11 @@ class CostMonitor(Callback):
         step = trainer.global_step
         if step - self._logged_at < trainer.log_every_n_steps or trainer.logger is None:  # type: ignore[attr-defined]
             return
-        now = time.monotonic()
+        now, tokens = time.monotonic(), pl_module.total_tokens()
         cost = {
             "cost/gradient_evaluations": float(pl_module.cost.gradient_evaluations),
-            "cost/tokens_per_second": (pl_module.cost.tokens - self._tokens)
-            / max(now - self._time_s, 1e-9),
+            "cost/tokens_per_second": (tokens - self._tokens) / max(now - self._time_s, 1e-9),
             "cost/peak_memory_gib": peak_memory_gib(pl_module.device),
         }
         trainer.logger.log_metrics(cost, step=step)
-        self._tokens, self._time_s, self._logged_at = pl_module.cost.tokens, now, step
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far on `device`, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+        self._tokens, self._time_s, self._logged_at = tokens, now, step

@@ -1,25 +1,31 @@
-"""Ctrl-C and SIGTERM end a run between two steps, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, with a checkpoint."""
 
 import signal
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.callbacks.run_checkpoint import RunCheckpoint
+from patcher_pl.callbacks.slurm import requeue_job
 from patcher_pl.defenses import Defense
 from patcher_pl.errors import RunInterrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class GracefulStop(Callback):
-    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end of the run.
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a checkpoint and a clean end of the run.
 
     The handlers only set a flag. It is looked at after every defender step and before every step of
-    a simulated attack, where the weights are those of the defender again. A second Ctrl-C ends the
-    run at once.
+    a simulated attack, where the weights are those of the defender again; there, all processes agree
+    on it, whichever of them got the signal. A second Ctrl-C ends the run at once.
+
+    SIGUSR1 is what `sbatch --signal=USR1@300` sends before a job's time is up: the job is put back
+    into the queue too. After SIGTERM it is not, since `scancel` sends that; SLURM itself requeues
+    what it preempts.
     """
 
     def __init__(self, checkpoint: RunCheckpoint) -> None:
@@ -45,7 +51,7 @@ class GracefulStop(Callback):
     ) -> None:
         """Ends the run where that was asked for."""
         assert isinstance(pl_module, Defense)
-        if pl_module.stop_requested and pl_module.is_between_steps:
+        if pl_module.is_between_steps and pl_module.stop_is_agreed():
             raise RunInterrupted("Stopped between two steps.")
 
     def on_exception(
@@ -53,7 +59,10 @@ class GracefulStop(Callback):
     ) -> None:
         """Saves a checkpoint where the run was stopped by a signal."""
         if isinstance(exception, RunInterrupted):
+            self._agree_on_signal(trainer)
             self.checkpoint.save(trainer, pl_module)
+            if self.signal == signal.SIGUSR1 and trainer.is_global_zero:
+                requeue_job()
         self._give_back()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,6 +75,11 @@ class GracefulStop(Callback):
         self.signal = signal.Signals(number)
         assert self._module is not None
         self._module.stop_requested = True
+
+    def _agree_on_signal(self, trainer: Trainer) -> None:
+        own = torch.tensor(self.signal or 0, device=trainer.strategy.root_device)
+        highest = int(trainer.strategy.reduce(own, reduce_op="max"))  # type: ignore[arg-type]
+        self.signal = signal.Signals(highest or signal.SIGTERM)
 
     def _give_back(self) -> None:
         for number, handler in self._handlers.items():

@@ -1,61 +1,31 @@
 """Checkpoints to resume from: written whole, newest ones kept, `last.ckpt` points at the newest."""
 
-import pickle
+import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from patcher_pl.callbacks.checkpoint_files import is_whole, remove, save_folder
 from patcher_pl.defenses import Defense
+from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import CheckpointError
 from patcher_pl.files import write_atomically
 
 LAST = "last.ckpt"
 
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name and renames it once it is on the disk."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Saves `checkpoint`.
-
-        Raises:
-            CheckpointError: If the file cannot be written; the one before is untouched.
-        """
-        try:
-            write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: the checkpoint could not be written ({error}). Make room on the disk and "
-                "go on from the previous one with --ckpt_path last."
-            ) from error
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a checkpoint.
-
-        Raises:
-            CheckpointError: If the file is torn or is no checkpoint.
-        """
-        try:
-            return super().load_checkpoint(path, *args, **kwargs)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{path}: the checkpoint could not be read ({reason}). "
-                "Give --ckpt_path another one, or leave it away to start from the beginning."
-            ) from error
+_log = logging.getLogger(__name__)
 
 
 class RunCheckpoint(Checkpoint):
     """Saves every `every_n_steps` defender steps, at the end of training, and on interruption.
 
+    Checkpoints are called `step-00000100.ckpt`: files, or folders where several processes write one
+    together. `last.ckpt` links to the newest. Either is there as a whole or not at all.
+
     Args:
-        directory: Where checkpoints go, as `step-00000100.ckpt`; `last.ckpt` links to the newest.
+        directory: Where checkpoints go; on a file system that all processes share.
         every_n_steps: Defender steps between checkpoints (count, >= 1).
         num_kept: Newest checkpoints that are kept (count, >= 1).
 
@@ -74,8 +44,12 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts counting at the step that was resumed."""
+        """Starts counting at the step that was resumed; sweeps up what a killed run left."""
         self._saved_at = trainer.global_step
+        if trainer.is_global_zero:
+            for pattern in (".*.tmp", ".*.old"):
+                for leftover in self.directory.glob(pattern):
+                    remove(leftover)
 
     def on_train_batch_end(
         self,
@@ -99,12 +73,15 @@ class RunCheckpoint(Checkpoint):
         if isinstance(pl_module, Defense) and not pl_module.is_between_steps:
             return
         path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        if shards(trainer):
+            save_folder(trainer, path)
+        else:
+            trainer.save_checkpoint(path, weights_only=False)
         self._saved_at = trainer.global_step
         if trainer.is_global_zero:
             point_last_at(path)
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.num_kept]:
-                old.unlink(missing_ok=True)
+                remove(old)
 
 
 def point_last_at(path: Path) -> None:
@@ -113,18 +90,21 @@ def point_last_at(path: Path) -> None:
 
 
 def find_last(directory: Path) -> Path:
-    """Returns the newest checkpoint of a run.
+    """Returns the newest whole checkpoint of a run; says so where a newer one is torn.
 
     Raises:
         CheckpointError: If there is none: starting over silently would be worse.
     """
     last = directory / LAST
+    saved = sorted(directory.glob("step-*.ckpt"), reverse=True)
     if last.exists():
-        return last.resolve()
-    saved = sorted(directory.glob("step-*.ckpt"))
-    if not saved:
-        raise CheckpointError(
-            f"--ckpt_path last: there is no checkpoint in {directory}. "
-            "Check --run_dir, or leave --ckpt_path away to start from the beginning."
-        )
-    return saved[-1]
+        pointed_at = last.resolve()
+        saved = [pointed_at, *(path for path in saved if path.name != pointed_at.name)]
+    for path in saved:
+        if is_whole(path):
+            return path
+        _log.warning("%s is torn; going on from an earlier checkpoint.", path)
+    raise CheckpointError(
+        f"--ckpt_path last: there is no {'whole ' if saved else ''}checkpoint in {directory}. "
+        "Check --run_dir, or leave --ckpt_path away to start from the beginning."
+    )

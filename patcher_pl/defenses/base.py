@@ -12,10 +12,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from patcher_pl.defenses import random_state
 from patcher_pl.defenses.cost import Cost
+from patcher_pl.defenses.saved_tensors import with_plain_optimizers
+from patcher_pl.defenses.strategies import require_supported, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
+from patcher_pl.models.shards import Shards
 from patcher_pl.types import Batch
 
 if TYPE_CHECKING:
@@ -29,6 +33,9 @@ class Defense(LightningModule):
     and checkpoint intervals mean defender steps. Clipping and accumulation are settings of the
     defense, since Lightning leaves them to the module under manual optimization. Accumulation runs
     on across epochs: every step uses exactly `accumulate_grad_batches` batches.
+
+    With `ModelParallelStrategy` (FSDP2) or `FSDPStrategy` (FSDP1) the model is sharded, and every process takes its own batch
+    of each step. A step is then the same as one process takes on all these batches together.
 
     Args:
         language_model: The model to harden; loaded in `configure_model`.
@@ -75,7 +82,7 @@ class Defense(LightningModule):
         self.stop_requested = False
         self._num_accumulated = 0
         self._losses: dict[str, Tensor] = {}
-        self._restored_random_state: dict[str, Tensor] = {}
+        self._restored_random_states: list[random_state.State] = []
         self._model: PreTrainedModel | None = None
 
     @abstractmethod
@@ -117,9 +124,46 @@ class Defense(LightningModule):
         return self.language_model.load_tokenizer()
 
     def configure_model(self) -> None:
-        """Loads the weights, once."""
-        if self._model is None:
-            self._model = self.language_model.load_model()
+        """Loads the weights, once; shards them where the strategy does.
+
+        Raises:
+            ConfigError: If this defense cannot be trained with the trainer's strategy.
+        """
+        if self._model is not None:
+            return
+        if self._trainer is not None:
+            require_supported(self, self.trainer)
+        mesh = self.device_mesh
+        if mesh is not None:
+            self._model = self.language_model.load_sharded(mesh["data_parallel"])
+            return
+        self._model = self.language_model.load_model()
+        if self._trainer is not None and uses_fsdp1(self.trainer):
+            device = self.trainer.strategy.root_device
+            self._model = self.language_model.sharding.wrap(self._model, device)
+
+    def require_shardable(self) -> None:
+        """Refuses settings that cannot work on sharded weights; subclasses add their own.
+
+        Raises:
+            ConfigError: If there is one.
+        """
+        if self.language_model.lora is not None:
+            raise ConfigError(
+                f"LanguageModel.lora: {type(self).__name__} trains adapters on one device only, got "
+                f"{self.language_model.lora} with a strategy that shards. Set `lora: null`, or "
+                "`trainer.devices: 1` and no strategy."
+            )
+
+    def release(self) -> None:
+        """Lets go of the weights, to make room; the defense is of no use to train afterwards."""
+        self._model = None
+
+    def to(self, *args: Any, **kwargs: Any) -> "Defense":  # type: ignore[override]
+        """Moves the module; one whose shards wait in host memory stays there."""
+        if self.device_mesh is not None and self.language_model.sharding.cpu_offload:
+            return self
+        return super().to(*args, **kwargs)  # type: ignore[return-value]
 
     def configure_optimizers(self) -> Any:
         """Builds optimizer and schedule over what is trainable."""
@@ -137,28 +181,25 @@ class Defense(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuses what this version cannot do right, before any compute is spent."""
-        if self.trainer.world_size > 1:
-            raise ConfigError(
-                f"trainer.devices: {type(self).__name__} trains on one device, got "
-                f"{self.trainer.world_size}. Set `trainer.devices: 1`."
-            )
-        if "16" in self.trainer.precision and not self.trainer.precision.startswith("bf16"):
-            raise ConfigError(
-                f"trainer.precision: {self.trainer.precision!r} needs loss scaling, which the two "
-                "backward passes of a defender step do not support. Use `bf16-mixed` or `32-true`."
-            )
+        require_supported(self, self.trainer)
         self.model.train()
 
     def on_train_start(self) -> None:
         """Begins between two steps, with the random state of the run that is resumed."""
-        self.model.zero_grad(set_to_none=True)
+        self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
         self._num_accumulated = 0
         self._losses = {}
-        if self._restored_random_state:
-            torch.set_rng_state(self._restored_random_state["cpu"].cpu())
-            if self.device.type == "cuda" and "cuda" in self._restored_random_state:
-                torch.cuda.set_rng_state(self._restored_random_state["cuda"].cpu(), self.device)
-            self._restored_random_state = {}
+        rank = self.global_rank
+        if rank < len(self._restored_random_states):
+            random_state.restore(self._restored_random_states[rank], self.device)
+        elif rank > 0:
+            # Lightning gives all processes one seed; each needs its own dropout.
+            torch.manual_seed(torch.initial_seed() + rank)
+        self._restored_random_states = []
+
+    def stop_is_agreed(self) -> bool:
+        """Whether any process was asked to stop; all of them ask, and get the same answer."""
+        return self.trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Takes one batch; every `accumulate_grad_batches`-th one ends a defender step."""
@@ -171,7 +212,7 @@ class Defense(LightningModule):
         if self._num_accumulated == self.accumulate_grad_batches:
             losses, self._losses = self._losses, {}
             self._num_accumulated = 0
-            self._log_step({**losses, **self._take_step()})
+            self._log_step({**self._over_processes(losses), **self._take_step()})
 
     def _take_step(self) -> dict[str, Any]:
         optimizer = self.optimizers()
@@ -180,7 +221,7 @@ class Defense(LightningModule):
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        grad_norm = Shards(self.model, parameters).clip_gradients(limit)
         if not torch.isfinite(grad_norm):
             raise PatcherError(
                 f"{type(self).__name__} diverged at defender step {self.global_step} (gradient norm "
@@ -194,6 +235,13 @@ class Defense(LightningModule):
         if schedulers is not None:
             schedulers.step()  # type: ignore[union-attr]
         return {"grad_norm": grad_norm, "lr": lr}
+
+    def _over_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of the whole step, of which this process saw a part."""
+        if self.trainer.world_size == 1 or not losses:
+            return losses
+        means = self.trainer.strategy.reduce(torch.stack(list(losses.values())), reduce_op="mean")
+        return dict(zip(losses, means, strict=True))
 
     def _log_step(self, metrics: Mapping[str, Any]) -> None:
         for key, value in metrics.items():
@@ -211,6 +259,11 @@ class Defense(LightningModule):
         self.manual_backward(loss)
         self.cost.add(num_tokens=int(batch["attention_mask"].sum()))
 
+    def total_tokens(self) -> int:
+        """Tokens that all processes have spent so far; all must ask."""
+        tokens = torch.tensor(self.cost.tokens, device=self.device)
+        return int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))  # type: ignore[arg-type]
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs the loss on held-out conversations."""
         self._log_held_out("val", batch)
@@ -221,21 +274,27 @@ class Defense(LightningModule):
 
     def _log_held_out(self, stage: str, batch: Batch) -> None:
         loss = causal_lm_loss(self.model, batch)
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        several, size = self.trainer.world_size > 1, len(batch["input_ids"])
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=several)
         if self.trainer.state.fn == "fit":
             # Lightning takes this as the place on the logger's axis, instead of counting batches.
-            step = float(self.global_step)
-            self.log("step", step, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
+            self.log(
+                "step",
+                float(self.global_step),
+                on_step=False,
+                on_epoch=True,
+                reduce_fx="max",
+                sync_dist=several,
+                batch_size=1,
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters and the random state of the run."""
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint["defense"] = {
             "class": type(self).__name__,
-            "cost": self.cost.state(),
-            "random_state": random_state,
+            "cost": {**self.cost.state(), "tokens": self.total_tokens()},
+            "fsdp1": uses_fsdp1(self.trainer),
+            "random_states": random_state.collect(self.device, self.trainer.world_size),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -251,8 +310,19 @@ class Defense(LightningModule):
                 f"The checkpoint was written by {writer}, so {own} cannot go on from it. Give "
                 f"--ckpt_path a checkpoint of {own}, or leave it away to start from the beginning."
             )
+        size = len(state["random_states"])
+        fsdp1 = state.get("fsdp1", False), uses_fsdp1(self.trainer)
+        if any(fsdp1) and not (all(fsdp1) and size == self.trainer.world_size):
+            raise CheckpointError(
+                f"A run with FSDPStrategy can only go on with it and on as many devices; the "
+                f"checkpoint was written by {size}{' with it' if fsdp1[0] else ''}. Use "
+                "ModelParallelStrategy for runs that change their size."
+            )
         self.cost = Cost(**state["cost"])
-        self._restored_random_state = state["random_state"]
+        if self.global_rank > 0:
+            self.cost.tokens = 0  # The first process goes on with the sum.
+        self._restored_random_states = state["random_states"]
+        with_plain_optimizers(checkpoint, self)
 
     def _require(self, holds: bool, field: str, rule: str, value: object, remedy: str) -> None:
         if not holds:

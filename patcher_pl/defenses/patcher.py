@@ -3,14 +3,20 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from patcher_pl.attackers import Attacker, AttackOutcome, InnerProblem
+from patcher_pl.attackers import Attacker, ConcurrentAttacker, InnerProblem
+from patcher_pl.defenses.attack_report import account_for_attack, checked_norm, log_now
 from patcher_pl.defenses.base import Defense
+from patcher_pl.defenses.cost import Cost
+from patcher_pl.defenses.remote_attacks import RemoteAttacks
+from patcher_pl.defenses.saved_tensors import add_vector, own_parts, read_vector
+from patcher_pl.defenses.strategies import require_shardable_attacks
 from patcher_pl.errors import ConfigError, RunInterrupted
 from patcher_pl.hypergradients import (
     FirstOrder,
@@ -19,16 +25,16 @@ from patcher_pl.hypergradients import (
     OuterLoss,
     measure_trust,
 )
+from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Weights
-from patcher_pl.models.weights import vector_norm
 from patcher_pl.types import Batch
 
 logger = logging.getLogger(__name__)
 
 
 class Patcher(Defense):
-    """Trains the attacked model to refuse, by a stale first-order hypergradient (sequential form).
+    """Trains the attacked model to refuse, by a stale first-order hypergradient.
 
     The first `num_sft_steps` defender steps minimize L_safe(theta). From then on, every
     `refresh_every` (k2) steps the attacker goes from the current theta to theta_att, and
@@ -40,6 +46,9 @@ class Patcher(Defense):
     identity. With another `hypergradient`, the steps before which an attack is due (every step, if
     `refresh_every` is 1) use its estimate of d L_safe(theta_att) / d theta instead, from a fresh
     attack; the steps in between go on with v as above.
+
+    With a `ConcurrentAttacker`, attacks run beside the defender instead of in between (parallel
+    form), and v belongs to a theta of some steps ago.
 
     Args:
         language_model: The model to harden.
@@ -125,15 +134,20 @@ class Patcher(Defense):
         )
         self.trust_every = trust_every
         self.attacker = attacker
+        self.remote: RemoteAttacks | None = None
         self.alpha = alpha
         self.refresh_every = refresh_every
         self.num_sft_steps = refresh_every if num_sft_steps is None else num_sft_steps
         self.restart_optimizer = restart_optimizer
-        self.attack_vector: Sequence[Tensor] | None = None
+        if isinstance(attacker, ConcurrentAttacker):
+            self.remote = RemoteAttacks(attacker, refresh_every, self.num_sft_steps)
+        self.attack_vector: Sequence[Tensor] | None = None  # Of attacks in this process.
         self._num_attacks = 0
         self._weights: Weights | None = None
         self._inner: InnerProblem | None = None
         self._fresh: tuple[HypergradientEstimate, OuterLoss] | None = None
+        # Where the random numbers and the cost were before the step that attacks.
+        self._before: tuple[RandomState, Cost] | None = None
 
     @property
     def is_first_order(self) -> bool:
@@ -149,7 +163,7 @@ class Patcher(Defense):
     def weights(self) -> Weights:
         """Owner of the model's weights."""
         if self._weights is None:
-            self._weights = Weights(self.model)
+            self._weights = Weights(self.model, self.language_model.weight_copies_on)
         return self._weights
 
     def on_fit_start(self) -> None:
@@ -170,13 +184,35 @@ class Patcher(Defense):
         """Moves a restored attack vector to where the weights are."""
         super().on_train_start()
         if self.attack_vector is not None:
-            device = self.weights.parameters[0].device
-            self.attack_vector = [tensor.to(device) for tensor in self.attack_vector]
+            self.attack_vector = self.weights.placed(self.attack_vector)
+        if self.remote is not None:
+            seed = self.trainer.datamodule.seed  # type: ignore[attr-defined]
+            self.remote.open(self.model, self.weights, seed)
+
+    def on_train_end(self) -> None:
+        """Lets attackers elsewhere know that they are no longer needed."""
+        if self.remote is not None:
+            self.remote.close()
+
+    def require_shardable(self) -> None:
+        """Refuses attacks and hypergradients that need whole weights."""
+        super().require_shardable()
+        require_shardable_attacks(self.attacker, self.hypergradient, self.language_model.sharding)
+
+    def release(self) -> None:
+        """Lets go of the weights and of the attack vector."""
+        super().release()
+        self._weights = self.attack_vector = None
 
     def before_step(self) -> None:
-        """Attacks where a new attack vector is due."""
+        """Attacks, or picks up what was attacked elsewhere, where a new attack vector is due."""
         steps_since_sft = self.global_step - self.num_sft_steps
-        if steps_since_sft >= 0 and steps_since_sft // self.refresh_every >= self._num_attacks:
+        is_due = steps_since_sft >= 0 and steps_since_sft // self.refresh_every >= self._num_attacks
+        if self.remote is not None:
+            self._exchange(self.remote, is_due)
+        elif is_due:
+            device = self.weights.parameters[0].device
+            self._before = RandomState.capture(device), replace(self.cost)
             if self.is_first_order:
                 self._refresh_attack_vector()
             else:
@@ -186,17 +222,20 @@ class Patcher(Defense):
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of the two-term loss, or of L_safe while there is no attack yet."""
-        if self._inner is None and self.attack_vector is None:
+        vectors = self._active_vectors
+        if self._inner is None and not vectors:
             loss_safe = causal_lm_loss(self.model, batch)
             self.backward_of(share * loss_safe, batch)
             return {"loss_safe": loss_safe.detach()}
         if self._inner is not None:
             loss_attacked = self._add_hypergradient(self._inner, batch, share * self.alpha)
         else:
-            assert self.attack_vector is not None
-            with self.weights.shifted(self.attack_vector):
-                loss_attacked = causal_lm_loss(self.model, batch)
-                self.backward_of(share * self.alpha * loss_attacked, batch)
+            losses = []
+            for vector in vectors:
+                with self.weights.shifted(vector):
+                    losses.append(causal_lm_loss(self.model, batch))
+                    self.backward_of(share * self.alpha / len(vectors) * losses[-1], batch)
+            loss_attacked = torch.stack(losses).mean()
         loss_safe = causal_lm_loss(self.model, batch)
         self.backward_of(share * (1 - self.alpha) * loss_safe, batch)
         gap = (loss_attacked - loss_safe).detach()
@@ -205,6 +244,12 @@ class Patcher(Defense):
             "loss_attacked": loss_attacked.detach(),
             "attack_gap": gap,
         }
+
+    @property
+    def _active_vectors(self) -> Sequence[Sequence[Tensor]]:
+        if self.remote is not None:
+            return self.remote.vectors(self.global_step)
+        return [] if self.attack_vector is None else [self.attack_vector]
 
     def _add_hypergradient(self, inner: InnerProblem, batch: Batch, weight: float) -> Tensor:
         """Adds `weight` times the estimate for a batch; returns the loss after the attack."""
@@ -219,11 +264,8 @@ class Patcher(Defense):
         except RunInterrupted:
             self._forget_step(inner)
             raise
-        self._check_norm(norm := float(vector_norm(estimate.attack_vector)))
-        for parameter, gradient in zip(self.weights.parameters, estimate.gradients, strict=True):
-            if parameter.requires_grad:
-                scaled = gradient * weight
-                parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+        norm = checked_norm(self.weights, estimate.attack_vector, self.global_step)
+        self.weights.shards.add_to_gradients(estimate.gradients, weight)
         self.attack_vector = estimate.attack_vector
         self._fresh = estimate, outer_loss
         # Everything but the outer gradient runs over attack batches.
@@ -231,19 +273,25 @@ class Patcher(Defense):
         num_tokens = round(evaluations * inner.num_tokens / inner.num_steps)
         self.cost.add(num_tokens=num_tokens, gradient_evaluations=math.ceil(evaluations))
         self.cost.add(num_tokens=int(batch["attention_mask"].sum()))
-        self._log_now({f"hypergradient/{k}": v for k, v in estimate.diagnostics.items()})
-        self._log_now({"attack/vector_norm": norm})
+        log_now(self, {f"hypergradient/{k}": v for k, v in estimate.diagnostics.items()})
+        log_now(self, {"attack/vector_norm": norm})
         return torch.tensor(estimate.outer_loss, device=self.device)
 
     def _forget_step(self, inner: InnerProblem) -> None:
         """Goes back to where this step had not begun: the same batches will be handed out again."""
+        self._forget_draws_and_cost()
         self.trainer.datamodule.attack_stream().rewind(inner.num_steps)  # type: ignore[attr-defined]
         loader = self.trainer.train_dataloader
         loader.rewind(self._num_accumulated + 1)  # type: ignore[union-attr]
-        self.model.zero_grad(set_to_none=True)
+        self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
         self._num_accumulated, self._losses = 0, {}
         self._num_attacks -= 1
-        self._inner = None
+        self._inner = self._fresh = None
+
+    def _forget_draws_and_cost(self) -> None:
+        assert self._before is not None
+        random_state, self.cost = self._before
+        random_state.restore()
 
     def _take_step(self) -> dict[str, Any]:
         inner, fresh = self._inner, self._fresh
@@ -260,7 +308,7 @@ class Patcher(Defense):
         )
         self.cost.add(num_tokens=inner.num_tokens, gradient_evaluations=inner.num_steps)
         changes = {"predicted_change": trust.predicted, "actual_change": trust.actual}
-        self._log_now({f"hypergradient/{key}": value for key, value in changes.items()})
+        log_now(self, {f"hypergradient/{key}": value for key, value in changes.items()})
         return metrics
 
     def _refresh_attack_vector(self) -> None:
@@ -272,65 +320,76 @@ class Patcher(Defense):
             )
         except RunInterrupted:
             # As if this step had never begun: both streams will hand out the same batches again.
+            self._forget_draws_and_cost()
             stream.rewind(stream.position - start)
             self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
             raise
-        self._check_norm(norm := float(vector_norm(outcome.vector)))
         self.attack_vector = outcome.vector
-        for step in outcome.steps:
-            self.cost.add(num_tokens=step.num_tokens)
         self._count_attack()
-        self._log_attack(outcome, norm)
+        account_for_attack(
+            self,
+            norm=checked_norm(self.weights, outcome.vector, self.global_step),
+            losses=[step.loss for step in outcome.steps],
+            num_tokens=[step.num_tokens for step in outcome.steps],
+            number=self._num_attacks - 1,
+        )
+
+    def _exchange(self, remote: RemoteAttacks, is_due: bool) -> None:
+        stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
+        try:
+            arrivals = remote.exchange(
+                self.global_step, is_due=is_due, between=self._check_for_stop
+            )
+        except RunInterrupted:
+            self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
+            raise
+        if is_due:
+            self._count_attack()
+            # Where it would be if the attacks so far had taken their batches from it.
+            stream.load_state_dict({"position": self._num_attacks * self.attacker.num_steps})
+        for arrival in arrivals:
+            account_for_attack(
+                self,
+                norm=checked_norm(self.weights, arrival.vector, self.global_step),
+                losses=arrival.report.losses,
+                num_tokens=arrival.report.num_tokens,
+                number=arrival.report.theta.number,
+                tag="attack" if len(remote.slots) == 1 else f"attack_{arrival.member}",
+            )
 
     def _count_attack(self) -> None:
         self._num_attacks += 1
         if self.restart_optimizer:
             self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
 
-    def _check_norm(self, norm: float) -> None:
-        if not math.isfinite(norm):
-            raise ConfigError(
-                f"Patcher.attacker: the simulated attack diverged at defender step "
-                f"{self.global_step} (norm of the attack vector: {norm}). Lower "
-                "`attacker.optimizer.lr` or set `attacker.max_grad_norm`."
-            )
-
-    def _log_now(self, metrics: Mapping[str, float]) -> None:
-        # Straight to the logger: `self.log` would drop what falls between two logging steps.
-        if self.logger is not None:
-            self.logger.log_metrics(dict(metrics), step=self.global_step)
-
-    def _log_attack(self, outcome: AttackOutcome, norm: float) -> None:
-        if self.logger is None:
-            return
-        self._log_now(
-            {
-                "attack/loss": outcome.steps[-1].loss,
-                "attack/loss_before": outcome.steps[0].loss,
-                "attack/vector_norm": norm,
-            }
-        )
-        taken = (self._num_attacks - 1) * self.attacker.num_steps
-        for step in outcome.steps:
-            self.logger.log_metrics({"attack/loss_by_attack_step": step.loss}, taken + step.index)
-
     def _check_for_stop(self) -> None:
-        if self.stop_requested:
+        if self.stop_is_agreed():
             raise RunInterrupted("Stopped during a simulated attack.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the attack vector, so that a run goes on within a round."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["defense"]["num_attacks"] = self._num_attacks
+        if self.remote is not None:
+            checkpoint["defense"]["remote"] = self.remote.state(self.weights.names)
         if self.attack_vector is not None:
-            named = zip(self.weights.names, self.attack_vector, strict=True)
-            checkpoint["defense"]["attack_vector"] = dict(named)
+            add_vector(checkpoint, "attack_vector", self.weights, self.attack_vector)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the attack vector of the run."""
+        """Goes on with the attack vector of the run, whichever way it came about."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["defense"]
         self._num_attacks = state["num_attacks"]
-        vector = state.get("attack_vector")
+        path = self.trainer.ckpt_path
+        vector = read_vector(checkpoint, "attack_vector", self.weights, path)
+        remote = state.get("remote", {"slots": [], "num_wasted": 0})
+        if self.remote is None:
+            if remote["slots"]:
+                vector = own_parts(remote["slots"][0]["vector"], self.weights)
+            self.attack_vector = vector
+            return
         if vector is not None:
-            self.attack_vector = [vector[name] for name in self.weights.names]
+            attacked_step = self.num_sft_steps + (self._num_attacks - 1) * self.refresh_every
+            named = dict(zip(self.weights.names, vector, strict=True))
+            remote["slots"] = [{"attacked_step": attacked_step, "vector": named}]
+        self.remote.load_state(remote, self.weights.names)

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError
 from patcher_pl.files import write_atomically
 from patcher_pl.models.lora import Lora, merged_copy
+from patcher_pl.models.sharding import Sharding
+from patcher_pl.models.weights import Place
 from patcher_pl.testbed.cache import resolve_model
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DtypeName = Literal["float32", "bfloat16", "float64"]
@@ -28,6 +31,9 @@ class LanguageModel:
             None takes the model's default.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         lora: Train low-rank adapters only; None trains every parameter.
+        sharding: How the model is spread where the trainer's strategy shards it.
+        weight_copies_on: Where attack vector and saved weights are kept: beside the `model`, or in
+            `host` memory, which costs two copies over the bus per shift and saves their space.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint. Off: it could do anything.
 
@@ -41,32 +47,57 @@ class LanguageModel:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     lora: Lora | None = None
+    sharding: Sharding = field(default_factory=Sharding)
+    weight_copies_on: Place = "model"
     revision: str | None = None
     trust_remote_code: bool = False
 
     def load_model(self) -> "PreTrainedModel":
         """Loads the weights (safetensors only), in evaluation mode, adapters attached."""
-        import torch
         from transformers import AutoModelForCausalLM
 
-        options = (
-            {}
-            if self.attn_implementation is None
-            else {"attn_implementation": self.attn_implementation}
-        )
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                self._location,
-                dtype=getattr(torch, self.dtype),
-                use_safetensors=True,
-                **self._hub_options,
-                **options,
+                self._location, use_safetensors=True, **self._hub_options, **self._model_options
             )
         except (OSError, ValueError, ImportError) as error:
             raise self._loading_failed("model", error) from error
+        return self.adapted(model)
+
+    def adapted(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """Switches checkpointing on and attaches adapters, as far as asked for."""
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
         return model if self.lora is None else self.lora.attach(model).eval()
+
+    def load_sharded(self, mesh: "DeviceMesh") -> "PreTrainedModel":
+        """Loads the weights once and spreads them over the processes of `mesh`, as `sharding` says.
+
+        Raises:
+            ValueError: If there is `lora`: its weights are few enough not to be sharded.
+        """
+        if self.lora is not None:
+            raise ValueError(
+                f"LanguageModel.lora must be null for a sharded model, got {self.lora}. "
+                "Train every weight, or train adapters on one device."
+            )
+        return self.sharding.load(self.load_model, self._make_empty, mesh)
+
+    def _make_empty(self) -> "PreTrainedModel":
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(self._location, **self._hub_options)
+        except (OSError, ValueError, ImportError) as error:
+            raise self._loading_failed("config", error) from error
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=self.trust_remote_code, **self._model_options
+            )
+        if self.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        return model
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Loads the tokenizer, with a pad token (the end-of-text token where there is none)."""
@@ -85,6 +116,18 @@ class LanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    def module_name(self) -> str:
+        """The module in which transformers defines this kind of model; to import it ahead of time."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        try:
+            config = AutoConfig.from_pretrained(self._location, **self._hub_options)
+        except (OSError, ValueError) as error:
+            raise self._loading_failed("configuration", error) from error
+        kind = type(config)
+        return MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, kind).__module__
+
     @property
     def _location(self) -> str:
         return resolve_model(self.path)
@@ -92,6 +135,15 @@ class LanguageModel:
     @property
     def _hub_options(self) -> dict[str, str | bool | None]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def _model_options(self) -> dict[str, Any]:
+        import torch
+
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        return options
 
     def _loading_failed(self, part: str, error: Exception) -> ConfigError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

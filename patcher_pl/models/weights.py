@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from patcher_pl.models.fsdp1 import without_units
 from patcher_pl.models.lora import plain_name
+from patcher_pl.models.shards import Shards, reshard
 
 Vector = list[Tensor]
+Place = Literal["model", "host"]
 
 
 class Weights:
@@ -20,41 +24,54 @@ class Weights:
     A forward pass and its backward pass must both lie inside, or both outside, a `shifted` block:
     the backward pass reads the weights again.
 
+    Where FSDP shards the module, every vector here holds this process's part of each weight.
+
     Args:
         module: Model whose weights are owned. Its parameters must not be replaced afterwards.
+        copies_on: Where snapshots, differences and the saved weights of a shift are kept: beside
+            the `model`, or in `host` memory, from which every shift copies them.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, copies_on: Place = "model") -> None:
+        reshard(module)  # Or the root's parameters might be gathered copies, soon to be dropped.
         named = {
             plain: parameter
             for name, parameter in module.named_parameters()
-            if (plain := plain_name(name)) is not None and parameter.is_floating_point()
+            if (plain := plain_name(without_units(name))) is not None
+            and parameter.is_floating_point()
         }
         self._module_parameters = list(module.parameters())
         self.names: list[str] = list(named)
         self.parameters: list[nn.Parameter] = list(named.values())
+        self.shards = Shards(module, self.parameters)
+        self._copies_on = copies_on
         self._buffer: Vector | None = None
         self._shifted = False
 
     @torch.no_grad()
     def snapshot(self) -> Vector:
         """Returns an independent copy of the weights."""
-        return [parameter.detach().clone() for parameter in self.parameters]
+        return [tensor.to(self._place(tensor), copy=True) for tensor in self.shards.tensors]
 
-    @torch.no_grad()
     def restore(self, saved: Sequence[Tensor]) -> None:
         """Puts saved weights back, bit for bit."""
-        for parameter, value in zip(self.parameters, saved, strict=True):
-            parameter.copy_(value)
-        # Autocast keeps casts of weights until its context ends; these would be stale now.
-        torch.clear_autocast_cache()
+        with self.shards.changing() as tensors:
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
 
     @torch.no_grad()
     def difference(self, saved: Sequence[Tensor]) -> Vector:
         """Returns current weights minus `saved`: the attack vector where an attack lies between."""
         return [
-            parameter.detach() - value
-            for parameter, value in zip(self.parameters, saved, strict=True)
+            (tensor - value.to(tensor.device)).to(self._place(tensor))
+            for tensor, value in zip(self.shards.tensors, saved, strict=True)
+        ]
+
+    def placed(self, vector: Sequence[Tensor]) -> Vector:
+        """Returns a vector, one read from a checkpoint for example, where copies are kept."""
+        return [
+            value.to(self._place(tensor))
+            for tensor, value in zip(self.shards.tensors, vector, strict=True)
         ]
 
     def aligned(self, tensors: Sequence[Tensor], names: Sequence[str]) -> Vector:
@@ -70,18 +87,20 @@ class Weights:
         space for them is kept for the next time.
 
         Raises:
-            RuntimeError: If the weights are shifted already.
+            RuntimeError: If the weights are shifted already, or a sharded model is between a forward
+                pass and its backward pass, here or at the end of the block.
         """
         if self._shifted:
             raise RuntimeError("Weights.shifted must not be entered twice; leave the first block.")
+        self.shards.require_no_open_pass("Weights.shifted")
         saved = self._save_into_buffer()
         self._shifted = True
         try:
-            with torch.no_grad():
-                for parameter, change in zip(self.parameters, vector, strict=True):
-                    parameter.add_(change)
-            torch.clear_autocast_cache()
+            with self.shards.changing() as tensors:
+                for tensor, change in zip(tensors, vector, strict=True):
+                    tensor.add_(change.to(tensor.device, non_blocking=True))
             yield
+            self.shards.require_no_open_pass("The end of Weights.shifted")
         finally:
             self.restore(saved)
             self._shifted = False
@@ -91,7 +110,11 @@ class Weights:
         """Makes exactly the owned weights trainable for the length of the block, then as before.
 
         Gradients that had been accumulated are set aside meanwhile and put back.
+
+        Raises:
+            RuntimeError: If a sharded model is between a forward pass and its backward pass.
         """
+        self.shards.require_no_open_pass("Weights.trainable")
         owned = {id(parameter) for parameter in self.parameters}
         before = [(p, p.requires_grad, p.grad) for p in self._module_parameters]
         for parameter, _, _ in before:
@@ -104,15 +127,16 @@ class Weights:
                 parameter.requires_grad_(required)
                 parameter.grad = gradient
 
+    def _place(self, tensor: Tensor) -> torch.device:
+        return tensor.device if self._copies_on == "model" else torch.device("cpu")
+
     @torch.no_grad()
     def _save_into_buffer(self) -> Vector:
         if self._buffer is None:
-            self._buffer = [torch.empty_like(parameter) for parameter in self.parameters]
-        for space, parameter in zip(self._buffer, self.parameters, strict=True):
-            space.copy_(parameter)
+            self._buffer = [
+                torch.empty_like(tensor, device=self._place(tensor))
+                for tensor in self.shards.tensors
+            ]
+        for space, tensor in zip(self._buffer, self.shards.tensors, strict=True):
+            space.copy_(tensor)
         return self._buffer
-
-
-def vector_norm(vector: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all tensors of a vector, as a scalar on their device."""
-    return nn.utils.get_total_norm(list(vector))

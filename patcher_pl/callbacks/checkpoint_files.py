@@ -1,0 +1,123 @@
+"""How checkpoints lie on the disk: files of one process, folders of several, whole or refused."""
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
+
+from patcher_pl.errors import CheckpointError
+from patcher_pl.files import write_atomically, write_json
+
+MANIFEST = "manifest.json"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name and renames it once it is on the disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Saves `checkpoint`.
+
+        Raises:
+            CheckpointError: If the file cannot be written; the one before is untouched.
+        """
+        try:
+            write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        except (OSError, RuntimeError) as error:
+            raise _not_written(path, error) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a file, or puts the parts in a folder together.
+
+        Raises:
+            CheckpointError: If the checkpoint is torn or is none.
+        """
+        try:
+            if Path(path).is_dir():
+                return _load_folder(Path(path))
+            return super().load_checkpoint(path, *args, **kwargs)
+        except _UNREADABLE as error:
+            raise CheckpointError(
+                f"{path}: the checkpoint could not be read ({_first_line(error)}). "
+                "Give --ckpt_path another one, or leave it away to start from the beginning."
+            ) from error
+
+
+def save_folder(trainer: Trainer, path: Path) -> None:
+    """Saves a sharded run: every process writes its parts, then the folder gets its name.
+
+    All processes must call it; the folder must be on a file system that they share.
+
+    Raises:
+        CheckpointError: On all processes, if one of them cannot write; the one before is untouched.
+    """
+    # As in Trainer.save_checkpoint, but for its barrier, to which a process that failed never came.
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    save = trainer.strategy.save_checkpoint
+    error: BaseException | None = None
+
+    def write(temporary: Path) -> None:
+        save(checkpoint, temporary)
+        sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+        write_json(temporary / MANIFEST, sizes)
+
+    try:
+        if trainer.is_global_zero:
+            write_atomically(path, write)
+        else:
+            save(checkpoint, path)  # Goes where the first process says.
+    except (OSError, RuntimeError, CheckpointException) as raised:
+        error = raised
+    if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
+        raise _not_written(path, error or RuntimeError("by another process"))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end and nothing was cut off since."""
+    if not path.is_dir():
+        return zipfile.is_zipfile(path)
+    try:
+        sizes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint of either kind."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _load_folder(path: Path) -> dict[str, Any]:
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+    if not is_whole(path):
+        raise RuntimeError("files of it are missing or were cut off")
+    return _load_distributed_checkpoint(path)
+
+
+def _not_written(path: str | Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the checkpoint could not be written ({_first_line(error)}). Make room on the disk "
+        "and go on from the previous one with --ckpt_path last."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]  # Of all processes, the first that failed.
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+_UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, CheckpointException)

@@ -1,0 +1,163 @@
+"""Which of Lightning's strategies a defense can be trained with."""
+
+from typing import TYPE_CHECKING
+
+from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import ShardingStrategy
+
+from patcher_pl.attackers import Attacker, ConcurrentAttacker
+from patcher_pl.errors import ConfigError
+from patcher_pl.hypergradients import FirstOrder, Hypergradient
+from patcher_pl.hypergradients.base import SHARDED_REMEDY
+from patcher_pl.models import Sharding
+
+if TYPE_CHECKING:
+    from patcher_pl.defenses.base import Defense
+
+_SHARDED = (
+    "lightning.pytorch.strategies.ModelParallelStrategy with `data_parallel_size: {}` and "
+    "`tensor_parallel_size: 1`, as in configs/strategies"
+)
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether the trainer's strategy spreads the weights over processes ."""
+    return isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def uses_fsdp1(trainer: Trainer) -> bool:
+    """Whether it does so with FSDP1."""
+    return isinstance(trainer.strategy, FSDPStrategy)
+
+
+def require_supported(defense: "Defense", trainer: Trainer) -> None:
+    """Refuses what would be wrong or would fail hours later, before any compute is spent.
+
+    Raises:
+        ConfigError: If this defense cannot be trained by this trainer.
+    """
+    name, strategy, size = type(defense).__name__, trainer.strategy, trainer.world_size
+    if "16" in trainer.precision and not trainer.precision.startswith("bf16"):
+        raise ConfigError(
+            f"trainer.precision: {trainer.precision!r} needs loss scaling, which the two backward "
+            "passes of a defender step do not support. Use `bf16-mixed` or `32-true`."
+        )
+    if isinstance(strategy, FSDPStrategy):
+        _require_supported_fsdp1(defense, trainer, strategy)
+        return
+    if not isinstance(strategy, ModelParallelStrategy):
+        if size > 1:
+            raise ConfigError(
+                f"trainer.strategy: {name} on {size} devices needs a strategy that shards, got "
+                f"{type(strategy).__name__}. Use {_SHARDED.format(size)}, or `trainer.devices: 1`."
+            )
+        return
+    if strategy._tensor_parallel_size != 1 and (strategy._tensor_parallel_size, size) != (
+        "auto",
+        1,
+    ):
+        raise ConfigError(
+            f"trainer.strategy: {name} shards data-parallel only, got tensor_parallel_size "
+            f"{strategy._tensor_parallel_size} (Lightning's default is all devices). Use "
+            f"{_SHARDED.format(size)}."
+        )
+    if not strategy._save_distributed_checkpoint:
+        raise ConfigError(
+            "trainer.strategy: ModelParallelStrategy.save_distributed_checkpoint must be true, got "
+            "false. Each process saves its part; the export in `model/` is a whole model anyway."
+        )
+    if trainer.precision != "32-true":
+        raise ConfigError(
+            f"trainer.precision: FSDP2 has its own mixed precision, got {trainer.precision!r}. Leave "
+            "it at `32-true` and set model.init_args.language_model.sharding.param_dtype."
+        )
+    defense.require_shardable()
+
+
+def _require_supported_fsdp1(defense: "Defense", trainer: Trainer, strategy: FSDPStrategy) -> None:
+    name, model = type(defense).__name__, defense.language_model
+    instead = f"FSDP2 can: {_SHARDED.format(trainer.world_size)}."
+    set_here = [
+        field
+        for field, value in {
+            "auto_wrap_policy": strategy.kwargs.get("auto_wrap_policy"),
+            "mixed_precision": strategy.mixed_precision,
+            "activation_checkpointing": strategy._activation_checkpointing_kwargs,
+            "cpu_offload": strategy.cpu_offload.offload_params,  # type: ignore[union-attr]
+        }.items()
+        if value
+    ]
+    if set_here:
+        raise ConfigError(
+            f"trainer.strategy: FSDPStrategy.{set_here[0]} must be left away. Set what there is in "
+            "language_model.sharding and language_model.gradient_checkpointing."
+        )
+    if strategy.sharding_strategy is not ShardingStrategy.FULL_SHARD or trainer.world_size == 1:
+        raise ConfigError(
+            "trainer.strategy: FSDPStrategy must have sharding_strategy FULL_SHARD and at least 2 "
+            f"devices, got {strategy.sharding_strategy.name} and {trainer.world_size}. "
+            "On one device use no strategy."
+        )
+    if strategy._state_dict_type != "sharded":
+        raise ConfigError(
+            "trainer.strategy: FSDPStrategy.state_dict_type must be `sharded`, got "
+            f"{strategy._state_dict_type!r}. The export in `model/` is a whole model anyway."
+        )
+    if trainer.precision != "32-true":
+        raise ConfigError(
+            f"trainer.precision: {name} with FSDPStrategy needs `32-true`, got "
+            f"{trainer.precision!r}. Set model.init_args.language_model.sharding.param_dtype instead."
+        )
+    kept = str(strategy.precision_plugin._desired_input_dtype).removeprefix("torch.")
+    if model.dtype != kept:
+        raise ConfigError(
+            f"LanguageModel.dtype must be {kept} with FSDPStrategy, which converts weights to it, "
+            f"got {model.dtype}. {instead}"
+        )
+    if model.sharding.cpu_offload or not model.sharding.reshard_after_forward:
+        raise ConfigError(
+            "LanguageModel.sharding: FSDPStrategy (FSDP1) supports neither `cpu_offload: true` nor "
+            f"`reshard_after_forward: false`. {instead}"
+        )
+    hypergradient = getattr(defense, "hypergradient", None)
+    if not isinstance(hypergradient, FirstOrder | None):
+        raise ConfigError(
+            f"Patcher.hypergradient must be FirstOrder with FSDPStrategy, got "
+            f"{type(hypergradient).__name__}. {instead}"
+        )
+    defense.require_shardable()
+
+
+def require_shardable_attacks(
+    attacker: Attacker, hypergradient: Hypergradient, sharding: Sharding
+) -> None:
+    """Refuses simulated attacks and hypergradients that need whole weights.
+
+    Raises:
+        ConfigError: If sharded weights cannot be attacked, or the attack differentiated, like this.
+    """
+    if isinstance(attacker, ConcurrentAttacker):
+        raise ConfigError(
+            "Patcher.attacker: a ConcurrentAttacker needs a defender on one device, whose weights are "
+            "whole, got a strategy that shards them. Use a FineTuningAttacker, or `trainer.devices: "
+            "1` and no strategy."
+        )
+    if not attacker.works_sharded:
+        raise ConfigError(
+            f"Patcher.attacker must work on sharded weights, got {attacker}. Attack every weight (a "
+            "FineTuningAttacker with `lora: null`), or train on one device."
+        )
+    if isinstance(hypergradient, FirstOrder):
+        return
+    name = type(hypergradient).__name__
+    if not hypergradient.works_sharded:
+        raise ConfigError(
+            f"Patcher.hypergradient: {name} as configured differentiates a gradient, which FSDP2 "
+            f"cannot. {SHARDED_REMEDY}"
+        )
+    if sharding.param_dtype == "bfloat16":
+        raise ConfigError(
+            "LanguageModel.sharding.param_dtype: differences of gradients in bfloat16 are mostly "
+            f"noise, so {name} cannot use them. Use `param_dtype: null`, or FirstOrder."
+        )

@@ -1,0 +1,187 @@
+"""Models that are spread over processes with FSDP2: loading, sharding, and gathering again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from patcher_pl.errors import PatcherError
+from patcher_pl.models import fsdp1
+from patcher_pl.models.shards import watch_open_passes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ComputeDtype = Literal["float32", "bfloat16", "float64"]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How FSDP2 treats a model: every decoder layer is gathered when it is needed, and dropped again.
+
+    Parameters, gradients, optimizer states, attack vector and saved weights are spread evenly over
+    the processes and kept in the number format of the model.
+
+    Args:
+        param_dtype: Number format of gathered weights, and thus of the computation; None keeps that
+            of the model. `bfloat16` with a float32 model is mixed precision.
+        reduce_dtype: Number format in which gradients are averaged; None takes that of the gradients.
+        reshard_after_forward: Drop gathered layers after the forward pass and gather them once more
+            for the backward pass. Off, the whole model lies on every device in between.
+        cpu_offload: Keep shards, gradients and optimizer states in host memory; steps are taken on
+            the CPU.
+
+    References:
+        Zhao et al., 2023, https://arxiv.org/abs/2304.11277; torch.distributed.fsdp.fully_shard.
+    """
+
+    param_dtype: ComputeDtype | None = None
+    reduce_dtype: ComputeDtype | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+    def load(
+        self,
+        load_whole: Callable[[], "PreTrainedModel"],
+        make_empty: Callable[[], "PreTrainedModel"],
+        mesh: DeviceMesh,
+    ) -> "PreTrainedModel":
+        """Returns a sharded model of which one process alone ever holds all weights, in host memory.
+
+        Args:
+            load_whole: Loads the model; called on the first process.
+            make_empty: Returns the same model without values, on the meta device.
+            mesh: Processes to spread it over (one dimension).
+
+        Raises:
+            PatcherError: On all processes, if loading fails on the first.
+        """
+        whole = on_first_process(load_whole)
+        model = make_empty()
+        device = _device_of(mesh)
+        self.apply(model, mesh)
+        model.to_empty(device="cpu" if self.cpu_offload else device)
+        set_model_state_dict(
+            model,
+            {} if whole is None else whole.state_dict(),
+            options=StateDictOptions(
+                full_state_dict=True, broadcast_from_rank0=True, cpu_offload=self.cpu_offload
+            ),
+        )
+        # Those that no state dict has, such as the frequencies of rotary embeddings.
+        values = {} if whole is None else dict(whole.named_buffers())
+        for name, buffer in list(model.named_buffers()):
+            sent = values.get(name, buffer).to(device, buffer.dtype).contiguous()
+            torch.distributed.broadcast(sent, src=0, group=mesh.get_group())
+            module, _, own_name = name.rpartition(".")
+            model.get_submodule(module)._buffers[own_name] = sent
+        if whole is not None:
+            model.generation_config = whole.generation_config
+        return model.eval()
+
+    def wrap(self, model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
+        """Returns a whole model sharded with FSDP1, which computes on `device`."""
+        dtypes = _dtype(self.param_dtype), _dtype(self.reduce_dtype)
+        wrapped: Any = fsdp1.wrap(model, device, *dtypes)
+        return wrapped
+
+    def apply(self, model: "PreTrainedModel", mesh: DeviceMesh) -> None:
+        """Shards every decoder layer, then what is left, in place."""
+        offload = OffloadPolicy()
+        if self.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+        settings: dict[str, Any] = {
+            "mesh": mesh,
+            "reshard_after_forward": self.reshard_after_forward,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=_dtype(self.param_dtype), reduce_dtype=_dtype(self.reduce_dtype)
+            ),
+            "offload_policy": offload,
+        }
+        layers = set(model._no_split_modules or ())
+        for module in list(model.modules()):
+            if type(module).__name__ in layers:
+                fully_shard(module, **settings)
+        # The root's own weights are needed last and first: keep them gathered in between.
+        fully_shard(model, **{**settings, "reshard_after_forward": None})
+        watch_open_passes(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP shards the model."""
+    return isinstance(model, FSDPModule) or fsdp1.uses_fsdp1(model)
+
+
+def gathered(model: "PreTrainedModel") -> "PreTrainedModel | None":
+    """Returns a plain copy of a sharded model in host memory, on the first process; None on others.
+
+    All processes must call it.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if fsdp1.uses_fsdp1(model):
+        state: Any = fsdp1.whole_state(model)  # type: ignore[arg-type]
+        model = fsdp1.unwrapped(model)
+    else:
+        state = get_model_state_dict(model, options=options)
+    if torch.distributed.get_rank() != 0:
+        return None
+    plain_class: Any = next(
+        kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)
+    )
+    with torch.device("meta"):
+        plain = plain_class(model.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    buffers = {fsdp1.without_units(name): buffer for name, buffer in model.named_buffers()}
+    for name, _ in list(plain.named_buffers()):
+        module, _, own_name = name.rpartition(".")
+        plain.get_submodule(module)._buffers[own_name] = buffers[name].detach().cpu().clone()
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def on_first_process(function: Callable[[], Result]) -> Result | None:
+    """Returns what `function` returns on the first process, None on others, once it is done.
+
+    Raises:
+        PatcherError: On all processes, if it is raised on the first: none is left waiting.
+        OSError: Likewise.
+    """
+    result, error = None, None
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = function()
+        except (PatcherError, OSError) as raised:
+            error = raised
+    shared = [error]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    if shared[0] is not None:
+        raise shared[0]
+    return result
+
+
+def _dtype(name: ComputeDtype | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    module = torch.get_device_module(mesh.device_type)
+    return torch.device(mesh.device_type, module.current_device())
