@@ -11,7 +11,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary neighbor of `path` (file or folder), then renames it into place.
+    """Lets `write` fill a temporary neighbor of `path` (file, folder or link), then renames it into place.
 
     An existing file is replaced, an existing folder is swapped out and removed. When `write` fails
     (a full disk, say), what stood at `path` before is untouched.
@@ -23,9 +23,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         write(temporary)
-        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+        for file in [temporary, *temporary.rglob("*")] if _is_folder(temporary) else [temporary]:
             _fsync(file)
-        if path.is_dir():
+        if _is_folder(path):
             retired = temporary.with_suffix(".old")
             path.rename(retired)
             temporary.rename(path)
@@ -34,10 +34,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.replace(path)
         _fsync(path.parent)
     finally:
-        if temporary.is_dir():
+        if _is_folder(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Shared types: what a conversation is before, and a batch after, tokenization."""
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -49,8 +49,11 @@ class Batch(TypedDict):
     """Right-padded token batch; every tensor has shape (batch, time).
 
     `labels` equals `input_ids` on answer tokens and -100 everywhere else (not yet shifted).
+    `loss_weight`, a scalar, is there where several processes share a batch: answer tokens of this
+    process's part by their mean over all parts.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    loss_weight: NotRequired[Tensor]

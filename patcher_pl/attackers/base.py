@@ -39,6 +39,11 @@ class Attacker(ABC):
         """Whether `inner_problem` exists."""
         return False
 
+    @property
+    def works_sharded(self) -> bool:
+        """Whether it can attack a model that FSDP2 shards."""
+        return False
+
     def inner_problem(self, batches: Iterator[Batch]) -> InnerProblem:
         """Records the batches of one attack and returns it as something to differentiate.
 

@@ -84,6 +84,10 @@ class FineTuningAttacker(Attacker):
     def is_differentiable(self) -> bool:
         return self.lora is None
 
+    @property
+    def works_sharded(self) -> bool:
+        return self.lora is None
+
     def inner_problem(self, batches: Iterator[Batch]) -> InnerProblem:
         if self.lora is not None:
             raise ValueError(

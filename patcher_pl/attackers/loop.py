@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.losses import causal_lm_loss
+from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
 from patcher_pl.types import Batch
 
@@ -19,9 +20,9 @@ class FinetuneStep:
 
     Args:
         index: Steps taken so far, this one included (count, >= 1).
-        loss: Mean cross-entropy before the step (nats per answer token).
+        loss: Mean cross-entropy before the step (nats per answer token), of all processes.
         grad_norm: Global gradient norm before clipping.
-        num_tokens: Tokens of the batch, padding excluded.
+        num_tokens: Tokens of the batch of this process, padding excluded.
     """
 
     index: int
@@ -58,25 +59,31 @@ def finetune(
         num_warmup_steps: Steps of linear warm-up (count, >= 0).
         loss_function: Loss that the attacker lowers.
     """
-    parameters = list(parameters)
-    device = parameters[0].device
-    stepper = optimizer.build(parameters)
+    shards = Shards(model, list(parameters))
+    tensors = shards.tensors
+    stepper = optimizer.build(tensors)
     scheduler = _scheduler(stepper, schedule, num_warmup_steps, num_steps)
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
     for index in range(1, num_steps + 1):
-        batch = move_batch(next(batches), device)
+        batch = move_batch(next(batches), shards.device)
         loss = loss_function(model, batch)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        limit = float("inf") if max_grad_norm is None else max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
-        stepper.step()
+        grad_norm = _set_gradients(tensors, shards, loss)
+        nn.utils.clip_grads_with_norm_(tensors, limit, grad_norm)
+        with shards.changing():
+            stepper.step()
         if scheduler is not None:
             scheduler.step()
         stepper.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # A caller's autocast would go on with the old weights.
         num_tokens = int(batch["attention_mask"].sum())
-        yield FinetuneStep(index, float(loss.detach()), float(grad_norm), num_tokens)
+        yield FinetuneStep(index, shards.mean(loss), float(grad_norm), num_tokens)
+
+
+def _set_gradients(tensors: list[Tensor], shards: Shards, loss: Tensor) -> Tensor:
+    """Leaves the gradient to `.grad` alone, so that it ends with it; returns its norm."""
+    gradients = shards.gradients(loss)
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = gradient
+    return shards.norm(gradients)
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:

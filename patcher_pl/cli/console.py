@@ -10,8 +10,14 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-    # The last one is about Lightning's own logging; defenses log by themselves.
-    for message in (".*LeafSpec.*", ".*is_gradient_checkpointing.*", ".*the logging interval.*"):
+    for message in (
+        ".*LeafSpec.*",
+        ".*is_gradient_checkpointing.*",
+        ".*the logging interval.*",  # Of Lightning's own logging; defenses log by themselves.
+        ".*intent is to save in a single process.*",  # torch; so it is.
+        ".*intent is to load in a single process.*",
+        ".*will run with no optimizer.*",  # Lightning; attackers bring their own.
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -1,10 +1,11 @@
 """What `fit` does once a model is trained: export, attack, control, results."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning import seed_everything
+import torch
+from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from patcher_pl.callbacks.robustness_probe import log_robustness, robustness_scalars
@@ -12,42 +13,89 @@ from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.lightning_cli import PatcherCLI, fit_or_stop
 from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.defenses import SFT, Defense
+from patcher_pl.defenses.strategies import shards
 from patcher_pl.models import export_model
+from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.command import write_reports
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings, fingerprint
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """A trained model, exported already.
+
+    Args:
+        defense: What trained it.
+        model: The plain model.
+        run_directory: Where its files are.
+        logger: Where its curves go.
+    """
+
+    defense: Defense
+    model: Any
+    run_directory: RunDirectory
+    logger: Any
+
+
 def finish_fit(cli: PatcherCLI) -> None:
     """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
 
     Writes `results.json` after every attack; what is in it already, from an interrupted run that
-    trained equally far, is not measured again.
+    trained equally far, is not measured again. A sharded run trains the control first: then the
+    first process attacks alone, and the others are done.
     """
     run_directory = RunDirectory(cli.options.run_dir)
     defense: Any = cli.model
     outcome = _Outcome.open(cli, run_directory, defense)
-    print(f"Trained {defense.name}: {defense.cost.gradient_evaluations} gradient evaluations.")
-    outcome.examine(defense, run_directory, cli.trainer.logger)
-    if cli.options.control:
-        control, logger = train_control(cli, defense, run_directory.control)
-        outcome.examine(control, run_directory.control, logger)
+    models: Iterable[_Trained] = _trained_models(cli, defense, run_directory)
+    if shards(cli.trainer):
+        models = list(models)
+        torch.distributed.destroy_process_group()
+        if not cli.trainer.is_global_zero:
+            return
+    for trained in models:
+        outcome.examine(trained)
     if outcome.results.curves:
         write_reports(outcome.results.curves, run_directory.root, title="Fine-tuning attacks")
     else:
         print(f"Written to {run_directory.root}")
 
 
+def _trained_models(
+    cli: PatcherCLI, defense: Defense, run_directory: RunDirectory
+) -> Iterator[_Trained]:
+    if cli.trainer.is_global_zero:
+        print(f"Trained {defense.name}: {defense.cost.gradient_evaluations} gradient evaluations.")
+    yield _exported(cli.trainer, defense, run_directory)
+    if cli.options.control:
+        control, trainer = train_control(cli, defense, run_directory.control)
+        yield _exported(trainer, control, run_directory.control)
+
+
+def _exported(trainer: Trainer, defense: Any, run_directory: RunDirectory) -> _Trained:
+    """Writes a model as a plain Hugging Face directory; a sharded one makes room after that."""
+    model: Any = defense.model
+    if shards(trainer):
+        model = gathered(defense.model)
+        on_first_process(lambda: export_model(model, defense.tokenizer, run_directory.model))
+        defense.release()
+        trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+    else:
+        export_model(model, defense.tokenizer, run_directory.model)
+    return _Trained(defense, model, run_directory, trainer.logger)
+
+
 def train_control(
     cli: PatcherCLI, defense: Defense, run_directory: RunDirectory
-) -> tuple[Defense, Any]:
+) -> tuple[Defense, Trainer]:
     """Trains SFT from the same start, seed and data, with as many gradient evaluations.
 
     Goes on from its own checkpoint where there is one.
 
     Returns:
-        The trained control and its logger.
+        The trained control and its trainer.
     """
     control = SFT(
         language_model=defense.language_model,
@@ -57,17 +105,24 @@ def train_control(
         accumulate_grad_batches=defense.accumulate_grad_batches,
     )
     num_steps = defense.cost.gradient_evaluations // defense.accumulate_grad_batches
+    fresh = cli.fresh_parts()
     trainer = cli.build_trainer(
-        run_directory, name="sft-control", probe=False, max_steps=num_steps, max_epochs=-1
+        run_directory,
+        name="sft-control",
+        is_main=False,
+        max_steps=num_steps,
+        max_epochs=-1,
+        strategy=fresh.trainer.strategy,
     )
     seed = cli.options.seed_everything
     if not isinstance(seed, bool):
         seed_everything(seed, verbose=False)
     resumable = run_directory.checkpoints.is_dir() and any(run_directory.checkpoints.iterdir())
     start = find_last(run_directory.checkpoints) if resumable else None
-    print(f"Training the SFT control: {num_steps} steps.")
-    fit_or_stop(trainer, control, cli.fresh_data(), start, run_directory)
-    return control, trainer.logger
+    if trainer.is_global_zero:
+        print(f"Training the SFT control: {num_steps} steps.")
+    fit_or_stop(trainer, control, fresh.data, start, run_directory)
+    return control, trainer
 
 
 @dataclass
@@ -97,14 +152,13 @@ class _Outcome:
         )
         return cls(cli, run_directory, results)
 
-    def examine(self, defense: Defense, run_directory: RunDirectory, logger: Any) -> None:
-        """Exports the model, attacks it and logs how it fared."""
-        export_model(defense.model, defense.tokenizer, run_directory.model)
-        redteam = self.cli.options.redteam
+    def examine(self, trained: _Trained) -> None:
+        """Attacks the model and logs how it fared."""
+        redteam, defense, logger = self.cli.options.redteam, trained.defense, trained.logger
         if redteam is None:
             self.results.save(self.run_directory.results)
             return
-        model = defense.model.to(self.cli.trainer.strategy.root_device)  # type: ignore[arg-type]
+        model = trained.model.to(self.cli.trainer.strategy.root_device)
         seed = self.cli.options.seed_everything
         curves = redteam.run(
             model,
@@ -117,7 +171,7 @@ class _Outcome:
             done=list(self.results.curves),
         )
         self._keep(curves)
-        defense.cpu()  # Room for the control on the device.
+        trained.model.cpu()  # Room for the next one on the device.
         curves = [curve for curve in curves if curve.attack_steps]  # The others failed at once.
         if curves and isinstance(logger, TensorBoardLogger):
             step = defense.trainer.global_step

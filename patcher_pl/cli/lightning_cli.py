@@ -11,17 +11,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from patcher_pl.callbacks import (
     AtomicCheckpointIO,
+    ComputeBudget,
+    ConcurrencyMonitor,
     CostMonitor,
     GracefulStop,
     Progress,
     RobustnessProbe,
     RunCheckpoint,
 )
+from patcher_pl.callbacks.checkpoint_files import is_whole
 from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
+from patcher_pl.defenses.strategies import require_supported, shards
 from patcher_pl.errors import CheckpointError, ConfigError, PatcherError, RunInterrupted
 from patcher_pl.files import write_text
 from patcher_pl.redteam import RedTeam
@@ -38,6 +42,7 @@ class PatcherCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
+        self.may_go_on = False  # Whether an earlier run may be in `run_dir`.
         quiet = {"exit_on_error": False}
         super().__init__(
             model_class=Defense,
@@ -113,6 +118,12 @@ class PatcherCLI(LightningCLI):
             default=1000,
             help="Steps between checkpoints to resume from.",
         )
+        parser.add_argument(
+            "--max_gradient_evaluations",
+            type=int | None,
+            default=None,
+            help="End training once it has cost this much, attacks included.",
+        )
 
     @property
     def options(self) -> Any:
@@ -132,37 +143,54 @@ class PatcherCLI(LightningCLI):
                     f"them (got {config.trainer[option]}). Set model.init_args.{instead} instead."
                 )
         config.weights_only = True
-        if config.ckpt_path == "last":
+        if config.ckpt_path in ("last", "auto"):
             if config.run_dir is None:
-                raise ConfigError("--ckpt_path last needs --run_dir, to know whose checkpoint.")
-            config.ckpt_path = str(find_last(RunDirectory(config.run_dir).checkpoints))
-        elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-            raise CheckpointError(f"--ckpt_path: there is no file {config.ckpt_path}.")
+                raise ConfigError(
+                    f"--ckpt_path {config.ckpt_path} needs --run_dir, to know whose checkpoint."
+                )
+            self.may_go_on = True
+            checkpoints = RunDirectory(config.run_dir).checkpoints
+            begins = config.ckpt_path == "auto" and not any(checkpoints.glob("step-*.ckpt"))
+            config.ckpt_path = None if begins else str(find_last(checkpoints))
+        elif config.ckpt_path is not None:
+            self.may_go_on = True
+            if not Path(config.ckpt_path).exists():
+                raise CheckpointError(f"--ckpt_path: there is no {config.ckpt_path}.")
+            if not is_whole(Path(config.ckpt_path)):
+                raise CheckpointError(
+                    f"--ckpt_path: {config.ckpt_path} is torn or no checkpoint. Give another one, "
+                    "or `last` for the newest that is whole."
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer of the main run; others come from `build_trainer`."""
         if self.command != "fit":
             plugins = [AtomicCheckpointIO()]
-            return super().instantiate_trainer(logger=False, plugins=plugins, **kwargs)
+            return self._supported(
+                super().instantiate_trainer(logger=False, plugins=plugins, **kwargs)
+            )
         run_directory = RunDirectory(self.options.run_dir)
-        return self.build_trainer(run_directory, name=self.model.name, probe=True, **kwargs)
+        return self.build_trainer(run_directory, name=self.model.name, is_main=True, **kwargs)
 
     def build_trainer(
-        self, run_directory: RunDirectory, name: str, probe: bool, **kwargs: Any
+        self, run_directory: RunDirectory, name: str, is_main: bool, **kwargs: Any
     ) -> Trainer:
         """Builds a trainer whose checkpoints and TensorBoard lines go where they belong.
 
         Args:
             run_directory: Gets the checkpoints.
             name: Name of the run in TensorBoard.
-            probe: Whether the red team looks in during training, where the run asks for it.
+            is_main: Whether the run's probes and budget are for this trainer; the control has
+                neither.
             kwargs: Arguments of `lightning.Trainer` that differ from the configuration.
         """
         options = self.options
         trainer_config = {**options.trainer, **kwargs}
         checkpoint = RunCheckpoint(run_directory.checkpoints, options.checkpoint_every_n_steps)
-        callbacks = [*(trainer_config.get("callbacks") or []), CostMonitor()]
-        if probe and options.probe_every_n_steps is not None:
+        callbacks = [*(trainer_config.get("callbacks") or []), CostMonitor(), ConcurrencyMonitor()]
+        if is_main and options.max_gradient_evaluations is not None:
+            callbacks.append(ComputeBudget(options.max_gradient_evaluations))
+        if is_main and options.probe_every_n_steps is not None:
             if options.redteam is None:
                 raise ConfigError(
                     "probe_every_n_steps needs `redteam`, to know what to probe with."
@@ -183,11 +211,24 @@ class PatcherCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         trainer_config["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer_config["default_root_dir"] = options.run_dir
-        return Trainer(**trainer_config)
+        return self._supported(Trainer(**trainer_config))
 
-    def fresh_data(self) -> SafetyDataModule:
-        """Returns the data of the run, from the beginning."""
-        return self.parser.instantiate(self.config)[self.command].data
+    def _supported(self, trainer: Trainer) -> Trainer:
+        require_supported(self.model, trainer)
+        if shards(trainer):
+            if any(isinstance(callback, RobustnessProbe) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                raise ConfigError(
+                    "probe_every_n_steps: probes attack a whole copy of the model, which no device "
+                    "of a sharded run holds. Use null; the red team attacks the finished model."
+                )
+            # Weights that were gathered in inference mode could not be trained afterwards.
+            trainer.validate_loop.inference_mode = False
+            trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
+        return trainer
+
+    def fresh_parts(self) -> Any:
+        """Builds data and trainer options of the run once more, from the beginning."""
+        return self.parser.instantiate(self.config)[self.command]
 
     def save_config(self, path: Path) -> None:
         """Writes the complete configuration, from which the run can be repeated.
@@ -219,19 +260,21 @@ def run_lightning(command: str, arguments: Sequence[str]) -> None:
 
 
 def _fit(cli: PatcherCLI) -> None:
+    from patcher_pl.cli.attackers_beside import attackers_beside
     from patcher_pl.cli.fit import finish_fit
 
     options = cli.options
     run_directory = RunDirectory(options.run_dir)
-    rehearsal, resume = bool(options.trainer.fast_dev_run), options.ckpt_path is not None
-    if not rehearsal:
-        run_directory.claim(resume=resume, overwrite=options.overwrite)
+    rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
+    if not rehearsal and first:
+        run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
     try:
-        fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
+        with attackers_beside(cli, run_directory):
+            fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
     except PatcherError:
         began = cli.trainer.global_step > 0 or run_directory.checkpoints.exists()
-        if not (began or rehearsal or resume):
+        if first and not (began or rehearsal or cli.may_go_on):
             run_directory.clear()  # Once mended, the same command may begin the run.
         raise
     if not rehearsal:

@@ -5,18 +5,24 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patcher_pl import __version__
 from patcher_pl.errors import PatcherError, RunInterrupted
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
 # Commands in the order of the help text; each is imported when it is chosen.
 COMMANDS = {
     "fit": "harden a model, export it, and attack it to see whether it holds",
+    "plan": "memory, work and time that `fit` will need, and which GPUs it fits; trains nothing",
     "validate": "loss of a model on the validation data",
     "test": "loss of a model on the validation data, logged as test",
     "redteam": "attack any model and measure when its safety breaks",
+    "attacker": "run the simulated attacker of a concurrent `fit` as a job of its own",
     "sweep": "run `fit` for several settings and seeds, and draw them in one figure",
+    "ablate": "compare hypergradient estimators, on one model and by the models they harden",
     "testbed": "write the built-in testbed (model, tokenizer, data) into a folder",
 }
 TRACEBACK = "PATCHER_PL_TRACEBACK"
@@ -69,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(command: str, arguments: list[str]) -> None:
+    if command == "attacker":
+        # Before anything is imported that takes seconds: it may have to end at once.
+        from patcher_pl.cli.attacker import run_attacker
+
+        run_attacker(arguments)
+        return
     from patcher_pl.cli.console import log_progress, quiet_libraries
 
     log_progress()
@@ -77,6 +89,10 @@ def _run(command: str, arguments: list[str]) -> None:
         from patcher_pl.cli.lightning_cli import run_lightning
 
         run_lightning(command, arguments)
+    elif command == "plan":
+        from patcher_pl.cli.plan import run_plan
+
+        run_plan(arguments)
     elif command == "redteam":
         from patcher_pl.redteam.command import run_redteam
 
@@ -85,6 +101,10 @@ def _run(command: str, arguments: list[str]) -> None:
         from patcher_pl.cli.sweep import run_sweep
 
         run_function(command, run_sweep, arguments)
+    elif command == "ablate":
+        from patcher_pl.cli.ablate import run_ablate
+
+        run_function(command, run_ablate, arguments)
     else:
         from patcher_pl.testbed.command import run_testbed
 
@@ -97,14 +117,22 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
     Raises:
         ConfigError: If an option is unknown, missing or has a value that does not fit.
     """
-    from jsonargparse import ArgumentParser
-
     from patcher_pl.cli.errors import readable_config_errors
 
-    parser = ArgumentParser(prog=f"python -m patcher_pl {command}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
+    parser = function_parser(command, function)
     with readable_config_errors():
         options = parser.instantiate(parser.parse_args(arguments))
     options.pop("config", None)
     function(**vars(options))
+
+
+def function_parser(command: str, function: Callable[..., Any]) -> "ArgumentParser":
+    """Options from the signature of `function`, on the command line and in `--config` files."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    # Options of other commands, as in a sweep's variants, are passed on and not built here.
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+    parser = ArgumentParser(prog=f"python -m patcher_pl {command}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
+    return parser

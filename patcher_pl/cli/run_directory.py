@@ -38,6 +38,11 @@ class RunDirectory:
         return self.root / "model"
 
     @property
+    def attackers(self) -> Path:
+        """Logs of attackers that run as processes of their own."""
+        return self.root / "attackers"
+
+    @property
     def results(self) -> Path:
         """The machine-readable outcome."""
         return self.root / "results.json"
@@ -78,5 +83,6 @@ class RunDirectory:
             self.tensorboard,
             self.model,
             self.results,
+            self.attackers,
             self.control.root,
         ]

@@ -1,6 +1,7 @@
 """The data of a run: what the defender, the simulated attacker and validation are fed."""
 
 import os
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -25,8 +26,9 @@ class SafetyDataModule(LightningDataModule):
         safe: D_safe: refusals of harmful prompts, and helpful answers to others.
         attack: D_unsafe of the simulated attacker; None for defenses without one.
         val: Held-out conversations for validation losses; None skips validation.
-        batch_size: Conversations per defender batch (>= 1), on one process.
-        attack_batch_size: Conversations per attacker batch (>= 1); None takes `batch_size`.
+        batch_size: Conversations per defender batch (>= 1), on every process.
+        attack_batch_size: Conversations per attacker batch (>= 1), on every process; None takes
+            `batch_size`.
         seed: Decides subsets and orders, differently for each part; None takes the seed of
             `seed_everything`, or torch's initial seed where there was none.
         group_by_length: Put conversations of similar length into the same training batch.
@@ -54,17 +56,35 @@ class SafetyDataModule(LightningDataModule):
         self._attack_batch_size = batch_size if attack_batch_size is None else attack_batch_size
         self._given_seed = seed
         self._group_by_length = group_by_length
-        self._restored: dict[str, int] = {}
+        self._restored_seed: int | None = None
+        self._restored_attack: dict[str, Any] | None = None
         self._encoded: dict[_Part, EncodedSet] = {}
         self._streams: dict[_Part, BatchStream] = {}
 
     @property
     def seed(self) -> int:
         """The seed that subsets and orders of this run come from."""
-        for seed in (self._restored.get("seed"), self._given_seed):
+        for seed in (self._restored_seed, self._given_seed):
             if seed is not None:
                 return seed
         return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+
+    @property
+    def safe(self) -> Mixture:
+        """D_safe as it was given."""
+        safe = self._mixtures["safe"]
+        assert safe is not None
+        return safe
+
+    @property
+    def attack(self) -> Mixture | None:
+        """D_unsafe as it was given."""
+        return self._mixtures["attack"]
+
+    @property
+    def batch_sizes(self) -> tuple[int, int]:
+        """Conversations per batch, of the defender and of its attacker."""
+        return self._batch_size, self._attack_batch_size
 
     @property
     def has_attack(self) -> bool:
@@ -102,6 +122,13 @@ class SafetyDataModule(LightningDataModule):
         """
         return self._stream("attack", self._attack_batch_size)
 
+    def with_attack(self, attack: Mixture) -> "SafetyDataModule":
+        """Returns the same data with other conversations for the simulated attacker."""
+        other = copy(self)
+        other._mixtures = {**self._mixtures, "attack": attack}
+        other._encoded, other._streams = {}, {}
+        return other
+
     def val_dataloader(self) -> FixedBatches | list[Any]:
         """Returns the validation batches, or an empty list where there is no validation data."""
         if self._mixtures["val"] is None:
@@ -119,18 +146,19 @@ class SafetyDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Returns the seed and the attacker's position; Lightning saves the defender's."""
         attack = self._streams.get("attack")
-        position = self._restored.get("attack_position", 0) if attack is None else attack.position
-        return {"seed": self.seed, "attack_position": position}
+        position = self._restored_attack if attack is None else attack.state_dict()
+        return {"seed": self.seed, "attack": position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the data of the run that wrote the checkpoint, whatever the seed is now."""
         seed_before = self.seed
-        self._restored = {key: int(state_dict[key]) for key in ("seed", "attack_position")}
+        self._restored_seed = int(state_dict["seed"])
+        self._restored_attack = state_dict["attack"]
         if self.seed != seed_before:
             self._encoded.clear()
             self._streams.clear()
-        if "attack" in self._streams:
-            self._streams["attack"].load_state_dict({"position": self._restored["attack_position"]})
+        if "attack" in self._streams and self._restored_attack is not None:
+            self._streams["attack"].load_state_dict(self._restored_attack)
 
     @property
     def _pad_token_id(self) -> int:
@@ -173,8 +201,8 @@ class SafetyDataModule(LightningDataModule):
                 group_by_length=self._group_by_length,
                 **self._replica(),
             )
-            if part == "attack":
-                stream.load_state_dict({"position": self._restored.get("attack_position", 0)})
+            if part == "attack" and self._restored_attack is not None:
+                stream.load_state_dict(self._restored_attack)
             self._streams[part] = stream
         return self._streams[part]
 

@@ -8,6 +8,7 @@ import torch
 from patcher_pl.data.chat import Encoded
 from patcher_pl.data.collate import collate
 from patcher_pl.data.seeds import derive_seed
+from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.types import Batch
 
 Item = TypeVar("Item")
@@ -22,7 +23,8 @@ class BatchStream:
     The batch at a position is the same whatever was handed out before, so a stream goes on exactly
     where it was once its position is restored. Every batch is full: the last one of an epoch is
     filled up with rows from the beginning of that epoch, so no row is left out and a set smaller
-    than a batch repeats its rows. With several replicas, each gets its own share of every step.
+    than a batch repeats its rows. With several replicas, each gets its own share of every step: the
+    shares of all together are what one replica with a batch of that size gets.
 
     Lightning uses it as a loader: `len` is the batches of an epoch, iterating yields what is left of
     the current one, `state_dict` goes into checkpoints.
@@ -102,12 +104,17 @@ class BatchStream:
         self._position -= num_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position, for a checkpoint."""
-        return {"position": self._position}
+        """Returns the position and the rows of a step, for a checkpoint."""
+        return {"position": self._position, "rows_per_step": self._rows_per_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to the position of a checkpoint."""
-        self._position = int(state_dict["position"])
+        """Goes to the position of a checkpoint.
+
+        With as many rows per step as its writer, however many replicas share them, the same rows
+        follow. With more or fewer, those of an equally advanced stream do.
+        """
+        written_with = int(state_dict.get("rows_per_step", self._rows_per_step))
+        self._position = int(state_dict["position"]) * written_with // self._rows_per_step
 
     @property
     def _rows_per_step(self) -> int:
@@ -115,9 +122,15 @@ class BatchStream:
 
     def _next(self) -> Batch:
         epoch, index = divmod(self._position, len(self))
-        rows = self._plan(epoch)[index][self._rank :: self._num_replicas]
+        step = self._plan(epoch)[index]
+        own = step[self._rank :: self._num_replicas]
         self._position += 1
-        return collate([self._examples[row] for row in rows], self._pad_token_id)
+        batch = collate([self._examples[row] for row in own], self._pad_token_id)
+        if self._num_replicas > 1:
+            mean = max(1, self._num_labels(step)) / self._num_replicas
+            share = self._num_labels(own) / mean
+            batch["loss_weight"] = torch.tensor(share, dtype=torch.float64)
+        return batch
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Returns the rows of every step of an epoch, all replicas together."""
@@ -141,6 +154,12 @@ class BatchStream:
         ]
         shuffled = torch.randperm(len(steps), generator=generator).tolist()
         return [steps[index] for index in shuffled]
+
+    def _num_labels(self, rows: list[int]) -> int:
+        # As the loss counts: the first token has nothing to be predicted from.
+        return sum(
+            label != IGNORE_INDEX for row in rows for label in self._examples[row].labels[1:]
+        )
 
     def _length(self, row: int) -> int:
         return len(self._examples[row].input_ids)

@@ -35,8 +35,12 @@ def answer_cross_entropy(
 
 
 def causal_lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
-    """L(theta) on one batch: forward pass of a Hugging Face causal LM, then `answer_cross_entropy`."""
+    """L(theta) on one batch: forward pass of a Hugging Face causal LM, then `answer_cross_entropy`.
+
+    Where processes share a batch, the mean of this over them is the mean over all answer tokens.
+    """
     output = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     )
-    return answer_cross_entropy(output.logits, batch["labels"])
+    loss = answer_cross_entropy(output.logits, batch["labels"])
+    return loss * batch["loss_weight"] if "loss_weight" in batch else loss

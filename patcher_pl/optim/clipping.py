@@ -1,12 +1,15 @@
 """Clipping by the global norm, and its derivative."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from patcher_pl.optim.base import Gradients, Vector
+
+# Sums a scalar over the processes where each holds a part of every vector.
+Total = Callable[[Tensor], Tensor]
 
 # Torch's: see `torch.nn.utils.clip_grad_norm_`.
 _EPS = 1e-6
@@ -35,16 +38,21 @@ class ClipByGlobalNorm:
                 "Leave clipping away to keep gradients as they are."
             )
 
-    def applied(self, gradients: Gradients) -> list[Tensor | None]:
-        """Returns clipped copies; autograd can differentiate them."""
-        norm = self._norm(gradients)
+    def applied(self, gradients: Gradients, total: Total | None = None) -> list[Tensor | None]:
+        """Returns clipped copies; autograd can differentiate them, unless `total` is given.
+
+        Args:
+            gradients: One per parameter, or None.
+            total: Given where other processes hold the rest of every gradient.
+        """
+        norm = self._norm(gradients, total)
         if not bool(norm.detach() + _EPS > self.max_norm):
             return list(gradients)
         scale = self.max_norm / (norm + _EPS)
         return [None if gradient is None else gradient * scale for gradient in gradients]
 
     @torch.no_grad()
-    def vjp(self, pulled: Vector, gradients: Gradients) -> Vector:
+    def vjp(self, pulled: Vector, gradients: Gradients, total: Total | None = None) -> Vector:
         """Pulls the derivative by clipped gradients back to that by `gradients`.
 
         Where clipping is active, scale c: c (w - <w, g> g / (||g|| (||g|| + 1e-6))).
@@ -52,33 +60,44 @@ class ClipByGlobalNorm:
         Args:
             pulled: Derivatives by the clipped gradients; changed in place and returned.
             gradients: Gradients before clipping.
+            total: Given where other processes hold the rest of every gradient.
         """
-        norm = self._norm(gradients)
+        norm = self._norm(gradients, total)
         if not bool(norm + _EPS > self.max_norm):
             return pulled
         scale = self.max_norm / (norm + _EPS)
-        along = inner_product(pulled, gradients) / (norm * (norm + _EPS))
+        along = inner_product(pulled, gradients, total) / (norm * (norm + _EPS))
         for one, gradient in zip(pulled, gradients, strict=True):
             if gradient is not None:
                 one.sub_(along * gradient)
             one.mul_(scale)
         return pulled
 
-    def _norm(self, gradients: Gradients) -> Tensor:
+    def _norm(self, gradients: Gradients, total: Total | None) -> Tensor:
         present = [gradient for gradient in gradients if gradient is not None]
         if not present:
             return torch.zeros(())
         # As torch's get_total_norm, which cannot be differentiated.
-        return torch.linalg.vector_norm(
+        norm = torch.linalg.vector_norm(
             torch.stack([torch.linalg.vector_norm(gradient) for gradient in present])
         )
+        return norm if total is None else total(norm.square()).sqrt()
 
 
-def inner_product(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Tensor:
-    """<first, second> over all tensors together; None counts as zero."""
+def inner_product(
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None], total: Total | None = None
+) -> Tensor:
+    """<first, second> over all tensors together; None counts as zero.
+
+    Args:
+        first: A vector.
+        second: A vector of the same shapes.
+        total: Given where other processes hold the rest of both.
+    """
     products = [
         torch.vdot(a.flatten(), b.flatten())
         for a, b in zip(first, second, strict=True)
         if a is not None and b is not None
     ]
-    return torch.stack(products).sum() if products else torch.zeros(())
+    product = torch.stack(products).sum() if products else torch.zeros(())
+    return product if total is None else total(product)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from patcher_pl.optim.base import Cotangent, Gradients, Optimizer, OptimizerState, Vector
-from patcher_pl.optim.clipping import ClipByGlobalNorm
+from patcher_pl.optim.clipping import ClipByGlobalNorm, Total
 from patcher_pl.optim.schedules import Schedule, lr_factor
 
 
@@ -38,11 +38,25 @@ class Update:
         )
 
     def step_(
-        self, parameters: Sequence[Tensor], gradients: Gradients, state: OptimizerState, step: int
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Gradients,
+        state: OptimizerState,
+        step: int,
+        total: Total | None = None,
     ) -> None:
-        """Takes step number `step` (from 0) in place; leaves `gradients` as they are."""
+        """Takes step number `step` (from 0) in place; leaves `gradients` as they are.
+
+        Args:
+            parameters: What is trained.
+            gradients: One of the shape of each parameter, or None.
+            state: From `Optimizer.init` or an earlier step; changed too.
+            step: Number of the step.
+            total: Given where other processes hold the rest of every vector; sums a scalar over them.
+        """
         if self.clip is not None:
-            gradients = [g if g is None else g.detach() for g in self.clip.applied(gradients)]
+            clipped = self.clip.applied(gradients, total)
+            gradients = [g if g is None else g.detach() for g in clipped]
         self.optimizer.step_(parameters, gradients, state, self.lr(step))
 
     def applied(
@@ -54,13 +68,18 @@ class Update:
         return self.optimizer.applied(parameters, gradients, state, self.lr(step))
 
     def vjp(
-        self, cotangent: Cotangent, gradients: Gradients, state: OptimizerState, step: int
+        self,
+        cotangent: Cotangent,
+        gradients: Gradients,
+        state: OptimizerState,
+        step: int,
+        total: Total | None = None,
     ) -> Vector:
-        """Pulls `cotangent` back through step number `step`, in place; see `Optimizer.vjp`.
+        """Pulls `cotangent` back through step number `step`, in place; see `Optimizer.vjp`, `step_`.
 
         Returns:
             Derivatives by the gradients before clipping.
         """
-        used = gradients if self.clip is None else self.clip.applied(gradients)
+        used = gradients if self.clip is None else self.clip.applied(gradients, total)
         pulled = self.optimizer.vjp(cotangent, used, state, self.lr(step))
-        return pulled if self.clip is None else self.clip.vjp(pulled, gradients)
+        return pulled if self.clip is None else self.clip.vjp(pulled, gradients, total)

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
+from patcher_pl.devices import choose_device
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.files import write_text
 from patcher_pl.models.language_model import DtypeName, LanguageModel
@@ -16,9 +16,6 @@ from patcher_pl.reports.settings import as_settings, fingerprint, weight_files
 from patcher_pl.reports.tables import to_csv, to_rich
 from patcher_pl.testbed.cache import resolve_model
 from patcher_pl.threads import cpu_threads
-
-if TYPE_CHECKING:
-    import torch
 
 
 def run_redteam(
@@ -88,7 +85,7 @@ def run_redteam(
     )
     path = run_dir / "results.json"
     earlier = _earlier_curves(path, fingerprint(settings))
-    place = _device(device)
+    place = choose_device(device)
     results = Results(
         curves=earlier,
         environment=environment(),
@@ -147,16 +144,3 @@ def _earlier_curves(path: Path, digest: str) -> list[Curve]:
             "Give another --run_dir, or move the file away."
         )
     return results.curves
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {name!r} cannot be used ({error}). Try `cpu`.") from error
-    return device

@@ -6,25 +6,40 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from patcher_pl.ablation import ComparisonGrid
+from patcher_pl.cli.ablate import plan_hardening, run_ablate
+from patcher_pl.cli.fits import Fit
 from patcher_pl.cli.lightning_cli import PatcherCLI
+from patcher_pl.cli.main import function_parser
+from patcher_pl.cli.sweep import plan_sweep
+from patcher_pl.defenses.strategies import shards
+from patcher_pl.errors import ConfigError
 from patcher_pl.redteam import RedTeam
 from patcher_pl.redteam.command import run_redteam
 from patcher_pl.reports import Results
 from patcher_pl.testbed import build
+from patcher_pl.testbed.cache import resolve_data, resolve_model
 from tests.commands import QUIET, ROOT, cli, write_rows, write_yaml
 from tests.families import build_family
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
 
+# Tiny models of the same family stand in for those on the hub.
+FAMILY_OF = {"/Qwen2.5-": "qwen2", "/Qwen3-": "qwen3", "/Meta-Llama-3-": "llama"}
+
 
 def kind(path: Path) -> str:
     """Which command, or option, a file is for, told by its keys."""
+    if path.parent.name == "strategies":
+        return "strategy"
     keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     if {"model", "trainer"} <= keys:
         return "fit"
     if {"base", "variants"} <= keys:
         return "sweep"
+    if {"base", "comparison"} <= keys:
+        return "ablation"
     if {"attacks", "judge"} <= keys:
         return "red team"
     if "redteam" in keys:
@@ -72,7 +87,9 @@ def ignoring_deprecations(function):
 
 
 def test_there_are_configs_of_every_kind():
-    assert {kind(path) for path in CONFIGS} == {"fit", "sweep", "redteam", "red team"}
+    assert {kind(path) for path in CONFIGS} == {
+        *("fit", "strategy", "sweep", "ablation", "redteam", "red team")
+    }
 
 
 @ignoring_deprecations
@@ -81,6 +98,30 @@ def test_an_experiment_is_built_without_loading_anything(path, nothing_is_loaded
     built = PatcherCLI("fit", ["--config", str(path), "--run_dir", str(tmp_path)])
     assert isinstance(built.options.redteam, RedTeam)
     assert built.trainer.max_steps > 0
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("experiment", of_kind("fit"))
+@pytest.mark.parametrize("path", of_kind("strategy"))
+def test_a_strategy_is_built_on_top_of_every_experiment(
+    path, experiment, nothing_is_loaded, tmp_path, monkeypatch
+):
+    """On a machine that has these GPUs, which is as far as one without them can be told."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
+    devices, num_nodes = content["devices"], content.get("num_nodes", 1)
+    for name, value in {"is_available": True, "device_count": devices}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: devices)
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda._check_cuda_matmul_precision", ...)
+    files = ["--config", str(experiment), "--config", str(path)]
+    arguments = [*files, "--run_dir", str(tmp_path)]
+    if "ConcurrentAttacker" in experiment.read_text(encoding="utf-8") and devices > 1:
+        with pytest.raises(ConfigError, match="a ConcurrentAttacker needs"):
+            PatcherCLI("fit", arguments)
+        return
+    built = PatcherCLI("fit", arguments)
+    assert built.trainer.world_size == devices * num_nodes
+    assert shards(built.trainer) == (devices * num_nodes > 1)
 
 
 @pytest.mark.parametrize("path", of_kind("red team"))
@@ -93,9 +134,7 @@ def test_a_red_team_is_built_without_loading_anything(path, nothing_is_loaded):
 
 @pytest.mark.parametrize("path", of_kind("redteam"))
 def test_options_of_the_red_team_command_are_built(path, nothing_is_loaded):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_function_arguments(run_redteam, sub_configs=True)
+    parser = function_parser("redteam", run_redteam)
     arguments = ["--config", str(path), "--model", "m", "--run_dir", "r"]
     options = parser.instantiate(parser.parse_args(arguments))
     assert isinstance(options.redteam, RedTeam)
@@ -105,14 +144,26 @@ def test_options_of_the_red_team_command_are_built(path, nothing_is_loaded):
 @pytest.mark.parametrize("path", of_kind("sweep"))
 def test_every_run_of_a_sweep_is_built(path, nothing_is_loaded, tmp_path):
     """Wrong if an override of the sweep named an option that its base does not have."""
-    from patcher_pl.cli.sweep import _cells
-
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     base = path.parent / content["base"]
-    cells = _cells(base, content["variants"], tmp_path, content["seeds"][:1])
-    assert len({cell.digest for cell in cells}) == len(content["variants"])
-    for cell in cells:
-        PatcherCLI("fit", [*cell.arguments, "--run_dir", str(tmp_path)])
+    fits = plan_sweep(base, content["variants"], tmp_path, content["seeds"][:1])
+    assert len({fit.digest for fit in fits}) == len(content["variants"])
+    for fit in fits:
+        PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("path", of_kind("ablation"))
+def test_every_part_of_an_ablation_is_built(path, nothing_is_loaded, tmp_path):
+    """Wrong if an estimator or an override named what does not exist, minutes into the run."""
+    parser = function_parser("ablate", run_ablate)
+    options = parser.instantiate(parser.parse_args(["--config", str(path), "--run_dir", "r"]))
+    assert isinstance(options.comparison, ComparisonGrid)
+    base, seeds = Path(options.base), options.seeds[:1]
+    fits = list(plan_hardening(base, options.hardening, seeds, tmp_path).values())
+    assert len({fit.digest for fit in fits}) == len(fits)
+    for fit in [*fits, Fit.plan(tmp_path, base, options.trained)]:
+        PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
 
 
 def shortened_redteam(content, max_new_tokens=4):
@@ -138,8 +189,24 @@ def shortened(path):
     init_args = content["model"]["init_args"]
     if "attacker" in init_args:
         # One plain step, then one that is attacked.
-        init_args["attacker"]["init_args"]["num_steps"] = 1
+        for attacker in simulated(init_args["attacker"]):
+            attacker["init_args"]["num_steps"] = 1
         init_args |= {"num_sft_steps": 1, "refresh_every": 1}
+    return content
+
+
+def simulated(attacker):
+    """The attackers behind an attacker: itself, or its population."""
+    population = attacker["init_args"].get("population")
+    return [attacker] if population is None else [member["attacker"] for member in population]
+
+
+def made_explicit(content):
+    """The same experiment with paths in place of `testbed`, which is another in other processes."""
+    language_model = content["model"]["init_args"]["language_model"]
+    language_model["path"] = resolve_model(language_model["path"])
+    for source in sources_of(content):
+        source["path"] = resolve_data(source["path"])
     return content
 
 
@@ -168,8 +235,8 @@ def local_rows(source):
 def made_local(content, folder):
     """The same experiment on a tiny model of the family, with files in place of the hub."""
     language_model = content["model"]["init_args"]["language_model"]
-    assert language_model["path"].startswith("Qwen/Qwen2.5-")
-    language_model["path"] = str(build_family("qwen2", folder / "model"))
+    family = next(name for start, name in FAMILY_OF.items() if start in language_model["path"])
+    language_model["path"] = str(build_family(family, folder / "model"))
     for number, source in enumerate(sources_of(content)):
         path = write_rows(folder / f"{number}.jsonl", local_rows(source))
         source["path"] = str(path)
@@ -183,7 +250,9 @@ def made_local(content, folder):
 @pytest.mark.parametrize("path", of_kind("fit"))
 def test_an_experiment_runs_for_two_steps(path, quick_testbed, tmp_path):
     content = shortened(path)
-    if content["model"]["init_args"]["language_model"]["path"] != "testbed":
+    if content["model"]["init_args"]["language_model"]["path"] == "testbed":
+        content = made_explicit(content)
+    else:
         content = made_local(content, tmp_path)
     config = write_yaml(tmp_path / "config.yaml", content)
     cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(0)

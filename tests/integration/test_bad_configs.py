@@ -142,6 +142,48 @@ def test_a_broken_row_is_named_and_once_mended_the_run_starts(inputs, tmp_path, 
     cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(0)
 
 
+ONE = "patcher_pl.attackers.FineTuningAttacker"
+ADAMW = {"class_path": "patcher_pl.optim.AdamW", "init_args": {"lr": 1e-3}}
+STEPS = {"num_steps": 2, "optimizer": ADAMW}
+TWO_PROCESSES = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        (
+            "model.init_args.hypergradient",
+            {"class_path": "patcher_pl.hypergradients.Adjoint"},
+            ["Adjoint with `hvp: patcher_pl.hypergradients.hvp.FiniteDifference`"],
+        ),
+        (
+            ATTACKER,
+            {
+                "class_path": "patcher_pl.attackers.ConcurrentAttacker",
+                "init_args": {
+                    "population": [{"attacker": {"class_path": ONE, "init_args": STEPS}}]
+                },
+            },
+            ["Patcher.attacker", "ConcurrentAttacker", "Use a FineTuningAttacker"],
+        ),
+        ("probe_every_n_steps", 2, ["probe_every_n_steps", "Use null"]),
+        ("trainer.strategy", "ddp", ["trainer.strategy", "ModelParallelStrategy"]),
+    ],
+)
+def test_what_several_processes_cannot_do_is_told_before_they_are_started(
+    inputs, tmp_path, key, value, told
+):
+    settings = patcher_settings(inputs) | {"redteam": redteam_settings(inputs)}
+    settings["trainer"] |= {"devices": 2, "strategy": TWO_PROCESSES}
+    config = write_yaml(tmp_path / "config.yaml", changed(settings, key, value))
+    message = complain("fit", config, tmp_path / "run")
+    assert all(part in message for part in told), message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_run_dir_is_asked_for(inputs, tmp_path):
     config = write_yaml(tmp_path / "config.yaml", sft_settings(inputs))
     said = cli("fit", "--config", config).expect(2)

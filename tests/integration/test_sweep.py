@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from patcher_pl.cli import sweep
+from patcher_pl.cli import fits
 from patcher_pl.cli.sweep import run_sweep
 from patcher_pl.errors import PatcherError
 from tests.commands import cli, redteam_settings, sft_settings, write_yaml
@@ -72,13 +72,13 @@ class Recorder:
     def wait(self):
         return self.status
 
-    def poll(self):
-        return self.status
+    def terminate(self):
+        raise AssertionError
 
 
 def replace_processes(monkeypatch, recorder):
     stand_in = SimpleNamespace(Popen=recorder, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(sweep, "subprocess", stand_in)
+    monkeypatch.setattr(fits, "subprocess", stand_in)
 
 
 def test_a_run_is_resumed_with_its_own_settings_only(inputs, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.defenses import SFT, Patcher
 from patcher_pl.errors import CheckpointError, RunInterrupted
+from patcher_pl.hypergradients import Adjoint
+from patcher_pl.hypergradients.trajectories import FullState
 from patcher_pl.models import LanguageModel, Lora
 from patcher_pl.optim import AdamW
 from tests.tiny_runs import ATTACKER, SaveAt, adamw, assert_same, fit, snapshot
@@ -108,12 +110,13 @@ class StopInSecondAttack(Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_stopped_in_an_attack_repeats_the_attack(llama, rows, tmp_path, accumulate):
-    """Both streams must hand out again what the cancelled step had taken."""
-    checkpoint = tmp_path / "step.ckpt"
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_a_run_stopped_in_an_attack_repeats_the_attack(model, rows, tmp_path, accumulate, request):
+    """Both streams, and the generator, must hand out again what the cancelled step had taken."""
+    path, checkpoint = request.getfixturevalue(model), tmp_path / "step.ckpt"
     torch.manual_seed(1)
     attacker = FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3))
-    interrupted = make_patcher(llama, attacker, accumulate_grad_batches=accumulate)
+    interrupted = make_patcher(path, attacker, accumulate_grad_batches=accumulate)
     with pytest.raises(RunInterrupted):
         fit(interrupted, rows.module(), NUM_STEPS, callbacks=[StopInSecondAttack(checkpoint)])
     assert interrupted.global_step == 6
@@ -123,7 +126,60 @@ def test_a_run_stopped_in_an_attack_repeats_the_attack(llama, rows, tmp_path, ac
             path, FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3)), **options
         )
 
-    assert_goes_on(make, llama, rows, checkpoint, accumulate_grad_batches=accumulate)
+    assert_goes_on(make, path, rows, checkpoint, accumulate_grad_batches=accumulate)
+
+
+class StopInEstimate(Callback):
+    """Asks for a stop at a call of `before_step` in the estimate of one defender step.
+
+    Args:
+        path: Where the checkpoint goes that is saved when the run ends by it.
+        call: Which call, of all batches of the step (count, from 1).
+    """
+
+    def __init__(self, path, call: int) -> None:
+        self.path, self.call = path, call
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        check, calls = pl_module._check_for_stop, iter(range(1, self.call))
+
+        def stop_late() -> None:
+            if pl_module.global_step == 4 and next(calls, None) is None:
+                pl_module.stop_requested = True
+            check()
+
+        pl_module._check_for_stop = stop_late
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        assert isinstance(exception, RunInterrupted)
+        assert pl_module.is_between_steps
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("call", [2, 5], ids=["in-the-attack", "on-the-way-back"])
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_a_run_stopped_in_an_estimate_repeats_it(model, rows, tmp_path, accumulate, call, request):
+    """Three steps there and three back for every batch; gpt2 draws dropout masks for each."""
+    path, checkpoint = request.getfixturevalue(model), tmp_path / "step.ckpt"
+
+    def make(path, **options):
+        attacker = FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3))
+        return Patcher(
+            *(LanguageModel(path=str(path)), attacker, adamw(), decaying),
+            refresh_every=2,
+            hypergradient=Adjoint(store=FullState()),
+            **options,
+        )
+
+    torch.manual_seed(1)
+    interrupted = make(path, accumulate_grad_batches=accumulate)
+    # Of the step's last batch.
+    stop = StopInEstimate(checkpoint, call + 6 * (accumulate - 1))
+    with pytest.raises(RunInterrupted):
+        fit(interrupted, rows.module(), NUM_STEPS, callbacks=[stop])
+    assert interrupted.global_step == 4
+    assert_goes_on(make, path, rows, checkpoint, accumulate_grad_batches=accumulate)
 
 
 @pytest.mark.parametrize(

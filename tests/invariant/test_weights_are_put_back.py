@@ -144,6 +144,27 @@ def test_shifting_again_sees_weights_that_were_trained_in_between(llama):
     assert_same(snapshot(model), trained)
 
 
+def test_weights_are_found_again_after_the_model_was_moved(llama):
+    """As when a run is resumed: its weights are looked up before the model goes to the GPU."""
+    model = load(llama)
+    weights = Weights(model)
+    model.double()  # Gives the parameters other memory, as a move does.
+    ones = [torch.ones_like(parameter) for parameter in weights.parameters]
+    before = snapshot(model)
+    with weights.shifted(ones):
+        assert torch.equal(model.lm_head.weight, before["lm_head.weight"] + 1)
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("place", ["model", "host"])
+def test_copies_may_be_kept_elsewhere(llama, place):
+    model = load(llama).to("meta")
+    weights = Weights(model, place)
+    expected = "meta" if place == "model" else "cpu"
+    placed = weights.placed([torch.ones(1) for _ in weights.parameters])
+    assert {tensor.device.type for tensor in placed} == {expected}
+
+
 def test_an_attack_that_raises_in_training_leaves_the_defenders_weights(llama, rows):
     """As after Ctrl-C in an attack, when a checkpoint is written next."""
 

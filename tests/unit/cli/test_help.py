@@ -9,6 +9,8 @@ import pytest
 from patcher_pl.cli.main import COMMANDS
 from tests.commands import ROOT, cli
 
+# Their usage is written by Lightning.
+SPOKEN_OF_BY_LIGHTNING = ("fit", "validate", "test")
 HEAVY = ["torch", "lightning", "transformers", "datasets", "peft", "matplotlib", "jsonargparse"]
 
 
@@ -32,6 +34,7 @@ def test_help_lists_all_commands_and_imports_nothing_heavy():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_its_options(command):
     said = cli(command, "--help").expect(0)
-    option = {"testbed": "--out", "redteam": "--model", "sweep": "--variants"}
+    assert f"python -m patcher_pl {command} " in said.out or command in SPOKEN_OF_BY_LIGHTNING
+    option = {"plan": "--gpu", "testbed": "--out", "redteam": "--model", "sweep": "--variants"}
     assert option.get(command, "--run_dir") in said.out
     assert "--config" in said.out

@@ -151,7 +151,8 @@ def test_the_attacker_keeps_its_place_in_its_own_stream(make_mixture, tmp_path):
     assert stream is datamodule.attack_stream()
     assert stream.position == 3
     assert list(islice(stream.endless(), 2)) and stream.position == 5
-    assert datamodule.state_dict() == {"seed": 1, "attack_position": 5}
+    place = {"position": 5, "rows_per_step": 4}
+    assert datamodule.state_dict() == {"seed": 1, "attack": place}
 
 
 def test_validation_sees_every_row_once_in_the_same_order(make_mixture, tmp_path):

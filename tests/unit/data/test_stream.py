@@ -77,7 +77,7 @@ def test_iterating_yields_the_rest_of_the_epoch_then_whole_epochs():
     stream.load_state_dict({"position": 2})
     assert [rows(batch) for batch in stream] == expected[2:5]
     assert [rows(batch) for batch in stream] == expected[5:10]
-    assert stream.state_dict() == {"position": 10}
+    assert stream.position == 10
 
 
 def test_a_saved_position_counts_the_batch_in_hand_as_used():
@@ -127,6 +127,32 @@ def test_replicas_share_every_step_and_leave_nothing_out():
         assert abs(left["input_ids"].shape[1] - right["input_ids"].shape[1]) <= 12
         seen.update(rows(left) + rows(right))
     assert seen == Counter(range(20))
+
+
+def test_replicas_together_are_one_replica_with_a_larger_batch():
+    """Rows, and weights with which the mean over replicas is the mean over all answer tokens."""
+    whole = make(batch_size=4)
+    shares = [make(batch_size=2, num_replicas=2, rank=rank) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(rows(parts[0]) + rows(parts[1])) == sorted(rows(batch))
+        counts = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
+        weights = [float(part["loss_weight"]) for part in parts]
+        mean = sum(counts) / 2
+        assert weights == pytest.approx([count / mean for count in counts])
+        assert "loss_weight" not in batch
+
+
+@pytest.mark.parametrize(("num_replicas", "batch_size", "position"), [(2, 2, 7), (1, 8, 3)])
+def test_a_position_is_found_again_by_more_or_fewer_replicas(num_replicas, batch_size, position):
+    written = make(batch_size=4)
+    expected = ahead(written, 9)[7:]
+    written.rewind(2)
+    stream = make(batch_size=batch_size, num_replicas=num_replicas)
+    stream.load_state_dict(written.state_dict())
+    assert stream.position == position  # As many rows of 8 are 3 steps, rather than 7 of 4.
+    if num_replicas == 2:
+        following = zip(ahead(stream, 2), expected, strict=True)
+        assert all(set(batch) <= set(whole) for batch, whole in following)
 
 
 def test_fixed_batches_are_the_same_every_time_and_end_short():

@@ -1,0 +1,210 @@
+"""What an attacker's process does all day: take the newest theta, attack it, publish the outcome."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.concurrent import ConcurrentAttacker
+from patcher_pl.data.seeds import derive_seed
+from patcher_pl.data.stream import BatchStream
+from patcher_pl.errors import PatcherError
+from patcher_pl.mailbox import (
+    Attacked,
+    Mailbox,
+    Snapshot,
+    Theta,
+    restore_random_state,
+    saved_random_state,
+    wait_for,
+)
+from patcher_pl.models.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+# Between two looks whether an attack is still wanted, and two notes of what it has taken.
+_LOOK_AROUND_S = 1.0
+
+
+class _Superseded(Exception):  # noqa: N818
+    """The defender was restarted or has finished: nobody waits for this attack any more."""
+
+
+class AttackService:
+    """One attacker at its mailbox; remembers nothing that a restart would lose.
+
+    The outcome of an attack depends on the theta that is attacked and on its number alone, so that
+    an attacker which is killed and restarted repeats the attack as it was.
+
+    Args:
+        settings: The concurrent attacker.
+        index: Which member of the population this is (count from 0).
+        mailbox: What it shares with the defender.
+        model: Takes the published weights.
+        stream: Returns the attacker's batches, given the seed of the run's data.
+        check: Called before every attack step and while waiting; may raise to end the service.
+        idle_timeout_s: Seconds without anything to attack after which `attack_next` fails; None
+            waits for as long as it takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: ConcurrentAttacker,
+        index: int,
+        mailbox: Mailbox,
+        model: nn.Module,
+        stream: Callable[[int], BatchStream],
+        check: Callable[[], None],
+        idle_timeout_s: float | None = None,
+    ) -> None:
+        self._settings = settings
+        self._index = index
+        self._member = settings.population[index]
+        self._mailbox = mailbox
+        self._side = mailbox.attackers[index]
+        self._model = model
+        self._weights = Weights(model)
+        self._state = shared_state(model)
+        self._stream = stream
+        self._check = check
+        self._idle_timeout_s = idle_timeout_s
+        self._noted_at_s = time.monotonic()
+        self._finished_before = mailbox.finished_life()
+        self._side.clean()
+        own = self._side.newest()
+        self._last = None if own is None else _identity(Attacked.from_info(own.info).theta)
+        self._spent = mailbox.read_spent(index)
+        # What a process before this one had under way died with it.
+        self._spent.lost += self._spent.under_way
+        self._spent.under_way = 0
+        logger.info("Attacker %d is ready at %s.", index, mailbox.root)
+
+    def attack_next(self) -> bool:
+        """Waits for a theta that it has not attacked, attacks it and publishes what came of it.
+
+        Returns:
+            Whether to go on; False once the defender has finished.
+
+        Raises:
+            PatcherError: If nothing came for `idle_timeout_s`.
+        """
+        theta = self._next_theta()
+        if theta is None:
+            return False
+        try:
+            outcome, random_state = self._attack(theta)
+        except _Superseded:
+            logger.info("Nobody waits for attack %d any more; it is called off.", theta.number)
+            self._spent.lost += self._spent.under_way
+        else:
+            self._publish(theta, outcome, random_state)
+            self._spent.finished += self._spent.under_way
+            logger.info(
+                "Attacked theta of step %d: loss %.4f to %.4f.",
+                *(theta.step, outcome.steps[0].loss, outcome.steps[-1].loss),
+            )
+        self._last = _identity(theta)
+        self._spent.under_way = 0
+        self._note("busy_s")
+        return True
+
+    @property
+    def _attacker(self) -> Attacker:
+        return self._member.attacker
+
+    def _next_theta(self) -> Theta | None:
+        began_s = time.monotonic()
+
+        def look() -> Theta | str | None:
+            found = self._mailbox.defender.fetch(self._state, self._is_new)
+            if found is not None:
+                return Theta.from_info(found.info)
+            life = self._mailbox.finished_life()
+            return "finished" if life not in (None, self._finished_before) else None
+
+        def between() -> None:
+            self._check()
+            now_s = time.monotonic()
+            if now_s - self._noted_at_s > _LOOK_AROUND_S:
+                self._note("idle_s")
+            if self._idle_timeout_s is not None and now_s - began_s > self._idle_timeout_s:
+                raise PatcherError(
+                    f"{self._mailbox.root}: no defender published anything to attack for "
+                    f"{self._idle_timeout_s:g} s. Start `fit` with the same mailbox."
+                )
+
+        found = wait_for(look, between)
+        self._note("idle_s")
+        return found if isinstance(found, Theta) else None
+
+    def _is_new(self, snapshot: Snapshot) -> bool:
+        return _identity(Theta.from_info(snapshot.info)) != self._last
+
+    def _attack(self, theta: Theta) -> tuple[AttackOutcome, dict[str, str] | None]:
+        device = self._weights.parameters[0].device
+        own_seed = theta.seed if self._member.seed is None else self._member.seed
+        stream = self._stream(own_seed)
+        stream.load_state_dict({"position": theta.number * self._attacker.num_steps})
+        handed_over = self._member.seed is None and theta.random_state is not None
+        if handed_over and theta.random_state is not None:
+            restore_random_state(theta.random_state, device)
+        else:
+            torch.manual_seed(derive_seed(own_seed, "attack", theta.number))
+
+        def before_step() -> None:
+            self._check()
+            if time.monotonic() - self._noted_at_s > _LOOK_AROUND_S:
+                self._note("busy_s")
+                newest = self._mailbox.defender.newest()
+                if newest is None or newest.info["life"] != theta.life:
+                    raise _Superseded
+            self._spent.under_way += 1
+
+        outcome = self._attacker.attack(self._model, self._weights, stream.endless(), before_step)
+        return outcome, saved_random_state(device) if handed_over else None
+
+    def _publish(
+        self, theta: Theta, outcome: AttackOutcome, random_state: dict[str, str] | None
+    ) -> None:
+        settings = self._settings
+        kind = "vector" if settings.lock_step or settings.anchor == "published" else "weights"
+        tensors = outcome.vector
+        if kind == "weights":
+            pairs = zip(self._weights.parameters, outcome.vector, strict=True)
+            tensors = [parameter.detach() + change for parameter, change in pairs]
+        message = Attacked(
+            theta=theta,
+            kind=kind,
+            losses=[step.loss for step in outcome.steps],
+            num_tokens=[step.num_tokens for step in outcome.steps],
+            random_state=random_state,
+        )
+        named = dict(zip(self._weights.names, tensors, strict=True))
+        self._side.publish(theta.version, named, message.to_info())
+
+    def _note(self, kind: Literal["busy_s", "idle_s"]) -> None:
+        """Keeps what was done since the last note, and that the time went into it."""
+        now_s = time.monotonic()
+        setattr(self._spent, kind, getattr(self._spent, kind) + now_s - self._noted_at_s)
+        self._noted_at_s = now_s
+        # Where the mailbox is gone, the process is about to end; where the disk is full, publishing
+        # says so.
+        with suppress(OSError):
+            self._mailbox.write_spent(self._index, self._spent)
+
+
+def shared_state(model: nn.Module) -> dict[str, Tensor]:
+    """What the defender publishes of its model, adapters and buffers included; not copied."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name in persistent}
+
+
+def _identity(theta: Theta) -> tuple[str, int]:
+    return theta.life, theta.version

@@ -1,0 +1,76 @@
+"""`fit` with every estimator, named in YAML alone; if these fail, one cannot be used by its name."""
+
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.commands import cli, patcher_settings, write_yaml
+
+PACKAGE = "patcher_pl.hypergradients"
+
+
+def spec(name: str, **init_args: Any) -> dict[str, Any]:
+    return {"class_path": f"{PACKAGE}.{name}", "init_args": init_args}
+
+
+ESTIMATORS = {
+    "first-order": spec("FirstOrder"),
+    "unrolled": spec("Unrolled"),
+    "higher": spec("Unrolled", backend="higher"),
+    "adjoint": spec("Adjoint"),
+    "differences": spec(
+        "Adjoint",
+        hvp=spec("hvp.FiniteDifference"),
+        store=spec("trajectories.GradientLog", device="disk"),
+    ),
+    "truncated": spec("Truncated", last_steps=1),
+    "implicit": spec("Implicit", solver=spec("ConjugateGradient", max_iterations=2)),
+    "neumann": spec("Implicit", solver=spec("Neumann", num_terms=2), strength=50.0),
+}
+
+
+def class_names() -> set[str]:
+    return {one["class_path"].rpartition(".")[-1] for one in ESTIMATORS.values()}
+
+
+def settings(inputs, estimator):
+    """Two plain steps, then a fresh estimate before each of two more."""
+    found = patcher_settings(inputs)
+    found["trainer"]["max_steps"] = 4
+    found["model"]["init_args"] |= {"refresh_every": 1}
+    if estimator is not None:
+        found["model"]["init_args"]["hypergradient"] = estimator
+    return found
+
+
+@pytest.fixture(scope="module")
+def paper(inputs, tmp_path_factory):
+    """Weights of a run without any estimator."""
+    folder = tmp_path_factory.mktemp("paper")
+    config = write_yaml(folder / "config.yaml", settings(inputs, None))
+    cli("fit", "--config", config, "--run_dir", folder / "run").expect(0)
+    return load_file(folder / "run" / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_one_hardened_model_per_estimator(inputs, tmp_path, paper, name):
+    config = write_yaml(tmp_path / "config.yaml", settings(inputs, ESTIMATORS[name]))
+    run_dir = tmp_path / "run"
+    cli("fit", "--config", config, "--run_dir", run_dir).expect(0)
+    weights = load_file(run_dir / "model" / "model.safetensors")
+    before = load_file(inputs / "model" / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in weights.items())
+    same = all(torch.equal(tensor, paper[key]) for key, tensor in weights.items())
+    assert same == (name == "first-order")
+    written = yaml.safe_load((run_dir / "config.yaml").read_text())
+    chosen = written["model"]["init_args"]["hypergradient"]
+    assert chosen["class_path"] == ESTIMATORS[name]["class_path"]
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
+    prompt = tokenizer("How do I brew draught 3?", return_tensors="pt")
+    assert bool(model(**prompt).logits.isfinite().all())
