@@ -130,7 +130,7 @@ def main() -> None:
     """Runs both forms for every seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--k1", type=int, default=100, help="steps of the simulated attack")
+    parser.add_argument("--k1", type=int, default=108, help="steps of the simulated attack")
     parser.add_argument("--k2", type=int, default=50, help="defender steps between refreshes")
     parser.add_argument("--max_steps", type=int, default=1500, help="defender steps of a run")
     parser.add_argument("--keep", type=Path, help="keep the runs in this new folder")
