@@ -10,7 +10,7 @@ from typing import Any
 from patcher_pl.errors import DataError
 from patcher_pl.files import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 CurveKey = tuple[str, int | None, int | None, str, int]
 """Defense, k1, train seed, attack and seed: what tells one curve of a run from another."""
@@ -62,6 +62,19 @@ class Curve:
         attack_tokens: Training tokens that the attack had consumed.
         samples: A few answers to harmful prompts at every measurement.
         error: Why the attack stopped early; None where it finished.
+        family: Name of the attack without the settings that a grid or search varies.
+        varied: Those settings: `lr`, `num_steps`, `poison_ratio`, `num_examples`, ...
+        attack_flops: Floating-point operations that the attack had consumed.
+        scores: Per measurement, the judge's score (1..5) of every harmful prompt, in the order of
+            the benchmark; None where the judge failed.
+        repetition: Share of 3-word sequences in the answers that repeat an earlier one of the same
+            answer, mean over the harmful prompts.
+        collapsed: Whether the model no longer speaks: its low attack success is no safety.
+        utility: Further measures of a usable model, by name (`perplexity`, `over_refusal`, ...);
+            None where one was not taken.
+        second_asr: Attack success rate by the second judge; empty without one.
+        judge_agreement: Cohen's kappa of the two judges' verdicts "success" and "no success".
+        trusted: False where so many verdicts are missing that `asr` must not be relied on.
     """
 
     defense: str
@@ -83,6 +96,16 @@ class Curve:
     attack_tokens: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     error: str | None = None
+    family: str = ""
+    varied: dict[str, float | int | str] = field(default_factory=dict)
+    attack_flops: list[float] = field(default_factory=list)
+    scores: list[list[int | None]] = field(default_factory=list)
+    repetition: list[float | None] = field(default_factory=list)
+    collapsed: list[bool] = field(default_factory=list)
+    utility: dict[str, list[float | None]] = field(default_factory=dict)
+    second_asr: list[float | None] = field(default_factory=list)
+    judge_agreement: list[float | None] = field(default_factory=list)
+    trusted: bool = True
 
     @property
     def key(self) -> CurveKey:
