@@ -1,17 +1,16 @@
 """The interface of a test-time attack."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from patcher_pl.types import Batch
+from patcher_pl.redteam.asking import Asking
+from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BatchFactory = Callable[[int], Iterator[Batch]]
-"""Takes a batch size and returns an endless stream of the attack's training data."""
 
 
 @dataclass(frozen=True)
@@ -20,27 +19,71 @@ class AttackPoint:
 
     Args:
         steps: Optimizer steps taken so far (count).
-        num_tokens: Training tokens consumed so far, padding excluded.
+        num_tokens: Tokens that the attack has sent through the model so far, padding excluded.
         loss: Mean training loss since the last point (nats per answer token); NaN before a step.
+        flops: Floating-point operations so far, see `training_flops`.
     """
 
     steps: int
     num_tokens: int
     loss: float
+    flops: float = 0.0
 
 
+def training_flops(model: Any, num_tokens: int) -> float:
+    """Floating-point operations of training on so many tokens: 6 per weight and token.
+
+    Attention between tokens is left out, and a weight counts whether it is trained or not.
+
+    References:
+        Kaplan et al., 2020, https://arxiv.org/abs/2001.08361, section 2.1.
+    """
+    return 6.0 * num_tokens * sum(parameter.numel() for parameter in model.parameters())
+
+
+def forward_flops(model: Any, num_tokens: int) -> float:
+    """Floating-point operations of reading so many tokens: a third of `training_flops`."""
+    return training_flops(model, num_tokens) / 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """Something an attacker does to released weights."""
+    """Something an attacker does to released weights.
+
+    Args:
+        label: Name in results; None makes one.
+        asking: How the attacker words its questions and begins the answers.
+    """
+
+    label: str | None = None
+    asking: Asking = field(default_factory=Asking)
+
+    @property
+    def name(self) -> str:
+        """Short name that tells this attack from the others of a red team."""
+        return self.label or self.default_name
 
     @property
     @abstractmethod
-    def name(self) -> str:
-        """Short name that tells this attack from the others of a red team."""
+    def default_name(self) -> str:
+        """The name without a label, such as `full_adamw`."""
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether the outcome depends on the attacker's training data."""
+        return True
+
+    def prompt(self, messages: Sequence[Message], material: AttackMaterial) -> tuple[Message, ...]:
+        """The conversation in which this attacker asks what `messages` ask.
+
+        Args:
+            messages: A question of a benchmark, ending with a user turn.
+            material: As given to `run`.
+        """
+        return self.asking.reworded(messages)
 
     @abstractmethod
-    def run(
-        self, model: "PreTrainedModel", batches: BatchFactory, *, seed: int
-    ) -> Iterator[AttackPoint]:
+    def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """Attacks `model` in place, pausing at every point where it is to be evaluated.
 
         Whoever iterates may use the model between two points but must not change it. Torch's
@@ -48,9 +91,9 @@ class Attack(ABC):
 
         Args:
             model: Its weights are the attack's to change; callers pass a copy.
-            batches: Gives the attack's training data.
-            seed: For randomness that torch's global generator does not cover.
+            material: The attack's data, and what turns them into batches.
 
         Yields:
-            One point per entry of the attack's evaluation steps, the first before any step.
+            One point per entry of the attack's evaluation steps, the first before any step; an
+            attack that takes no optimizer steps yields one point, at 0 steps, when it is done.
         """

@@ -9,17 +9,17 @@ from torch import nn
 
 from patcher_pl.attackers.loop import Schedule, finetune
 from patcher_pl.optim import Optimizer
-from patcher_pl.redteam.base import AttackPoint, BatchFactory
+from patcher_pl.redteam.base import AttackPoint, training_flops
+from patcher_pl.types import Batch
 
 
 def finetune_in_points(
     model: nn.Module,
     parameters: Iterable[nn.Parameter],
-    batches: BatchFactory,
+    batches: Iterator[Batch],
     *,
     optimizer: Optimizer,
     attack_steps: Sequence[int],
-    batch_size: int,
     max_grad_norm: float | None,
     schedule: Schedule,
     num_warmup_steps: int,
@@ -28,7 +28,7 @@ def finetune_in_points(
     steps = finetune(
         model,
         parameters,
-        batches(batch_size),
+        batches,
         optimizer=optimizer,
         num_steps=attack_steps[-1],
         max_grad_norm=max_grad_norm,
@@ -44,7 +44,8 @@ def finetune_in_points(
             taken = step.index
             num_tokens += step.num_tokens
             losses.append(step.loss)
-        yield AttackPoint(taken, num_tokens, sum(losses) / len(losses) if losses else math.nan)
+        loss = sum(losses) / len(losses) if losses else math.nan
+        yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens))
         losses = []
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from patcher_pl.attackers.loop import Schedule
 from patcher_pl.models.lora import Lora
 from patcher_pl.optim import Optimizer
-from patcher_pl.redteam.base import Attack, AttackPoint, BatchFactory
+from patcher_pl.redteam.base import Attack, AttackPoint
 from patcher_pl.redteam.finetuning import check_settings, finetune_in_points
+from patcher_pl.redteam.material import AttackMaterial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,6 @@ class LoraFinetuning(Attack):
         max_grad_norm: Global gradient norm to clip to (> 0); None does not clip.
         schedule: Learning-rate curve over the last of `attack_steps`.
         num_warmup_steps: Steps of linear warm-up (count, >= 0).
-        label: Name in results; None makes one from the optimizer, such as `lora_adamw`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -42,29 +42,25 @@ class LoraFinetuning(Attack):
     max_grad_norm: float | None = None
     schedule: Schedule = "constant"
     num_warmup_steps: int = 0
-    label: str | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     @property
-    def name(self) -> str:
-        """The label, or what the optimizer is called."""
-        return self.label or f"lora_{type(self.optimizer).__name__.lower()}"
+    def default_name(self) -> str:
+        """What the optimizer is called."""
+        return f"lora_{type(self.optimizer).__name__.lower()}"
 
-    def run(
-        self, model: "PreTrainedModel", batches: BatchFactory, *, seed: int
-    ) -> Iterator[AttackPoint]:
+    def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`; the adapters are inserted into the layers of `model` itself."""
         adapted = self.lora.attach(model)
         adapted.train()
         yield from finetune_in_points(
             adapted,
             [parameter for parameter in adapted.parameters() if parameter.requires_grad],
-            batches,
+            material.batches(self.batch_size, material.select("all"), self.asking),
             optimizer=self.optimizer,
             attack_steps=self.attack_steps,
-            batch_size=self.batch_size,
             max_grad_norm=self.max_grad_norm,
             schedule=self.schedule,
             num_warmup_steps=self.num_warmup_steps,

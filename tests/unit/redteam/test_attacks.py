@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from patcher_pl.models.lora import Lora
 from patcher_pl.optim import SGD, AdamW
-from patcher_pl.redteam import Attack, FullFinetuning, LoraFinetuning
+from patcher_pl.redteam import Attack, AttackMaterial, FullFinetuning, LoraFinetuning
 
 CONFIG = LlamaConfig(
     vocab_size=20,
@@ -39,8 +39,21 @@ def _batches(batch_size):
         yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+class Material(AttackMaterial):
+    """Random token batches in place of conversations."""
+
+    def __init__(self):
+        pass
+
+    def select(self, kind):
+        return []
+
+    def batches(self, batch_size, rows, asking=None):
+        return _batches(batch_size)
+
+
 def _run(attack, model):
-    return list(attack.run(model, _batches, seed=0))
+    return list(attack.run(model, Material()))
 
 
 def _weights(model):
@@ -78,7 +91,7 @@ def test_where_the_model_is_evaluated_does_not_change_the_attack(model):
     other = copy.deepcopy(model)
     fields = {"optimizer": SGD(lr=0.1, momentum=0.9), "schedule": "linear", "num_warmup_steps": 2}
     _run(FullFinetuning(attack_steps=[0, 6], **fields), model)
-    for _ in FullFinetuning(attack_steps=[0, 1, 3, 6], **fields).run(other, _batches, seed=0):
+    for _ in FullFinetuning(attack_steps=[0, 1, 3, 6], **fields).run(other, Material()):
         other.eval()
         other(torch.tensor([[1, 2, 3]]))
         other.train()
@@ -117,7 +130,7 @@ def test_lora_finetuning_trains_adapters_and_nothing_else(model):
     attack = LoraFinetuning(
         optimizer=AdamW(lr=1e-2), attack_steps=[0, 3], lora=Lora(rank=2, alpha=4.0)
     )
-    points = attack.run(model, _batches, seed=0)
+    points = attack.run(model, Material())
     next(points)
     torch.testing.assert_close(model.eval()(ids).logits, untouched)  # B = 0 at the start
     model.train()

@@ -23,16 +23,15 @@ CHAT = ChatFormat()
 class Scripted(Attack):
     """Does nothing to the model; notes that it ran, and may fail at its second point."""
 
-    label: str = "scripted"
     log: list
     failure: BaseException | None = None
 
     @property
-    def name(self):
-        return self.label
+    def default_name(self):
+        return "scripted"
 
-    def run(self, model, batches, *, seed):
-        self.log.append((self.label, seed, model))
+    def run(self, model, material):
+        self.log.append((self.name, material.seed, model))
         yield AttackPoint(0, 0, float("nan"))
         if self.failure is not None:
             raise self.failure
@@ -112,11 +111,12 @@ class Reader(Attack):
     log: list
 
     @property
-    def name(self):
+    def default_name(self):
         return "reader"
 
-    def run(self, model, batches, *, seed):
-        rows = [batch["input_ids"].tolist() for batch in itertools.islice(batches(1), 6)]
+    def run(self, model, material):
+        batches = material.batches(1, material.rows)
+        rows = [batch["input_ids"].tolist() for batch in itertools.islice(batches, 6)]
         self.log.append([str(row) for row in rows])
         yield AttackPoint(0, 0, float("nan"))
 

@@ -22,19 +22,18 @@ class Interrupted(Attack):
     failure: str = "KeyboardInterrupt"
 
     @property
-    def name(self):
+    def default_name(self):
         return "second"
 
-    def run(self, model, batches, *, seed):
+    def run(self, model, material):
         from pathlib import Path
 
         if Path(self.path).exists():
             raise {"KeyboardInterrupt": KeyboardInterrupt, "RuntimeError": RuntimeError}[
                 self.failure
             ]("stopped here")
-        yield from FullFinetuning(optimizer=AdamW(lr=1e-3), attack_steps=[0, 1]).run(
-            model, batches, seed=seed
-        )
+        attack = FullFinetuning(optimizer=AdamW(lr=1e-3), attack_steps=[0, 1])
+        yield from attack.run(model, material)
 
 
 @pytest.fixture

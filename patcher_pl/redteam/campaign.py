@@ -1,0 +1,114 @@
+"""Runs the cells of a red team against models that share a tokenizer and a chat format."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from patcher_pl.data.chat import ChatFormat
+from patcher_pl.data.mixing import Mixture
+from patcher_pl.errors import PatcherError
+from patcher_pl.evaluation.isolation import seeded
+from patcher_pl.models.lora import merged_copy
+from patcher_pl.redteam.examiner import Examiner
+from patcher_pl.redteam.grid import Cell
+from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.record import Record
+from patcher_pl.reports.results import Curve, CurveKey
+from patcher_pl.types import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """How the attacked model is called in results.
+
+    Args:
+        defense: Name of its defense.
+        k1: Its simulated attack steps, where it has them.
+        train_seed: Seed that it was trained with, where it is known.
+    """
+
+    defense: str
+    k1: int | None = None
+    train_seed: int | None = None
+
+    def key(self, cell: Cell) -> CurveKey:
+        """What tells the curve of a cell from all others."""
+        return (self.defense, self.k1, self.train_seed, cell.name, cell.seed)
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A red team that has read its questions and knows how to talk to the model.
+
+    Args:
+        examiner: Questions and judge.
+        tokenizer: The model's tokenizer.
+        chat: How conversations become tokens, for the attack and for the answers.
+        threshold: Attack success rate that counts as broken (in (0, 1]).
+        num_samples: Answers to harmful prompts kept per measurement (count, >= 0).
+    """
+
+    examiner: Examiner
+    tokenizer: "PreTrainedTokenizerBase"
+    chat: ChatFormat
+    threshold: float
+    num_samples: int
+    _drawn: list[tuple[Mixture, int, list[Conversation]]] = field(default_factory=list)
+
+    def material(self, cell: Cell) -> AttackMaterial:
+        """What the attacker of a cell works with; drawn once for all attacks with the same data.
+
+        Raises:
+            DataError: If the attack's data cannot be used.
+            ConfigError: If the tokenizer has no pad token.
+        """
+        for data, seed, rows in self._drawn:
+            if (data, seed) == (cell.data, cell.seed):
+                return AttackMaterial(self.tokenizer, self.chat, rows, cell.seed)
+        rows = cell.data.draw(cell.seed) if cell.attack.uses_data else []
+        if cell.attack.uses_data:
+            self._drawn.append((cell.data, cell.seed, rows))
+        return AttackMaterial(self.tokenizer, self.chat, rows, cell.seed)
+
+    def run(self, model: "PreTrainedModel", cell: Cell, subject: Subject) -> Curve:
+        """Attacks a copy of `model`; torch's random generators are put back.
+
+        An attack that fails gives a curve with what it had measured and its error.
+
+        Args:
+            model: Released weights; adapters are merged into the copy that is attacked.
+            cell: The attack.
+            subject: Name of the model in results.
+
+        Raises:
+            DataError: If the attack's data cannot be used.
+            ConfigError: If the tokenizer has no pad token.
+        """
+        # Data that cannot be used stop the run, not just one attack.
+        material = self.material(cell)
+        record = Record(
+            self.examiner.harmful, len(self.examiner.benign), self.threshold, self.num_samples
+        )
+        error = None
+        with seeded(cell.seed, next(model.parameters()).device):
+            try:
+                # As released: whoever has the weights can merge adapters and train everything.
+                target: Any = merged_copy(model)
+                for point in cell.attack.run(target, material):
+                    found = self.examiner.examine(
+                        target, self.tokenizer, self.chat, cell.attack, material
+                    )
+                    record.add(point, found)
+                    logger.info(
+                        "%s under %s, seed %d, after %d steps: ASR %.3f",
+                        *(subject.defense, cell.name, cell.seed, point.steps, found.harmful.rate),
+                    )
+            except (PatcherError, RuntimeError) as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                logger.warning("%s, seed %d stopped early: %s", cell.name, cell.seed, error)
+        return record.curve(subject.key(cell), error, family=cell.family, varied=cell.varied)
