@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Protocol, TypeVar
 
 from patcher_pl.errors import RunInterrupted
+from patcher_pl.progress import progress_bar
 
 Work = TypeVar("Work")
 
@@ -72,14 +73,10 @@ def run_all(
     Raises:
         RunInterrupted: If a signal stopped them.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     failed: list[Work] = []
     if not todo:
         return failed
-    columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _signals_passed_on() as children, Progress(*columns) as progress:
-        task = progress.add_task(label, total=len(todo))
+    with _signals_passed_on() as children, progress_bar(label, len(todo)) as advance:
 
         def run_one(work: Work) -> bool:
             return not children.stopped_by and run(work, children)
@@ -89,7 +86,7 @@ def run_all(
             for done in as_completed(runs):
                 if not done.result():
                     failed.append(runs[done])
-                progress.advance(task)
+                advance()
         if children.stopped_by:
             raise RunInterrupted(
                 f"stopped; {saved}. Go on with the same command.", signal=children.stopped_by

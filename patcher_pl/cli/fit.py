@@ -11,12 +11,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from patcher_pl.callbacks.robustness_probe import log_robustness, robustness_scalars
 from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.lightning_cli import PatcherCLI, fit_or_stop
+from patcher_pl.cli.redteam import write_reports
 from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
-from patcher_pl.redteam.command import write_reports
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings, fingerprint

@@ -94,7 +94,7 @@ def _run(command: str, arguments: list[str]) -> None:
 
         run_plan(arguments)
     elif command == "redteam":
-        from patcher_pl.redteam.command import run_redteam
+        from patcher_pl.cli.redteam import run_redteam
 
         run_function(command, run_redteam, arguments)
     elif command == "sweep":

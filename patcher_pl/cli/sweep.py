@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.cli.fits import Fit, run_fits
+from patcher_pl.cli.redteam import write_reports
 from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.redteam.command import write_reports
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import as_settings

@@ -7,6 +7,8 @@ from patcher_pl.redteam.grid import Cell, Grid
 from patcher_pl.redteam.lora_finetuning import LoraFinetuning
 from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.red_team import RedTeam
+from patcher_pl.redteam.search import Search
+from patcher_pl.redteam.target import Target
 
 __all__ = [
     "Asking",
@@ -18,4 +20,6 @@ __all__ = [
     "Grid",
     "LoraFinetuning",
     "RedTeam",
+    "Search",
+    "Target",
 ]

@@ -26,6 +26,20 @@ def has_setting(attack: Attack, name: str) -> bool:
     return name == "template" or name in own
 
 
+def setting_of(attack: Attack, data: Mixture, name: str) -> Setting | None:
+    """The value that an attack, or the red team's data, has; None where it has none."""
+    if name in DATA_SETTINGS:
+        return getattr(data, name)
+    if not has_setting(attack, name):
+        return None
+    own: Any = attack
+    if name == "lr":
+        return own.optimizer.lr
+    if name == "num_steps":
+        return own.attack_steps[-1]
+    return own.asking.template if name == "template" else getattr(own, name)
+
+
 def varied_attack(attack: Attack, settings: Mapping[str, Setting]) -> Attack:
     """The attack with some of its settings replaced; those of the data are passed over.
 

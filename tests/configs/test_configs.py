@@ -11,11 +11,11 @@ from patcher_pl.cli.ablate import plan_hardening, run_ablate
 from patcher_pl.cli.fits import Fit
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.cli.main import function_parser
+from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.cli.sweep import plan_sweep
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import ConfigError
 from patcher_pl.redteam import RedTeam
-from patcher_pl.redteam.command import run_redteam
 from patcher_pl.reports import Results
 from patcher_pl.testbed import build
 from patcher_pl.testbed.cache import resolve_data, resolve_model

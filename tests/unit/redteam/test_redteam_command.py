@@ -7,10 +7,10 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from patcher_pl.errors import ConfigError, DataError, PatcherError
+from patcher_pl.cli.redteam import run_redteam
+from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import Attack, FullFinetuning, RedTeam
-from patcher_pl.redteam.command import run_redteam
 from patcher_pl.reports import Results
 
 
@@ -44,7 +44,7 @@ def quick(red_team):
 
 
 def test_it_writes_results_tables_and_figures(model_dir, quick, tmp_path, capsys):
-    results = run_redteam(str(model_dir), quick, tmp_path, defense="patcher", k1=40, device="cpu")
+    results = run_redteam(quick, tmp_path, str(model_dir), defense="patcher", k1=40, device="cpu")
     written = json.loads((tmp_path / "results.json").read_text())
     for seed, curve in enumerate(written["curves"]):
         assert curve["defense"] == "patcher"
@@ -71,35 +71,59 @@ def test_it_goes_on_where_it_was_interrupted(model_dir, quick, tmp_path):
     stop.touch()
     team = replace(quick, attacks=[*quick.attacks, Interrupted(path=str(stop))], seeds=[0])
     with pytest.raises(KeyboardInterrupt):
-        run_redteam(str(model_dir), team, tmp_path / "run", device="cpu")
+        run_redteam(team, tmp_path / "run", str(model_dir), device="cpu")
     kept = Results.load(tmp_path / "run" / "results.json").curves
     assert [curve.attack for curve in kept] == ["first"]
-    marked = replace(kept[0], samples=[])  # To tell a kept curve from a repeated one.
-    earlier = Results.load(tmp_path / "run" / "results.json")
-    replace(earlier, curves=[marked]).save(tmp_path / "run" / "results.json")
+    (cell,) = (tmp_path / "run" / "cells").rglob("*.json")
+    content = json.loads(cell.read_text())
+    content["curve"]["samples"] = []  # To tell a kept curve from a repeated one.
+    cell.write_text(json.dumps(content))
     stop.unlink()
-    results = run_redteam(str(model_dir), team, tmp_path / "run", device="cpu")
+    results = run_redteam(team, tmp_path / "run", str(model_dir), device="cpu")
     assert [curve.attack for curve in results.curves] == ["first", "second"]
-    assert results.curves[0] == marked
+    assert results.curves[0] == replace(kept[0], samples=[])
 
 
-def test_results_of_other_settings_or_weights_are_not_mixed(model_dir, quick, tmp_path):
+def test_attacks_of_other_settings_or_weights_are_not_mixed(model_dir, quick, tmp_path):
     """Wrong if a figure showed curves of two experiments as one."""
-    run_redteam(str(model_dir), quick, tmp_path, device="cpu")
-    other = replace(quick, threshold=0.6)
-    with pytest.raises(ConfigError, match="results of other settings"):
-        run_redteam(str(model_dir), other, tmp_path, device="cpu")
+    team = replace(quick, seeds=[0])
+    run_redteam(team, tmp_path, str(model_dir), device="cpu")
+    (first,) = (tmp_path / "cells").rglob("*.json")
+    longer = replace(team, generation=replace(team.generation, max_new_tokens=5))
+    assert len(run_redteam(longer, tmp_path, str(model_dir), device="cpu").curves) == 1
+    assert len(cells := set((tmp_path / "cells").rglob("*.json"))) == 2
     weights = model_dir / "model.safetensors"
     weights.write_bytes(weights.read_bytes())  # Trained again, for all the command can know.
-    with pytest.raises(ConfigError, match="another model"):
-        run_redteam(str(model_dir), quick, tmp_path, device="cpu")
+    run_redteam(team, tmp_path, str(model_dir), device="cpu")
+    assert len(set((tmp_path / "cells").rglob("*.json"))) == 3 > len(cells)
+    assert first.exists(), "going back to earlier settings must cost nothing"
 
 
-def test_a_broken_results_file_is_not_overwritten(model_dir, quick, tmp_path):
-    (tmp_path / "results.json").write_text('{"curves": [')
-    with pytest.raises(DataError, match=r"results\.json: this is no usable results file"):
-        run_redteam(str(model_dir), quick, tmp_path, device="cpu")
-    assert (tmp_path / "results.json").read_text() == '{"curves": ['
+def test_more_attacks_and_seeds_cost_only_themselves(model_dir, quick, tmp_path):
+    """Wrong if adding a seed to a grid repeated the whole grid."""
+    run_redteam(replace(quick, seeds=[0]), tmp_path, str(model_dir), device="cpu")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")}
+    results = run_redteam(quick, tmp_path, str(model_dir), device="cpu")
+    assert [curve.seed for curve in results.curves] == [0, 1]
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")}
+    assert len(after) == 2
+    assert after.items() > before.items()
+
+
+def test_results_of_another_command_are_not_overwritten(model_dir, quick, tmp_path):
+    """Wrong if attacking into the directory of a `fit` lost what that had found out."""
+    (tmp_path / "results.json").write_text('{"curves": []}')
+    with pytest.raises(ConfigError, match="holds results of another command"):
+        run_redteam(quick, tmp_path, str(model_dir), device="cpu")
+    assert (tmp_path / "results.json").read_text() == '{"curves": []}'
+
+
+def test_a_broken_cell_is_named(model_dir, quick, tmp_path):
+    run_redteam(replace(quick, seeds=[0]), tmp_path, str(model_dir), device="cpu")
+    (cell,) = (tmp_path / "cells").rglob("*.json")
+    cell.write_text('{"curve": [')
+    with pytest.raises(PatcherError, match=r"first-seed-0-\w+\.json: this is no outcome"):
+        run_redteam(quick, tmp_path, str(model_dir), device="cpu")
 
 
 def test_if_every_attack_fails_the_command_fails(model_dir, quick, tmp_path):
@@ -108,15 +132,15 @@ def test_if_every_attack_fails_the_command_fails(model_dir, quick, tmp_path):
     stop.touch()
     team = replace(quick, attacks=[Interrupted(path=str(stop), failure="RuntimeError")])
     with pytest.raises(PatcherError, match=r"Every attack failed.*stopped here"):
-        run_redteam(str(model_dir), team, tmp_path / "run", device="cpu")
+        run_redteam(team, tmp_path / "run", str(model_dir), device="cpu")
     assert Results.load(tmp_path / "run" / "results.json").curves[0].error
 
 
 def test_unknown_model_and_device_are_named(quick, model_dir, tmp_path):
     with pytest.raises(ConfigError, match="nowhere"):
-        run_redteam(str(tmp_path / "nowhere"), quick, tmp_path / "run", device="cpu")
+        run_redteam(quick, tmp_path / "run", str(tmp_path / "nowhere"), device="cpu")
     with pytest.raises(ConfigError, match="'abacus' cannot be used"):
-        run_redteam(str(model_dir), quick, tmp_path / "run", device="abacus")
+        run_redteam(quick, tmp_path / "run", str(model_dir), device="abacus")
 
 
 def test_the_signature_is_a_config_schema(tmp_path, recipes):

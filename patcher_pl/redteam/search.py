@@ -1,0 +1,236 @@
+"""Search for the strongest attack under a budget of trials."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from patcher_pl.data.mixing import Mixture
+from patcher_pl.errors import ConfigError
+from patcher_pl.redteam.base import Attack
+from patcher_pl.redteam.red_team import RedTeam
+from patcher_pl.redteam.strength import mean_strength
+from patcher_pl.redteam.variation import Setting, has_setting, setting_of, varied_name
+from patcher_pl.reports.results import Curve
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+RunSettings = Callable[[Sequence[tuple[Attack, dict[str, Setting]]]], list[list[Curve]]]
+"""Runs attacks with these settings with every seed, and returns the curves of each."""
+
+_ATTACK = "attack"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One tried setting.
+
+    Args:
+        attack: Name of the attack, settings included.
+        settings: What was varied.
+        strength: See `attack_strength`; mean over seeds.
+        source: `grid` or `search`.
+    """
+
+    attack: str
+    settings: dict[str, Setting]
+    strength: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Optuna's tree-structured Parzen estimator over attacks and their settings.
+
+    Begins with what the grid found, so that its strongest cell is the one to beat. Trials are asked
+    for in batches that run at the same time. The same settings give the same trials, so that an
+    interrupted search goes on by asking again: attacks that finished are not repeated.
+
+    Every entry of the space that an attack has is searched for it; [low, high] are ranges, other
+    lists are choices. An empty list leaves a setting alone.
+
+    Args:
+        num_trials: Settings to try for every model, each with every seed (count, >= 1).
+        lr: Range of step sizes, searched by their logarithm.
+        num_steps: Range of optimizer steps, searched by their logarithm.
+        batch_size: Choices of rows per step.
+        schedule: Choices of learning-rate curves.
+        num_warmup_steps: Range of warm-up steps.
+        template: Choices of prompt templates.
+        poison_ratio: Range of shares of harmful rows.
+        num_examples: Choices of numbers of rows.
+        batch: Trials asked for at a time (count, >= 1); more run side by side, fewer learn sooner.
+        seed: Of the sampler.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Optuna: Akiba et al., 2019, https://arxiv.org/abs/1907.10902. The estimator: Bergstra et
+        al., 2011, Algorithms for hyper-parameter optimization, NeurIPS.
+    """
+
+    num_trials: int
+    lr: list[float] = field(default_factory=list)
+    num_steps: list[int] = field(default_factory=list)
+    batch_size: list[int] = field(default_factory=list)
+    schedule: list[str] = field(default_factory=list)
+    num_warmup_steps: list[int] = field(default_factory=list)
+    template: list[str] = field(default_factory=list)
+    poison_ratio: list[float] = field(default_factory=list)
+    num_examples: list[int] = field(default_factory=list)
+    batch: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_trials", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Search.{name} must be >= 1, got {getattr(self, name)}.")
+        for name in ("lr", "num_steps", "num_warmup_steps", "poison_ratio"):
+            ends = getattr(self, name)
+            if ends and (len(ends) != 2 or not ends[0] < ends[1]):
+                raise ValueError(
+                    f"Search.{name} must be [low, high] with low < high, or empty, got {ends}."
+                )
+
+    def run(
+        self, team: RedTeam, grid: Sequence[Sequence[Curve]], run_settings: RunSettings
+    ) -> list[Trial]:
+        """Returns everything that was tried, the strongest first.
+
+        Args:
+            team: Attacks to choose from.
+            grid: What is known already: curves that differ in their seed alone, one list per
+                setting.
+            run_settings: Runs attacks.
+
+        Raises:
+            ConfigError: If Optuna is missing.
+        """
+        optuna = _imported()
+        attacks = {attack.name: attack for attack in team.attacks}
+        budget = self._budget(team, grid)
+        sampler = optuna.samplers.TPESampler(seed=self.seed, constant_liar=True)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        tried: list[Trial] = []
+        for curves in grid:
+            if not curves:
+                continue
+            first, strength = curves[0], mean_strength(curves, budget)
+            trial = Trial(
+                attack=first.attack, settings=first.varied, strength=strength, source="grid"
+            )
+            tried.append(trial)
+            self._teach(study, attacks, first.family, team.data, trial)
+        for start in range(0, self.num_trials, self.batch):
+            num_asked = min(self.batch, self.num_trials - start)
+            asked = [study.ask() for _ in range(num_asked)]
+            chosen = [self._suggested(trial, attacks) for trial in asked]
+            found = run_settings(chosen)
+            for trial, (attack, settings), curves in zip(asked, chosen, found, strict=True):
+                strength = mean_strength(curves, budget)
+                if math.isnan(strength):
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                else:
+                    study.tell(trial, strength)
+                name = varied_name(attack.name, settings)
+                tried.append(
+                    Trial(attack=name, settings=settings, strength=strength, source="search")
+                )
+        return sorted(tried, key=lambda trial: -_or_zero(trial.strength))
+
+    def _budget(self, team: RedTeam, grid: Sequence[Sequence[Curve]]) -> int:
+        """The longest attack of all: strengths of shorter ones count their last point to there."""
+        longest = [int(setting_of(attack, team.data, "num_steps") or 0) for attack in team.attacks]
+        longest += [max(curve.attack_steps, default=0) for curves in grid for curve in curves]
+        return max([1, *longest, *self.num_steps[1:]])
+
+    def _suggested(
+        self, trial: "optuna.Trial", attacks: Mapping[str, Attack]
+    ) -> tuple[Attack, dict[str, Setting]]:
+        attack = attacks[trial.suggest_categorical(_ATTACK, list(attacks))]
+        space = self._distributions(attack)
+        return attack, {name: _suggest(trial, name, space[name]) for name in space}
+
+    def _distributions(self, attack: Attack) -> "dict[str, BaseDistribution]":
+        """What is searched of one attack."""
+        from optuna.distributions import (
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        space: dict[str, Any] = {}
+        if self.lr:
+            space["lr"] = FloatDistribution(self.lr[0], self.lr[1], log=True)
+        if self.num_steps:
+            space["num_steps"] = IntDistribution(self.num_steps[0], self.num_steps[1], log=True)
+        if self.num_warmup_steps:
+            space["num_warmup_steps"] = IntDistribution(
+                self.num_warmup_steps[0], self.num_warmup_steps[1]
+            )
+        if self.poison_ratio:
+            space["poison_ratio"] = FloatDistribution(self.poison_ratio[0], self.poison_ratio[1])
+        for name in ("batch_size", "schedule", "template", "num_examples"):
+            if choices := getattr(self, name):
+                space[name] = CategoricalDistribution(choices)
+        return {name: entry for name, entry in space.items() if has_setting(attack, name)}
+
+    def _teach(
+        self,
+        study: "optuna.Study",
+        attacks: Mapping[str, Attack],
+        family: str,
+        data: Mixture,
+        trial: Trial,
+    ) -> None:
+        """Tells the sampler what the grid found, where it lies in the space that is searched."""
+        from optuna.distributions import CategoricalDistribution
+        from optuna.trial import create_trial
+
+        attack = attacks.get(family)
+        if attack is None or math.isnan(trial.strength):
+            return
+        space = self._distributions(attack)
+        own = {name: setting_of(attack, data, name) for name in space}
+        params = {**own, **{name: trial.settings[name] for name in space if name in trial.settings}}
+        with suppress(ValueError):  # Outside of the space.
+            study.add_trial(
+                create_trial(
+                    params={_ATTACK: family, **params},
+                    distributions={_ATTACK: CategoricalDistribution(list(attacks)), **space},
+                    value=trial.strength,
+                )
+            )
+
+
+def _suggest(trial: "optuna.Trial", name: str, space: "BaseDistribution") -> Setting:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(space, FloatDistribution):
+        value = trial.suggest_float(name, space.low, space.high, log=space.log)
+        return float(f"{value:.3g}")  # As it is named in results.
+    if isinstance(space, IntDistribution):
+        return trial.suggest_int(name, space.low, space.high, log=space.log)
+    assert isinstance(space, CategoricalDistribution)
+    choice = trial.suggest_categorical(name, space.choices)
+    assert isinstance(choice, float | int | str)
+    return choice
+
+
+def _or_zero(strength: float) -> float:
+    return 0.0 if math.isnan(strength) else strength
+
+
+def _imported() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "`search` needs Optuna. Install it with `pip install 'patcher-pl[search]'`."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
