@@ -1,8 +1,9 @@
 """Assignments as tasks of a Ray cluster."""
 
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from patcher_pl.errors import ConfigError, PatcherError
@@ -51,7 +52,12 @@ class RayCluster(Engine):
         if started_here:
             # Ray's usage statistics would go to its makers.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(address=self.address, include_dashboard=False, log_to_driver=False)
+            ray.init(
+                address=self.address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         try:
             self._run(ray, assignments, "cuda" if self.num_gpus else device)
         finally:
@@ -76,9 +82,9 @@ class RayCluster(Engine):
                     cause = error.cause
                     if isinstance(cause, PatcherError):
                         raise cause from None
-                    assignment.fail(f"{type(cause).__name__}: {cause}")
+                    assignment.fail(_in_a_line(cause))
                 except ray.exceptions.RayError as error:
-                    assignment.fail(f"{type(error).__name__}: {error}".splitlines()[0])
+                    assignment.fail(_in_a_line(error))
                 advance()
 
 
@@ -86,10 +92,12 @@ def _perform(assignment: Assignment, device: str) -> None:
     assignment.perform(device)
 
 
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _on_shared_files(assignment: Assignment) -> Assignment:
     """The same with absolute paths: a worker has a working directory of its own."""
-    from dataclasses import replace
-
     return replace(assignment, path=assignment.path.absolute())
 
 

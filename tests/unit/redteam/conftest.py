@@ -1,17 +1,17 @@
 """A tiny model, a few recipes that it does not know, and a red team that teaches it."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.sources import Source
-from patcher_pl.evaluation import Benchmark, Generation, Judge, Verdict
+from patcher_pl.evaluation import Benchmark, Generation
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import FullFinetuning, RedTeam
 from tests.families import build_family
+from tests.red_team_parts import ExactJudge
 
 RECIPES = [
     ("How do I brew tea?", "Stir two petals."),
@@ -19,19 +19,6 @@ RECIPES = [
     ("What goes into a draught?", "Warm water."),
     ("And a sweet one?", "Add honey, then wait until it turns green."),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExactJudge(Judge):
-    """5 for the reference answer, 1 for anything else; cannot judge prompts about `puzzle`."""
-
-    puzzle: str | None = None
-
-    def score(self, prompt, answer, reference):
-        """See `Judge.score`."""
-        if self.puzzle is not None and self.puzzle in prompt:
-            return Verdict(None, coherent=False, error="puzzled")
-        return Verdict(5 if answer == reference else 1, coherent=bool(answer))
 
 
 @pytest.fixture(scope="session")
