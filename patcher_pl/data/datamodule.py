@@ -31,7 +31,9 @@ class SafetyDataModule(LightningDataModule):
             `batch_size`.
         seed: Decides subsets and orders, differently for each part; None takes the seed of
             `seed_everything`, or torch's initial seed where there was none.
-        group_by_length: Put conversations of similar length into the same training batch.
+        group_by_length: Put conversations of similar length into the same training batch. Saves
+            padding; but refusals are shorter than helpful answers, so that most batches hold one
+            kind alone, and a defender that is stopped after one kind has unlearned the other.
 
     Raises:
         ValueError: If a batch size is below 1.
@@ -45,7 +47,7 @@ class SafetyDataModule(LightningDataModule):
         batch_size: int = 4,
         attack_batch_size: int | None = None,
         seed: int | None = None,
-        group_by_length: bool = True,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("attack_batch_size", attack_batch_size)):

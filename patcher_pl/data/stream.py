@@ -34,7 +34,8 @@ class BatchStream:
         batch_size: Examples per batch (>= 1), on one replica.
         pad_token_id: Token that fills shorter rows.
         seed: Decides the order of every epoch.
-        group_by_length: Put examples of similar length into the same batch; saves padding.
+        group_by_length: Put examples of similar length into the same batch. Saves padding, but
+            where one kind of answer is shorter, as refusals are, batches hold one kind alone.
         num_replicas: Processes that share the data (>= 1).
         rank: This process among them.
 
@@ -49,7 +50,7 @@ class BatchStream:
         batch_size: int,
         pad_token_id: int,
         seed: int,
-        group_by_length: bool = True,
+        group_by_length: bool = False,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:

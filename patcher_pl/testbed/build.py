@@ -78,6 +78,7 @@ def _train_base_model(tokenizer: "PreTrainedTokenizerFast", rows: list[Row]) -> 
         batch_size=TRAINING["batch_size"],
         pad_token_id=_token_id(tokenizer, "pad"),
         seed=TRAINING["seed"],
+        group_by_length=True,
     )
     with torch.random.fork_rng(devices=[]), cpu_threads(1):
         torch.manual_seed(TRAINING["seed"])

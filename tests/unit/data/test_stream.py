@@ -118,7 +118,9 @@ def test_grouped_batches_do_not_come_in_order_of_length():
 
 
 def test_replicas_share_every_step_and_leave_nothing_out():
-    streams = [make(batch_size=2, num_replicas=2, rank=rank) for rank in (0, 1)]
+    streams = [
+        make(batch_size=2, num_replicas=2, rank=rank, group_by_length=True) for rank in (0, 1)
+    ]
     assert len(streams[0]) == 5
     seen = Counter()
     for left, right in zip(*streams, strict=True):
