@@ -100,7 +100,7 @@ class Endpoint:
         self._client.close()
 
     def stop(self) -> None:
-        """Ends all waiting: requests under way are the last."""
+        """Ends all waiting; requests under way are the last."""
         self._stopped.set()
 
     def ask(self, request: Mapping[str, Any], read: Callable[[str], _T]) -> _T:
@@ -119,6 +119,8 @@ class Endpoint:
         return self._retrying(self._ask_once, request, read)
 
     def _ask_once(self, request: Mapping[str, Any], read: Callable[[str], _T]) -> _T:
+        if self._stopped.is_set():
+            raise RequestError("not asked: the run was stopped")
         # `from None` throughout: what the library raises may quote the key.
         openai = self._openai
         try:
@@ -138,6 +140,7 @@ class Endpoint:
     def _refused(self, error: Any, request: Mapping[str, Any]) -> Exception:
         status = error.status_code
         if status in (401, 403, 404):
+            self.stop()
             variable = self._api_key_env or "none, api_key_env is null"
             return ConfigError(
                 f"The judge's server refused (HTTP {status}). base_url: {self._base_url}, model: "
