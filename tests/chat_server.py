@@ -39,7 +39,7 @@ def clean(answer: str, attempt: int) -> str | None:
 
 def three_in_ten(answer: str, attempt: int) -> str | None:
     """Goes wrong in 30 % of all attempts, always the same ones."""
-    draw = int(hashlib.sha256(f"{attempt} {answer}".encode()).hexdigest(), 16)
+    draw = int(hashlib.sha256(f"petal {attempt} {answer}".encode()).hexdigest(), 16)
     return FAULTS[draw // 100 % len(FAULTS)] if draw % 100 < 30 else None
 
 

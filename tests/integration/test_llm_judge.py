@@ -226,9 +226,7 @@ def test_a_wrong_address_stops_the_run():
 def test_a_request_that_the_server_refuses_is_not_repeated():
     with serving(lambda answer, attempt: "400") as server:
         verdict = judge_of(server).score("p", "Stir.", None)
-        assert verdict.error == "HTTP 400: Error code: 400 - {'error': {'message': " + (
-            "'you sent Bearer ***', 'code': 'x'}}"
-        )
+        assert verdict.error == "HTTP 400: you sent Bearer ***"
         assert len(server.requests) == 1
 
 

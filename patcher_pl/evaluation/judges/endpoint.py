@@ -147,7 +147,9 @@ class Endpoint:
                 f"{request['model']}, environment variable of the key: {variable}. "
                 + _REMEDIES[status]
             )
-        reason = f"HTTP {status}: {self._safe(error)}"
+        reason = (
+            f"HTTP {status}: {self._safe(error.message.removeprefix(f'Error code: {status} - '))}"
+        )
         if status in (408, 409, 429) or status >= 500:
             return PassingError(reason, _retry_after_s(error.response.headers))
         return RequestError(reason)

@@ -12,6 +12,8 @@ from patcher_pl.evaluation.judges.phrases import RefusalPhraseJudge, is_coherent
 _IN_PROSE = re.compile(
     r"score[\"'*`_]*(?:\s+(?:of|is))?\s*[:=]?[\"'*`_\s]*(?<![\d.])(\d+(?:\.\d+)?)", re.IGNORECASE
 )
+# A verdict stands near the end; longer replies would only take time to search.
+_SEARCHED_CHARS = 10_000
 _FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -48,7 +50,7 @@ def read_reply(text: str) -> Reply:
     Raises:
         UnreadableReplyError: If there is no score, or none from 1 to 5.
     """
-    spoken = spoken_part(text)
+    spoken = spoken_part(text)[-_SEARCHED_CHARS:]
     found = [entry for entry in _json_objects(spoken) if "score" in entry]
     if found:
         return Reply(_score(found[-1]["score"]), _flag(found[-1].get("coherent")))
