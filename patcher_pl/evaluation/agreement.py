@@ -53,8 +53,7 @@ def judge_agreement(first: Sequence[Verdict], second: Sequence[Verdict]) -> Agre
     if not pairs:
         return Agreement(math.nan, math.nan, 0)
     rate = sum(one == other for one, other in pairs) / len(pairs)
-    if len(set(pairs)) == 1 and pairs[0][0] == pairs[0][1]:
-        return Agreement(math.nan, rate, len(pairs))
     successes = torch.tensor(pairs, dtype=torch.long)
+    # 0 / 0, and so NaN, where both judges are constant and equal.
     kappa = binary_cohen_kappa(successes[:, 0], successes[:, 1])
     return Agreement(float(kappa), rate, len(pairs))

@@ -78,11 +78,18 @@ def test_what_still_fails_is_an_error_and_leaves_the_rate_of_the_rest_alone():
 
 def test_as_many_requests_at_once_as_allowed_and_never_more():
     """The server holds every request until four are there: fewer, or one by one, would fail."""
-    barrier = threading.Barrier(4)
-    with serving(before=lambda: barrier.wait(timeout=60)) as server:
+    barrier, workers = threading.Barrier(4), set()
+
+    def hold():
+        barrier.wait(timeout=60)
+        names = [thread.name for thread in threading.enumerate()]
+        workers.add(sum(name.startswith("judge") for name in names))
+
+    with serving(before=hold) as server:
         rows = [column[:24] for column in ROWS]
         assert judge_of(server, concurrency=4, timeout_s=120.0).score_all(*rows) == TRUE[:24]
         assert server.most_at_once == 4
+        assert workers == {4}, "a fifth worker could ask a fifth question"
     with serving(three_in_ten) as server:
         judge_of(server, concurrency=3).score_all(*ROWS)
         assert server.most_at_once <= 3
@@ -116,6 +123,8 @@ def test_the_key_turns_up_nowhere(tmp_path, caplog, capfd):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 2
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    libraries = {record.name.partition(".")[0] for record in caplog.records}
+    assert libraries == {"patcher_pl"}, "HTTP libraries log addresses, some log bodies"
     assert "petals" not in caplog.text
     assert pickle.loads((tmp_path / "judge.pickle").read_bytes()) == judge
 
