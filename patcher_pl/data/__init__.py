@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from patcher_pl.data.benchmarks import HarmBench, StrongReject, XsTest
 from patcher_pl.data.chat import ChatFormat, Encoded
 from patcher_pl.data.collate import EncodedSet, collate, encode_all
 from patcher_pl.data.mixing import Mixture
@@ -35,6 +36,7 @@ __all__ = [
     "EncodedSet",
     "FixedBatches",
     "Gsm8k",
+    "HarmBench",
     "HexPhi",
     "Messages",
     "Mixture",
@@ -45,7 +47,9 @@ __all__ = [
     "SafetyDataModule",
     "Source",
     "SourceRows",
+    "StrongReject",
     "ToxicDpo",
+    "XsTest",
     "collate",
     "derive_seed",
     "encode_all",

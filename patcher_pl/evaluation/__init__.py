@@ -3,24 +3,39 @@
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers, steps_to_break
+from patcher_pl.evaluation.agreement import Agreement, judge_agreement
 from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Answer, Generation
-from patcher_pl.evaluation.judges import Judge, RefusalPhraseJudge, Verdict
+from patcher_pl.evaluation.judges import (
+    Judge,
+    LlmJudge,
+    ModerationClassifier,
+    RefusalPhraseJudge,
+    Verdict,
+    error_rate,
+)
 
 if TYPE_CHECKING:
+    from patcher_pl.evaluation.judges.local import LocalJudge
     from patcher_pl.evaluation.metrics import AttackSuccessRate
 
 __all__ = [
+    "Agreement",
     "Answer",
     "AttackSuccessRate",
     "Benchmark",
     "Evaluation",
     "Generation",
     "Judge",
+    "LlmJudge",
+    "LocalJudge",
+    "ModerationClassifier",
     "Question",
     "RefusalPhraseJudge",
     "Verdict",
+    "error_rate",
     "evaluate_answers",
+    "judge_agreement",
     "steps_to_break",
 ]
 
@@ -31,4 +46,8 @@ def __getattr__(name: str) -> Any:
         from patcher_pl.evaluation.metrics import AttackSuccessRate
 
         return AttackSuccessRate
+    if name == "LocalJudge":
+        from patcher_pl.evaluation.judges.local import LocalJudge
+
+        return LocalJudge
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

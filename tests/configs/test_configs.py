@@ -15,6 +15,7 @@ from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.cli.sweep import plan_sweep
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import ConfigError
+from patcher_pl.evaluation import Benchmark, Judge
 from patcher_pl.redteam import RedTeam
 from patcher_pl.reports import Results
 from patcher_pl.testbed import build
@@ -31,8 +32,9 @@ FAMILY_OF = {"/Qwen2.5-": "qwen2", "/Qwen3-": "qwen3", "/Meta-Llama-3-": "llama"
 
 def kind(path: Path) -> str:
     """Which command, or option, a file is for, told by its keys."""
-    if path.parent.name == "strategies":
-        return "strategy"
+    folders = {"strategies": "strategy", "judges": "judge", "benchmarks": "benchmark"}
+    if path.parent.name in folders:
+        return folders[path.parent.name]
     keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     if {"model", "trainer"} <= keys:
         return "fit"
@@ -88,7 +90,7 @@ def ignoring_deprecations(function):
 
 def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
-        *("fit", "strategy", "sweep", "ablation", "redteam", "red team")
+        *("fit", "strategy", "sweep", "ablation", "redteam", "red team", "judge", "benchmark")
     }
 
 
@@ -130,6 +132,21 @@ def test_a_red_team_is_built_without_loading_anything(path, nothing_is_loaded):
     parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
     options = parser.instantiate(parser.parse_args(["--redteam", str(path)]))
     assert isinstance(options.redteam, RedTeam)
+
+
+@pytest.mark.parametrize("benchmark", of_kind("benchmark"))
+@pytest.mark.parametrize("judge", of_kind("judge"))
+def test_judges_and_benchmarks_fit_into_a_red_team(judge, benchmark, nothing_is_loaded, tmp_path):
+    """By their file names, as the red team's own file would name them."""
+    content = yaml.safe_load((ROOT / "configs/fragments/redteam.yaml").read_text(encoding="utf-8"))
+    content |= {"judge": str(judge), "prompts": str(benchmark), "benign_prompts": str(benchmark)}
+    path = write_yaml(tmp_path / "redteam.yaml", content)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
+    team = parser.instantiate(parser.parse_args(["--redteam", str(path)])).redteam
+    assert isinstance(team.judge, Judge)
+    assert isinstance(team.prompts, Benchmark)
+    assert team.benign_prompts == team.prompts
 
 
 @pytest.mark.parametrize("path", of_kind("redteam"))
