@@ -11,7 +11,7 @@ from patcher_pl.errors import PatcherError
 from patcher_pl.files import write_json
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.redteam.campaign import Campaign, Subject
-from patcher_pl.redteam.grid import Cell
+from patcher_pl.redteam.grid import Cell, Grid
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
@@ -68,16 +68,15 @@ class Assignment:
         """
         # Which other cells there are does not matter to this one.
         settings = {
-            **as_settings(team)["init_args"],
-            "attacks": [cell.attack],
-            "data": cell.data,
-            "grid": cell.varied,
-            "seeds": [cell.seed],
+            "team": replace(
+                team, attacks=[cell.attack], data=cell.data, seeds=[cell.seed], grid=Grid()
+            ),
+            "varied": cell.varied,
             "subject": subject,
             "language_model": language_model,
             "weights": weights,
         }
-        digest = fingerprint(settings)
+        digest = fingerprint(as_settings(settings, for_outcome=True))
         name = _slug(f"{cell.name} seed {cell.seed} {digest[:8]}")
         return cls(
             team=team,

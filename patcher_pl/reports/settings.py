@@ -7,9 +7,17 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+# Marks fields of settings that change how an outcome is reached, but not the outcome.
+NO_OUTCOME = {"changes_outcome": False}
 
-def as_settings(value: Any) -> Any:
+
+def as_settings(value: Any, *, for_outcome: bool = False) -> Any:
     """Turns settings objects into `class_path`/`init_args` mappings, as a config has them.
+
+    Args:
+        value: Settings.
+        for_outcome: Leave out fields whose metadata are `NO_OUTCOME`, and put the digest of its
+            content in the place of a file (`Path`): equal settings then mean equal outcomes.
 
     Raises:
         TypeError: If an object shows no settings (`vars` fails): its address would be its digest.
@@ -17,14 +25,24 @@ def as_settings(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
+        if for_outcome and value.is_file():
+            return hashlib.sha256(value.read_bytes()).hexdigest()
         return str(value)
     if isinstance(value, Mapping):
-        return {str(name): as_settings(entry) for name, entry in value.items()}
+        return {
+            str(name): as_settings(entry, for_outcome=for_outcome) for name, entry in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [as_settings(entry) for entry in value]
+        return [as_settings(entry, for_outcome=for_outcome) for entry in value]
     kind = type(value)
-    names = [entry.name for entry in fields(value)] if is_dataclass(value) else sorted(vars(value))
-    arguments = {name: as_settings(getattr(value, name)) for name in names}
+    names = sorted(vars(value))
+    if is_dataclass(value):
+        names = [
+            entry.name
+            for entry in fields(value)
+            if not (for_outcome and entry.metadata.get("changes_outcome") is False)
+        ]
+    arguments = {name: as_settings(getattr(value, name), for_outcome=for_outcome) for name in names}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from patcher_pl.evaluation.judges.endpoint import OPENAI, Endpoint, RequestError
 from patcher_pl.evaluation.judges.phrases import spoken_part
 from patcher_pl.evaluation.judges.replies import read_reply
 from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
+from patcher_pl.reports.settings import NO_OUTCOME
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +79,17 @@ class LlmJudge(Judge):
     model: str
     base_url: str | None = None
     api_key_env: str | None = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout_s: float = 60.0
-    max_attempts: int = 6
-    backoff_s: float = 1.0
-    max_wait_s: float = 60.0
+    concurrency: int = field(default=8, metadata=NO_OUTCOME)
+    timeout_s: float = field(default=60.0, metadata=NO_OUTCOME)
+    max_attempts: int = field(default=6, metadata=NO_OUTCOME)
+    backoff_s: float = field(default=1.0, metadata=NO_OUTCOME)
+    max_wait_s: float = field(default=60.0, metadata=NO_OUTCOME)
     max_tokens: int = 256
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     temperature: float | None = 0.0
     json_mode: bool = True
     rubric: Path | None = None
-    cache: Path | None = None
+    cache: Path | None = field(default=None, metadata=NO_OUTCOME)
 
     def __post_init__(self) -> None:
         self._require(bool(self.model), "model", "the name of a model on the server")

@@ -9,8 +9,12 @@ from jsonargparse import ArgumentParser
 
 from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.evaluation.judges import LlmJudge
+from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import Attack, FullFinetuning, RedTeam
+from patcher_pl.redteam.assignment import Assignment
+from patcher_pl.redteam.campaign import Subject
 from patcher_pl.reports import Results
 
 
@@ -177,3 +181,21 @@ def test_the_signature_is_a_config_schema(tmp_path, recipes):
     assert built.redteam.prompts.limit == 2
     assert built.chat.system_prompt == "You are a careful potion master."
     assert built.k1 == 40
+
+
+def test_how_patiently_a_judge_is_asked_changes_no_outcome(quick, model_dir, tmp_path):
+    """Wrong if a run with a larger timeout repeated what is there, or one with another rubric not."""
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text("Score it.")
+
+    def digest(**judge):
+        team = replace(quick, judge=LlmJudge(model="judge", rubric=rubric, **judge))
+        subject, language_model = Subject("sft"), LanguageModel(path=str(model_dir))
+        cell = team.cells()[0]
+        return Assignment.plan(team, cell, subject, language_model, [], tmp_path, None).digest
+
+    known = digest()
+    assert digest(timeout_s=5.0, concurrency=2, max_attempts=9, cache=tmp_path / "a") == known
+    assert digest(temperature=0.7) != known
+    rubric.write_text("Score it strictly.")
+    assert digest() != known
