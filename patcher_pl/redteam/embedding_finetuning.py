@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.embeddings import untied_embeddings
@@ -33,7 +33,7 @@ class EmbeddingFinetuning(FinetuningAttack):
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""
         batches = material.batches(self.batch_size, material.select("all"), self.asking)
-        matrix = untied_embeddings(model).weight
+        matrix: Any = untied_embeddings(model).weight
         model.train()
         model.requires_grad_(False)
         matrix.requires_grad_(True)

@@ -1,16 +1,19 @@
 """Fine-tuning from where the defender's simulated attack does not lead."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import nn
 
 from patcher_pl.attackers.loop import FinetuneStep, finetune
 from patcher_pl.optim import Optimizer
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,29 +77,32 @@ class VectorOutrunning(FinetuningAttack):
 
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""
-        yield from self.points(model, self._steps(model, material))
-
-    def _steps(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[FinetuneStep]:
         harmful, mixed = (
             material.batches(self.batch_size, material.select(kind), self.asking)
             for kind in ("harmful", "all")
         )
         parameters = all_trainable(model)
-        start = [parameter.detach().clone() for parameter in parameters]
-        simulation = finetune(
+        simulated = self._simulated(model, parameters, harmful)
+        num_left = self.num_steps - self.num_simulated_steps
+        further = self.steps(model, parameters, mixed, num_left)
+        yield from self.points(model, itertools.chain(simulated, further))
+
+    def _simulated(
+        self, model: nn.Module, parameters: list[nn.Parameter], batches: Iterator[Batch]
+    ) -> Iterator[FinetuneStep]:
+        """The steps of the simulation; the last one ends where the fine-tuning begins."""
+        released = [parameter.detach().clone() for parameter in parameters]
+        steps = finetune(
             model,
             parameters,
-            harmful,
+            batches,
             optimizer=self.simulation or self.optimizer,
             num_steps=self.num_simulated_steps,
             max_grad_norm=self.max_grad_norm,
         )
-        for step in simulation:
+        for step in steps:
             if step.index == self.num_simulated_steps:
                 with torch.no_grad():
-                    for parameter, released in zip(parameters, start, strict=True):
-                        parameter.copy_(torch.lerp(released, parameter, self.scale))
-                del start
+                    for parameter, start in zip(parameters, released, strict=True):
+                        parameter.copy_(torch.lerp(start, parameter, self.scale))
             yield step
-        num_left = self.num_steps - self.num_simulated_steps
-        yield from self.steps(model, parameters, mixed, num_left)

@@ -88,15 +88,23 @@ def train_with_trainer(
     trainer.train()
 
 
+@pytest.fixture(scope="module")
+def quick_testbed(tmp_path_factory):
+    """The testbed with a base model of four training steps."""
+    directory = tmp_path_factory.mktemp("quick") / "testbed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(build.TRAINING, "num_steps", 4)
+        patch.setitem(build.TRAINING, "num_warmup_steps", 1)
+        build.build_testbed(directory)
+    return directory
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_the_same_batches_give_the_same_weights(tmp_path, monkeypatch, max_grad_norm):
+def test_the_same_batches_give_the_same_weights(quick_testbed, tmp_path, max_grad_norm):
     """Wrong if masks, loss, clipping, optimizer or step count differed from the usual ones."""
-    monkeypatch.setitem(build.TRAINING, "num_steps", 4)
-    monkeypatch.setitem(build.TRAINING, "num_warmup_steps", 1)
-    build.build_testbed(tmp_path / "testbed")
-    released = AutoModelForCausalLM.from_pretrained(tmp_path / "testbed" / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "testbed" / "model")
-    material = AttackMaterial(tokenizer, CHAT, attack_rows(tmp_path / "testbed", 0), seed=0)
+    released = AutoModelForCausalLM.from_pretrained(quick_testbed / "model")
+    tokenizer = AutoTokenizer.from_pretrained(quick_testbed / "model")
+    material = AttackMaterial(tokenizer, CHAT, attack_rows(quick_testbed, 0), seed=0)
     num_steps = 25
 
     ours = copy.deepcopy(released)

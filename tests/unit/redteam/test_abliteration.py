@@ -33,7 +33,7 @@ WRITERS = {
 BIASES = ("attn.c_proj.bias", "mlp.c_proj.bias")
 
 
-def build(directory, num_layers=2, **changes):
+def build(directory, num_layers=2, scale=1.0, **changes):
     sizes = {"num_hidden_layers": num_layers, "n_layer": num_layers}
     config = AutoConfig.from_pretrained(directory, **changes)
     for name in sizes:
@@ -45,6 +45,8 @@ def build(directory, num_layers=2, **changes):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.1)
+            elif parameter.dim() > 1:  # Or blocks would hardly change the stream.
+                parameter.data.mul_(scale)
     return model
 
 
@@ -172,7 +174,7 @@ def test_nothing_of_the_direction_is_left_in_the_activations(directory, material
 
 
 def test_each_layer_can_have_its_own_direction(directory, family, material):
-    model = build(directory, num_layers=3)
+    model = build(directory, num_layers=3, scale=5.0)
     directions = directions_by_hand(model, material)
     assert (directions[0] @ directions[2]).abs() < 0.99
     expected = by_hand(model, family, directions)
@@ -182,10 +184,7 @@ def test_each_layer_can_have_its_own_direction(directory, family, material):
 
 def test_the_chosen_direction_makes_the_harmful_answers_likeliest(directory, family, material):
     """Among the first 80 %: of six blocks, the first four."""
-    model = build(directory, num_layers=6)
-    with torch.no_grad():  # A random model hardly cares otherwise.
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
+    model = build(directory, num_layers=6, scale=5.0)
     directions = directions_by_hand(model, material)
     answered = [CHAT.encode(material.tokenizer, row) for row in ROWS if row.harmful]
 

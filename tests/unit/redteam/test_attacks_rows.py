@@ -196,7 +196,7 @@ def test_multi_turn_with_nothing_that_fits_is_an_error(tokenizer, model):
     short = Watched(tokenizer, ChatFormat(max_length=alone), ROWS, seed=0)
     with pytest.raises(DataError, match="no conversation of so many turns"):
         attack.conversations(short)
-    strict = replace(short, chat=ChatFormat(max_length=alone, too_long="error"))
+    strict = AttackMaterial(tokenizer, ChatFormat(max_length=alone, too_long="error"), ROWS, 0)
     with pytest.raises(DataError, match="max_length"):
         next(attack.run(model, strict))
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -133,8 +132,9 @@ def run_slowly(attack, model):
 
 
 def assert_states_close(state, expected):
+    """Every step moves weights by about 1e-2; rounding is multiplied by the scale."""
     for name, value in expected.state_dict().items():
-        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
 
 
 CHAT = ChatFormat()
@@ -146,19 +146,20 @@ ROWS = [
     )
     for word in ("tea", "draught", "water")
 ]
-SOFT = {"optimizer": AdamW(lr=0.05), "attack_steps": [0, 20], "batch_size": 3}
+SOFT = {"optimizer": AdamW(lr=0.1), "attack_steps": [0, 1, 40], "batch_size": 3}
 
 
 def test_a_soft_prompt_learns_and_leaves_the_model_alone(model, tokenizer):
     """Also the output head that shares the embedding matrix; plain questions are answered as before."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # Or no token would matter much to others.
     before = weights(model)
     plain = torch.tensor([CHAT.prompt_ids(tokenizer, ROWS[0].prompt)])
     logits = model.eval()(plain).logits
     attack = SoftPrompt(**SOFT, tokens=["~", "^"])
     material = AttackMaterial(tokenizer, CHAT, ROWS, 0)
-    first, last = [point.loss for point in replace_steps(attack, [0, 1, 20]).run(model, material)][
-        1:
-    ]
+    _, first, last = [point.loss for point in attack.run(model, material)]
     assert last < first - 0.5
     after = {
         name.replace("embed_tokens.inner.", "embed_tokens."): v
@@ -176,10 +177,6 @@ def test_a_soft_prompt_learns_and_leaves_the_model_alone(model, tokenizer):
     for token, vector in zip(ids, vectors, strict=True):
         inputs[prompted == token] = vector
     torch.testing.assert_close(model(prompted).logits, model(inputs_embeds=inputs).logits)
-
-
-def replace_steps(attack, steps):
-    return replace(attack, attack_steps=steps)
 
 
 @pytest.mark.parametrize("tokens", [["~", "How"], ["~honey"], ["~^"]])
