@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # Prompts read at once; changes nothing but memory and time.
 _BATCH_SIZE = 8
-# The last layers are left out of the choice, as in the source: they hold the words to come.
-_CHOICE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +40,9 @@ class Abliteration(Attack):
     stays as released.
 
     With one direction for all layers, that of the block is taken whose removal makes the attacker's
-    own harmful answers most likely (least loss), among the blocks in the first 80 %; the source
-    chooses by refusal tokens instead, which would have to be known. With `per_layer`, each block is
-    freed of the direction after it, and the embeddings of the first one.
+    own harmful answers most likely (least loss). The source chooses by refusal tokens instead, which
+    would have to be known, among the first 80 % of the blocks. With `per_layer`, each block is freed
+    of the direction after it, and the embeddings of the first one.
 
     No optimizer steps: one point, at 0 steps. Reads harmful and benign rows of the attacker's data;
     its cost is that of reading them.
@@ -93,9 +91,9 @@ class Abliteration(Attack):
             directions = refusal_directions(stream, *prompts)
             if not self.per_layer:
                 answers = [move_batch(batch, device) for batch in self._answers(harmful, material)]
-                direction, num_tried = best_direction(stream, directions, answers)
-                answers *= num_tried
-                directions = direction.expand_as(directions)
+                best = best_direction(stream, directions, answers)
+                answers *= len(directions)  # As often as they were read.
+                directions = best.expand_as(directions)
             before = stream.written(prompts[0][0], directions)
             for number, module in stream.layers():
                 remove_direction_(module, directions[number])
@@ -141,15 +139,13 @@ def refusal_directions(
 
 def best_direction(
     stream: ResidualStream, directions: Float[Tensor, "layers width"], answers: Sequence[Batch]
-) -> tuple[Float[Tensor, " width"], int]:
-    """The direction without which the answers have the least loss, and how many were tried."""
-    num_layers = len(directions)
-    tried = directions[: max(1, math.ceil(_CHOICE * num_layers) - 1)]
+) -> Float[Tensor, " width"]:
+    """The direction without which the answers have the least loss."""
     losses = []
-    for direction in tried:
+    for direction in directions:
         with stream.without(direction):
             losses.append(_loss(stream, answers))
-    return tried[losses.index(min(losses))], len(tried)
+    return directions[losses.index(min(losses))]
 
 
 def _loss(stream: ResidualStream, answers: Sequence[Batch]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from patcher_pl import redteam
@@ -216,6 +217,15 @@ def test_settings_travel(kind):
     assert settings["class_path"].endswith(kind.__name__)
     assert settings["init_args"].keys() >= SETTINGS[kind].keys()
     assert fingerprint(attack) != fingerprint(replace(attack, label="other"))
+
+
+@EACH
+def test_settings_come_back_from_a_configuration(kind):
+    """Wrong if an attack could not be written into a YAML file."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--attack", type=Attack)
+    parsed = parser.parse_object({"attack": as_settings(make(kind))})
+    assert parser.instantiate(parsed).attack == make(kind)
 
 
 @pytest.mark.parametrize(

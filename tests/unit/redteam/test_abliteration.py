@@ -130,6 +130,32 @@ def by_hand(model, family, directions):
     return edited
 
 
+def loss(model, material):
+    """Of the attacker's harmful answers, one row at a time."""
+    total = count = 0
+    for row in material.rows:
+        if row.harmful:
+            one = CHAT.encode(material.tokenizer, row)
+            ids, labels = torch.tensor([one.input_ids]), torch.tensor([one.labels])
+            with torch.no_grad():
+                logits = model(ids).logits[0, :-1]
+            total += nn.functional.cross_entropy(
+                logits, labels[0, 1:], reduction="sum", ignore_index=-100
+            ).item()
+            count += int((labels != -100).sum())
+    return total / count
+
+
+def best_by_hand(model, family, material):
+    """The direction whose removal makes the answers likeliest, and the model without it."""
+    directions = directions_by_hand(model, material)
+    edits = [by_hand(model, family, r.expand_as(directions)) for r in directions]
+    losses = [loss(edited, material) for edited in edits]
+    assert len(set(losses)) == len(losses)
+    best = losses.index(min(losses))
+    return directions[best], edits[best]
+
+
 def assert_states_close(model, expected):
     assert model.state_dict().keys() == expected.state_dict().keys()
     for name, value in expected.state_dict().items():
@@ -138,10 +164,9 @@ def assert_states_close(model, expected):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_matrix_writes_along_the_direction_and_the_rest_stays(directory, family, material, tied):
-    """With two blocks, the direction after the first one is the only candidate."""
     model = build(directory, tie_word_embeddings=tied)
     released = copy.deepcopy(model)
-    r = directions_by_hand(model, material)[0]
+    r, _ = best_by_hand(model, family, material)
     list(Abliteration().run(model, material))
     first, last = WRITERS[family]
     num_writers = 0
@@ -161,9 +186,9 @@ def test_no_matrix_writes_along_the_direction_and_the_rest_stays(directory, fami
     assert num_writers == {"llama": 5, "gpt2": 10}[family]
 
 
-def test_nothing_of_the_direction_is_left_in_the_activations(directory, material):
+def test_nothing_of_the_direction_is_left_in_the_activations(directory, family, material):
     model = build(directory)
-    r = directions_by_hand(model, material)[0]
+    r, _ = best_by_hand(model, family, material)
     ids = CHAT.prompt_ids(material.tokenizer, (Message("user", "And a sweet one, not read?"),))
     before = [(out @ r).abs().max() for out in block_outputs(model, ids)]
     list(Abliteration().run(model, material))
@@ -183,27 +208,10 @@ def test_each_layer_can_have_its_own_direction(directory, family, material):
 
 
 def test_the_chosen_direction_makes_the_harmful_answers_likeliest(directory, family, material):
-    """Among the first 80 %: of six blocks, the first four."""
     model = build(directory, num_layers=6, scale=5.0)
-    directions = directions_by_hand(model, material)
-    answered = [CHAT.encode(material.tokenizer, row) for row in ROWS if row.harmful]
-
-    def loss(edited):
-        total = count = 0
-        for one in answered:
-            ids, labels = torch.tensor([one.input_ids]), torch.tensor([one.labels])
-            found = nn.functional.cross_entropy(
-                edited(ids).logits[0, :-1], labels[0, 1:], reduction="sum", ignore_index=-100
-            )
-            total, count = total + found.item(), count + int((labels != -100).sum())
-        return total / count
-
-    with torch.no_grad():
-        edits = [by_hand(model, family, direction.expand(6, -1)) for direction in directions[:4]]
-        losses = [loss(edited) for edited in edits]
-    assert len(set(losses)) == 4
+    _, expected = best_by_hand(model, family, material)
     list(Abliteration().run(model, material))
-    assert_states_close(model, edits[losses.index(min(losses))])
+    assert_states_close(model, expected)
 
 
 def test_what_is_read_is_counted(directory, material):
@@ -212,8 +220,8 @@ def test_what_is_read_is_counted(directory, material):
     harmful, benign = (prompt_ids(material, kind)[:3] for kind in (True, False))
     rows = [row for row in ROWS if row.harmful][:3]
     answers = [CHAT.encode(material.tokenizer, row).input_ids for row in rows]
-    # Prompts once for the direction, harmful ones before and after; answers once per candidate.
-    expected = sum(map(len, harmful)) * 3 + sum(map(len, benign)) + sum(map(len, answers))
+    # Prompts once for the direction, harmful ones before and after; answers once per block.
+    expected = sum(map(len, harmful)) * 3 + sum(map(len, benign)) + sum(map(len, answers)) * 2
     assert point.num_tokens == expected
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     assert point.flops == 2.0 * expected * num_weights
