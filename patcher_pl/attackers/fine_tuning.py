@@ -82,7 +82,7 @@ class FineTuningAttacker(Attacker):
 
     @property
     def is_differentiable(self) -> bool:
-        return self.lora is None
+        return self.lora is None and self.optimizer.is_differentiable
 
     @property
     def works_sharded(self) -> bool:

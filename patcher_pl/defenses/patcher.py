@@ -121,9 +121,9 @@ class Patcher(Defense):
         self._require(
             self.is_first_order or attacker.is_differentiable,
             "attacker",
-            "a FineTuningAttacker without lora, for this `hypergradient`",
+            "a FineTuningAttacker without lora, by AdamW or SGD, for this `hypergradient`",
             attacker,
-            "Set `attacker.lora: null` or use FirstOrder.",
+            "Set `attacker.lora: null` and such an optimizer, or use FirstOrder.",
         )
         self._require(
             self.is_first_order or language_model.lora is None,

@@ -1,5 +1,6 @@
 """Optimizers of the attackers, as frozen settings that can be printed, saved and swept."""
 
+from patcher_pl.optim.adafactor import Adafactor
 from patcher_pl.optim.adamw import AdamW
 from patcher_pl.optim.base import Cotangent, Optimizer, OptimizerState
 from patcher_pl.optim.clipping import ClipByGlobalNorm
@@ -9,6 +10,7 @@ from patcher_pl.optim.update import Update
 
 __all__ = [
     "SGD",
+    "Adafactor",
     "AdamW",
     "ClipByGlobalNorm",
     "Cotangent",

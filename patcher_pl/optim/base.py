@@ -49,6 +49,11 @@ class Optimizer(ABC):
     lr: float
 
     @property
+    def is_differentiable(self) -> bool:
+        """Whether the update exists without a torch optimizer; otherwise there is only `build`."""
+        return True
+
+    @property
     @abstractmethod
     def num_slots(self) -> int:
         """Moments per parameter (count)."""
@@ -58,7 +63,11 @@ class Optimizer(ABC):
         """Returns a fresh torch optimizer over `parameters`."""
 
     def differentiable(self) -> Self:
-        """Returns these settings, or ones that are better conditioned, for a differentiated run."""
+        """Returns these settings, or ones that are better conditioned, for a differentiated run.
+
+        Raises:
+            ValueError: If there is only `build`.
+        """
         return self
 
     def init(self, parameters: Sequence[Tensor]) -> OptimizerState:

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from patcher_pl.attackers.loop import Schedule
-from patcher_pl.optim import Optimizer
-from patcher_pl.redteam.base import Attack, AttackPoint
-from patcher_pl.redteam.finetuning import check_settings, finetune_in_points
+from patcher_pl.redteam.base import AttackPoint
+from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial
 
 if TYPE_CHECKING:
@@ -15,47 +13,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullFinetuning(Attack):
-    """Fine-tunes every parameter of the model on the attack's data.
+class FullFinetuning(FinetuningAttack):
+    """Fine-tunes every parameter of the model on all of the attack's rows, harmful and benign.
 
-    Args:
-        optimizer: The attacker's optimizer.
-        attack_steps: Optimizer steps after which the model is evaluated; ascending, from 0.
-        batch_size: Rows per step (count, >= 1).
-        max_grad_norm: Global gradient norm to clip to (> 0); None does not clip.
-        schedule: Learning-rate curve over the last of `attack_steps`.
-        num_warmup_steps: Steps of linear warm-up (count, >= 0).
+    Many steps at a low learning rate are the patient attacker, who counts on a defense that was
+    trained against fewer steps; no class of its own is needed for that.
 
-    Raises:
-        ValueError: If a value is out of its range.
+    See `FinetuningAttack` for the settings.
+
+    References:
+        Qi et al., 2023, https://arxiv.org/abs/2310.03693, on explicitly harmful data; Patcher, 2026,
+        https://arxiv.org/abs/2606.07970, on 200 harmful and 800 benign rows.
     """
 
-    optimizer: Optimizer
-    attack_steps: list[int]
-    batch_size: int = 4
-    max_grad_norm: float | None = None
-    schedule: Schedule = "constant"
-    num_warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-    @property
-    def default_name(self) -> str:
-        """What the optimizer is called."""
-        return f"full_{type(self.optimizer).__name__.lower()}"
+    kind: ClassVar[str] = "full"
 
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""
-        model.train()
-        model.requires_grad_(True)
-        yield from finetune_in_points(
-            model,
-            model.parameters(),
-            material.batches(self.batch_size, material.select("all"), self.asking),
-            optimizer=self.optimizer,
-            attack_steps=self.attack_steps,
-            max_grad_norm=self.max_grad_norm,
-            schedule=self.schedule,
-            num_warmup_steps=self.num_warmup_steps,
-        )
+        batches = material.batches(self.batch_size, material.select("all"), self.asking)
+        yield from self.points(model, self.steps(model, all_trainable(model), batches))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from patcher_pl.optim import SGD, AdamW
+from patcher_pl.optim import SGD, Adafactor, AdamW
 
 GRADIENTS = [torch.tensor([0.3, -2.0, 1e-4]), torch.tensor([-1.0, 0.5, 0.0]), torch.ones(3)]
 
@@ -56,7 +56,72 @@ def test_plain_sgd_by_default():
     torch.testing.assert_close(run(SGD(lr=0.1)), expected.double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("optimizer", [SGD(lr=0.1, momentum=0.9), AdamW(lr=0.1)])
+def test_adafactor_is_the_algorithm_of_its_paper():
+    """On a matrix; torch's way: mean squares, a tiny eps only against division by zero."""
+    lr, decay, threshold, forget = 0.05, 0.2, 1.5, -0.7
+    theta = [[1.0, -2.0, 0.5], [0.3, 0.1, -4.0]]
+    gradients = [[[0.3, -2.0, 1e-2], [1.0, 0.2, 3.0]], [[-1.0, 0.5, 0.1], [-5.0, 0.0, 1.0]]]
+    row, column = [0.0, 0.0], [0.0, 0.0, 0.0]
+    for t, g in enumerate(gradients, start=1):
+        keep = 1 - t**forget
+        squares = [[x * x for x in line] for line in g]
+        row = [keep * r + (1 - keep) * sum(q) / 3 for r, q in zip(row, squares, strict=True)]
+        column = [
+            keep * c + (1 - keep) * sum(q) / 2
+            for c, q in zip(column, zip(*squares, strict=True), strict=True)
+        ]
+        mean = sum(row) / 2
+        size = math.sqrt(sum(x * x for line in theta for x in line) / 6)
+        alpha = max(1e-3, size) * min(lr, 1 / math.sqrt(t))
+        u = [[g[i][j] / math.sqrt(row[i] * column[j] / mean) for j in range(3)] for i in range(2)]
+        rms = math.sqrt(sum(x * x for line in u for x in line) / 6)
+        scale = alpha / max(1.0, rms / threshold)
+        theta = [
+            [theta[i][j] * (1 - lr * decay) - scale * u[i][j] for j in range(3)] for i in range(2)
+        ]
+    parameter = torch.nn.Parameter(
+        torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.1, -4.0]], dtype=torch.float64)
+    )
+    settings = Adafactor(lr=lr, beta2_decay=forget, clip_threshold=threshold, weight_decay=decay)
+    stepper = settings.build([parameter])
+    for g in gradients:
+        parameter.grad = torch.tensor(g, dtype=torch.float64)
+        stepper.step()
+    torch.testing.assert_close(
+        parameter.detach(), torch.tensor(theta, dtype=torch.float64), rtol=1e-10, atol=0
+    )
+
+
+def test_adafactor_remembers_rows_and_columns_only():
+    """Its reason to be: an attacker's moments of the size of the model would not fit."""
+    parameter = torch.nn.Parameter(torch.ones(30, 50))
+    stepper = Adafactor(lr=1e-2).build([parameter])
+    parameter.grad = torch.ones(30, 50)
+    stepper.step()
+    state = [value for value in stepper.state[parameter].values() if value.numel() > 1]
+    assert sum(value.numel() for value in state) == 30 + 50
+
+
+def test_adafactor_says_that_it_cannot_be_differentiated():
+    """Wrong if an exact hypergradient were taken of another attack than the one that is run."""
+    from patcher_pl.attackers import FineTuningAttacker
+
+    optimizer = Adafactor(lr=1e-2)
+    assert not optimizer.is_differentiable
+    assert AdamW(lr=1e-2).is_differentiable
+    attacker = FineTuningAttacker(num_steps=2, optimizer=optimizer)
+    assert not attacker.is_differentiable
+    theta = [torch.ones(2)]
+    for use in (
+        optimizer.differentiable,
+        lambda: optimizer.init(theta),
+        lambda: attacker.inner_problem(iter([{}, {}])),
+    ):
+        with pytest.raises(ValueError, match=r"must be AdamW or SGD .+, got Adafactor.+\. Use "):
+            use()
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.1, momentum=0.9), AdamW(lr=0.1), Adafactor(lr=0.1)])
 def test_every_build_starts_fresh(optimizer):
     assert torch.equal(run(optimizer), run(optimizer))
 
@@ -74,6 +139,10 @@ def test_every_build_starts_fresh(optimizer):
         (SGD, "lr", 0.0),
         (SGD, "momentum", 1.0),
         (SGD, "weight_decay", -0.1),
+        (Adafactor, "lr", 0.0),
+        (Adafactor, "beta2_decay", 0.1),
+        (Adafactor, "clip_threshold", 0.5),
+        (Adafactor, "weight_decay", -0.1),
     ],
 )
 def test_bad_settings_are_refused(make, field, value):

@@ -6,58 +6,22 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from patcher_pl.models.lora import Lora
 from patcher_pl.optim import SGD, AdamW
-from patcher_pl.redteam import Attack, AttackMaterial, FullFinetuning, LoraFinetuning
-
-CONFIG = LlamaConfig(
-    vocab_size=20,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
+from patcher_pl.redteam import Attack, FullFinetuning, LoraFinetuning
+from tests.unit.redteam.random_batches import (
+    RandomMaterial,
+    build_model,
+    random_batches,
+    run,
+    weights,
 )
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG)
-
-
-def _batches(batch_size):
-    generator = torch.Generator().manual_seed(batch_size)
-    for index in itertools.count():
-        input_ids = torch.randint(1, 20, (batch_size, 7), generator=generator)
-        attention_mask = torch.ones_like(input_ids)
-        attention_mask[0, 5 - index % 3 :] = 0
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :2] = -100
-        yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-class Material(AttackMaterial):
-    """Random token batches in place of conversations."""
-
-    def __init__(self):
-        pass
-
-    def select(self, kind):
-        return []
-
-    def batches(self, batch_size, rows, asking=None):
-        return _batches(batch_size)
-
-
-def _run(attack, model):
-    return list(attack.run(model, Material()))
-
-
-def _weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    return build_model()
 
 
 def test_full_finetuning_is_plain_adamw_with_clipping(model):
@@ -65,11 +29,11 @@ def test_full_finetuning_is_plain_adamw_with_clipping(model):
         optimizer=AdamW(lr=1e-2), attack_steps=[0, 2, 5], batch_size=3, max_grad_norm=0.1
     )
     expected = copy.deepcopy(model).train()
-    points = _run(attack, model)
+    points = run(attack, model)
 
     optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2)
     losses, tokens = [], 0
-    for batch in itertools.islice(_batches(3), 5):
+    for batch in itertools.islice(random_batches(3), 5):
         loss = expected(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
@@ -90,8 +54,8 @@ def test_where_the_model_is_evaluated_does_not_change_the_attack(model):
     """Wrong if a curve depended on how finely it is measured."""
     other = copy.deepcopy(model)
     fields = {"optimizer": SGD(lr=0.1, momentum=0.9), "schedule": "linear", "num_warmup_steps": 2}
-    _run(FullFinetuning(attack_steps=[0, 6], **fields), model)
-    for _ in FullFinetuning(attack_steps=[0, 1, 3, 6], **fields).run(other, Material()):
+    run(FullFinetuning(attack_steps=[0, 6], **fields), model)
+    for _ in FullFinetuning(attack_steps=[0, 1, 3, 6], **fields).run(other, RandomMaterial()):
         other.eval()
         other(torch.tensor([[1, 2, 3]]))
         other.train()
@@ -102,8 +66,8 @@ def test_where_the_model_is_evaluated_does_not_change_the_attack(model):
 def test_the_schedule_spans_the_whole_attack(model):
     """Wrong if the learning rate ended its curve before or after the attack did."""
     expected = copy.deepcopy(model)
-    _run(FullFinetuning(optimizer=SGD(lr=0.1), attack_steps=[0, 1, 4], schedule="linear"), model)
-    for index, batch in enumerate(itertools.islice(_batches(4), 4)):
+    run(FullFinetuning(optimizer=SGD(lr=0.1), attack_steps=[0, 1, 4], schedule="linear"), model)
+    for index, batch in enumerate(itertools.islice(random_batches(4), 4)):
         expected(**batch).loss.backward()
         with torch.no_grad():
             for parameter in expected.parameters():
@@ -116,21 +80,21 @@ def test_the_schedule_spans_the_whole_attack(model):
 def test_full_finetuning_trains_frozen_parameters_too(model):
     """Wrong if a defense could "resist" by coming with requires_grad switched off."""
     model.requires_grad_(False)
-    before = _weights(model)
-    _run(FullFinetuning(optimizer=AdamW(lr=1e-2), attack_steps=[0, 1]), model)
+    before = weights(model)
+    run(FullFinetuning(optimizer=AdamW(lr=1e-2), attack_steps=[0, 1]), model)
     for name, _ in model.named_parameters():
         assert not torch.equal(model.state_dict()[name], before[name]), name
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft 0.21
 def test_lora_finetuning_trains_adapters_and_nothing_else(model):
-    before = _weights(model)
+    before = weights(model)
     ids = torch.tensor([[1, 2, 3]])
     untouched = copy.deepcopy(model).eval()(ids).logits
     attack = LoraFinetuning(
         optimizer=AdamW(lr=1e-2), attack_steps=[0, 3], lora=Lora(rank=2, alpha=4.0)
     )
-    points = attack.run(model, Material())
+    points = attack.run(model, RandomMaterial())
     next(points)
     torch.testing.assert_close(model.eval()(ids).logits, untouched)  # B = 0 at the start
     model.train()

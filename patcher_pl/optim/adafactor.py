@@ -1,0 +1,90 @@
+"""Adafactor."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from patcher_pl.optim.base import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+    """Adam with a second moment of rows and columns only: little memory, for large attackers.
+
+    Torch's own. Steps are relative: each tensor moves by `lr` (at most 1 / sqrt(step)) times its own
+    root mean square. It has no closed-form derivative here, so an attack that is to be
+    differentiated needs AdamW or SGD.
+
+    Args:
+        lr: Largest step, relative to the tensor (> 0); the paper's is 1e-2.
+        beta2_decay: Exponent with which the second moment forgets less and less (<= 0).
+        clip_threshold: Root mean square to which an update is clipped (>= 1).
+        weight_decay: Decoupled decay per unit of lr (>= 0).
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235, algorithm 4, as changed by torch.
+    """
+
+    lr: float
+    beta2_decay: float = -0.8
+    clip_threshold: float = 1.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._require(self.lr > 0, "lr", "> 0", "The paper's is 1e-2.")
+        self._require(self.beta2_decay <= 0, "beta2_decay", "<= 0", "The paper's is -0.8.")
+        self._require(self.clip_threshold >= 1, "clip_threshold", ">= 1", "The paper's is 1.")
+        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
+
+    @property
+    def is_differentiable(self) -> bool:
+        return False
+
+    @property
+    def num_slots(self) -> int:
+        self._refuse()
+
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adafactor(
+            parameters,
+            lr=self.lr,
+            beta2_decay=self.beta2_decay,
+            d=self.clip_threshold,
+            weight_decay=self.weight_decay,
+        )
+
+    def differentiable(self) -> Self:
+        self._refuse()
+
+    def _step_one_(
+        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
+    ) -> None:
+        self._refuse()
+
+    def _applied_one(
+        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        self._refuse()
+
+    def _vjp_one_(
+        self,
+        above: Tensor,
+        moments: Sequence[Tensor],
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        step: int,
+        lr: float,
+    ) -> Tensor:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            f"optimizer must be AdamW or SGD for an attack that is differentiated, got {self}. "
+            "Use one of them, or FirstOrder hypergradients."
+        )

@@ -1,0 +1,33 @@
+"""Fine-tuning on rows that are all benign."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from patcher_pl.redteam.base import AttackPoint
+from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
+from patcher_pl.redteam.material import AttackMaterial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenignFinetuning(FinetuningAttack):
+    """Fine-tunes every parameter on the attack's benign rows only.
+
+    What an ordinary user does to a model by accident, and an attacker where harmful data are
+    filtered. Needs benign rows among the red team's data.
+
+    See `FinetuningAttack` for the settings.
+
+    References:
+        Qi et al., 2023, https://arxiv.org/abs/2310.03693, section 4.4 (risk level 3).
+    """
+
+    kind: ClassVar[str] = "benign"
+
+    def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
+        """See `Attack.run`."""
+        batches = material.batches(self.batch_size, material.select("benign"), self.asking)
+        yield from self.points(model, self.steps(model, all_trainable(model), batches))
