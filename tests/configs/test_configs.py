@@ -33,6 +33,8 @@ def kind(path: Path) -> str:
     """Which command, or option, a file is for, told by its keys."""
     if path.parent.name == "strategies":
         return "strategy"
+    if path.parent.name == "generation":
+        return "generation"
     keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     if {"model", "trainer"} <= keys:
         return "fit"
@@ -88,7 +90,7 @@ def ignoring_deprecations(function):
 
 def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
-        *("fit", "strategy", "sweep", "ablation", "redteam", "red team")
+        *("fit", "strategy", "sweep", "ablation", "redteam", "red team", "generation")
     }
 
 
@@ -130,6 +132,18 @@ def test_a_red_team_is_built_without_loading_anything(path, nothing_is_loaded):
     parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
     options = parser.instantiate(parser.parse_args(["--redteam", str(path)]))
     assert isinstance(options.redteam, RedTeam)
+
+
+@pytest.mark.parametrize("preset", of_kind("generation"))
+def test_a_red_team_takes_a_generation_preset_by_its_path(preset, tmp_path):
+    path = next(path for path in CONFIGS if kind(path) == "red team")
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) | {"generation": str(preset)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
+    file = write_yaml(tmp_path / "redteam.yaml", content)
+    options = parser.instantiate(parser.parse_args(["--redteam", str(file)]))
+    for name, value in yaml.safe_load(preset.read_text(encoding="utf-8")).items():
+        assert getattr(options.redteam.generation, name) == value
 
 
 @pytest.mark.parametrize("path", of_kind("redteam"))
