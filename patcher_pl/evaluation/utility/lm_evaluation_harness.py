@@ -62,7 +62,8 @@ class LmEval(UtilityMeasure):
 
     def prepare(self) -> None:
         """See `UtilityMeasure.prepare`; the data of the tasks are not fetched yet."""
-        known = self._task_manager.all_tasks
+        with keeping_generators():
+            known = self._task_manager.all_tasks
         if unknown := [task for task in self.tasks if task not in known]:
             raise ConfigError(
                 f"LmEval.tasks: lm-evaluation-harness knows no {', '.join(map(repr, unknown))}. "
@@ -85,7 +86,8 @@ class LmEval(UtilityMeasure):
         """
         self.prepare()
         try:
-            found = self._evaluated(model, tokenizer, seed)
+            with keeping_generators():
+                found = self._evaluated(model, tokenizer, seed)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"LmEval.tasks: {', '.join(self.tasks)} could not be run ({error}). Most tasks fetch "
@@ -106,7 +108,7 @@ class LmEval(UtilityMeasure):
         from lm_eval.models.huggingface import HFLM
 
         device = next(model.parameters()).device
-        with keeping_generators(), seeded(seed, device), evaluating(model):
+        with seeded(seed, device), evaluating(model):
             found = simple_evaluate(
                 # A copy, since the harness sets a pad token.
                 model=HFLM(
@@ -128,7 +130,8 @@ class LmEval(UtilityMeasure):
                 fewshot_random_seed=seed,
             )
         assert found is not None
-        return found["results"]
+        # A group such as `mmlu` may stand apart from its tasks.
+        return {**found["results"], **found.get("groups", {})}
 
     @cached_property
     def _task_manager(self) -> Any:

@@ -59,7 +59,7 @@ class OneWeight(UtilityMeasure):
             raise self.failure
         self.seeds.append(seed)
         return {
-            self.name: float(model.lm_head.weight[0, 0]),
+            self.name: model.lm_head.weight[0, 0].item(),
             f"{self.name}_draw": float(torch.rand(())),
         }
 
@@ -118,7 +118,7 @@ def test_a_model_that_speaks_has_not_collapsed(model, tokenizer, red_team, caplo
 
 def test_utility_is_taken_before_and_after_the_attack(model, tokenizer, team):
     """Wrong if the released model were measured twice, or every point paid for."""
-    start = float(model.lm_head.weight[0, 0])
+    start = model.lm_head.weight[0, 0].item()
     measure = OneWeight()
     (curve,) = replace(team, utility=[measure], seeds=[4]).run(
         model, tokenizer, CHAT, defense="sft"

@@ -21,7 +21,7 @@ class Scripted(Judge):
     """Reads its verdict off the answer: a score, `!` after it for incoherent, or `failed`."""
 
     def score(self, prompt, answer, reference):
-        if answer == "failed":
+        if answer.startswith("failed"):
             return Verdict(None, coherent=False, error="no reply")
         return Verdict(int(answer[0]), coherent="!" not in answer)
 
