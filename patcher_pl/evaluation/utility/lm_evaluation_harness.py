@@ -104,12 +104,12 @@ class LmEval(UtilityMeasure):
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", seed: int
     ) -> Any:
         """The harness's own table: metrics by task."""
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
         device = next(model.parameters()).device
         with seeded(seed, device), evaluating(model):
-            found = simple_evaluate(
+            found: Any = simple_evaluate(
                 # A copy, since the harness sets a pad token.
                 model=HFLM(
                     pretrained=model,
@@ -140,7 +140,7 @@ class LmEval(UtilityMeasure):
                 "RedTeam.utility: LmEval needs lm-evaluation-harness, which is not installed. "
                 "Run `pip install 'patcher-pl[eval]'`."
             )
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
         return TaskManager(include_path=self.include_path, include_defaults=self.include_defaults)
 
