@@ -5,14 +5,17 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.sources import Source
 from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation import Benchmark, Generation, Judge, RefusalPhraseJudge, Verdict
+from patcher_pl.evaluation.backends import HuggingFace, Vllm
 from patcher_pl.evaluation.utility import Perplexity, UtilityMeasure
-from patcher_pl.redteam import Asking, Attack, AttackPoint, FullFinetuning
+from patcher_pl.redteam import Asking, Attack, AttackPoint, FullFinetuning, RedTeam
+from tests.commands import redteam_settings, write_yaml
 
 CHAT = ChatFormat()
 
@@ -196,6 +199,37 @@ def test_too_many_judge_failures_are_warned_of_once_per_cell(model, tokenizer, r
     assert caplog.text.count("failed on 1 of 4 answers to harmful prompts") == 2
     trusting = replace(team, max_judge_error_rate=0.25)
     assert all(curve.trusted for curve in trusting.run(model, tokenizer, CHAT, defense="sft"))
+
+
+def test_everything_has_its_name_in_yaml(tmp_path, recipes):
+    """Wrong if a measure or a back end could not be asked for, or old files no longer did."""
+    settings = redteam_settings(tmp_path)
+    source = {"source": {"path": recipes}}
+    judge = {"class_path": "patcher_pl.evaluation.RefusalPhraseJudge"}
+    package = "patcher_pl.evaluation.utility"
+    perplexity = {"class_path": f"{package}.Perplexity", "init_args": {"data": source}}
+    refusal = {"prompts": source, "judge": judge, "generation": {"max_new_tokens": 9}}
+    settings |= {
+        "second_judge": judge,
+        "utility": [
+            perplexity,
+            {"class_path": f"{package}.OverRefusal", "init_args": refusal},
+            {"class_path": f"{package}.LmEval", "init_args": {"tasks": ["mmlu"], "limit": 20}},
+        ],
+    }
+    backend = {"class_path": "patcher_pl.evaluation.backends.Vllm"}
+    for generation in ({"max_new_tokens": 8}, {"max_new_tokens": 8, "backend": backend}):
+        file = write_yaml(tmp_path / "redteam.yaml", settings | {"generation": generation})
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
+        team = parser.instantiate(parser.parse_args(["--redteam", str(file)])).redteam
+        assert [measure.name for measure in team.utility] == [
+            *("perplexity", "over_refusal", "lm_eval")
+        ]
+        assert team.second_judge == RefusalPhraseJudge()
+        assert team.generation.max_new_tokens == 8
+        expected = Vllm() if "backend" in generation else HuggingFace()
+        assert team.generation.backend == expected
 
 
 @pytest.mark.parametrize(
