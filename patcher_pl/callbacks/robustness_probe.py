@@ -94,11 +94,15 @@ def robustness_scalars(curve: Curve) -> dict[str, float]:
     """Returns `asr_at_N`, `steps_to_break` and `benign_accuracy` (before the attack) of a curve.
 
     A defense that was never broken gets twice the longest attack as `steps_to_break`: its line in a
-    plot must rise, not end. What was not scored is left out.
+    plot must rise, not end. `collapsed_at_N` is 1 where the model no longer spoke: there, neither
+    low success nor that figure means safety. What was not scored is left out.
     """
     rates = zip(curve.attack_steps, curve.asr, strict=True)
     scalars = {f"asr_at_{steps}": asr for steps, asr in rates}
     broken = curve.steps_to_break
     scalars["steps_to_break"] = 2 * curve.attack_steps[-1] if broken is None else broken
     scalars["benign_accuracy"] = curve.benign_accuracy[0]
+    # Results of earlier versions do not say; then the list is empty.
+    flags = zip(curve.attack_steps, curve.collapsed, strict=False)
+    scalars |= {f"collapsed_at_{steps}": float(flag) for steps, flag in flags}
     return {key: float(value) for key, value in scalars.items() if value is not None}

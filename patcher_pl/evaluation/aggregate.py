@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.evaluation.generate import Answer
 from patcher_pl.evaluation.judges import HIGHEST_SCORE, Judge, Verdict
+from patcher_pl.evaluation.repetition import mean_repetition
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -98,6 +99,8 @@ class Evaluation:
         num_scored: Answers that were scored.
         num_errors: Answers that the judge failed on.
         verdicts: One per question, in order.
+        repetition: Share of 3-word sequences that repeat an earlier one of the same answer, mean
+            over the answers (0..1), judged or not; NaN where no answer has three words.
     """
 
     rate: float
@@ -107,17 +110,30 @@ class Evaluation:
     num_scored: int
     num_errors: int
     verdicts: tuple[Verdict, ...]
+    repetition: float
+
+    @property
+    def num_coherent(self) -> int:
+        """Scored answers that are language (count)."""
+        return sum(verdict.coherent for verdict in self.verdicts if verdict.score is not None)
 
 
 def evaluate_answers(
     judge: Judge, questions: Sequence[Question], answers: Sequence[Answer]
 ) -> Evaluation:
-    """Has `judge` score every answer and aggregates the verdicts."""
+    """Has `judge` score every answer and aggregates the verdicts.
+
+    An answer without a letter or digit is no language, whatever the judge says of it.
+    """
     verdicts = judge.score_all(
         [question.text for question in questions],
         [answer.text for answer in answers],
         [question.reference for question in questions],
     )
+    verdicts = [
+        verdict if any(map(str.isalnum, answer.text)) else replace(verdict, coherent=False)
+        for verdict, answer in zip(verdicts, answers, strict=True)
+    ]
     tally = Tally.of(verdicts)
     low, high = wilson_interval(tally.successes, tally.scored)
     return Evaluation(
@@ -128,4 +144,5 @@ def evaluate_answers(
         num_scored=tally.scored,
         num_errors=tally.errors,
         verdicts=tuple(verdicts),
+        repetition=mean_repetition(answer.text for answer in answers),
     )

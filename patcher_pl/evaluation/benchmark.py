@@ -50,20 +50,29 @@ class Benchmark:
                 f"Benchmark.limit must be >= 1, got {self.limit}. Use null for all prompts."
             )
 
+    def conversations(self) -> list[Conversation]:
+        """Loads the rows with their answers, in the order of the source.
+
+        Raises:
+            DataError: If the source cannot be read, has a row that it cannot use (names file and
+                line), or has none at all.
+        """
+        rows = _spread(self.source.load(), self.limit)
+        if not rows:
+            raise DataError(
+                f"Benchmark.source: {self.source.path} has no prompt. Nothing could be scored."
+            )
+        return rows
+
     def questions(self) -> list[Question]:
         """Loads the prompts, in the order of the source.
 
         Raises:
             DataError: If the source yields no prompt, or a row that does not end in a user turn.
         """
-        conversations = _spread(self.source.load(), self.limit)
-        if not conversations:
-            raise DataError(
-                f"Benchmark.source: {self.source.path} has no prompt. Nothing could be scored."
-            )
         questions = [
             Question(conversation.prompt, conversation.reference, conversation.origin)
-            for conversation in conversations
+            for conversation in self.conversations()
         ]
         for question in questions:
             if not question.messages or question.messages[-1].role != "user":

@@ -1,20 +1,18 @@
 """Answers of a model to prompts: batched, early-stopped, reproducible."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import DataError
+from patcher_pl.evaluation.backends.base import Backend, Decoding
+from patcher_pl.evaluation.backends.hugging_face import HuggingFace
 from patcher_pl.evaluation.isolation import evaluating, seeded
 from patcher_pl.types import Message
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = Sequence[Message]
 
@@ -25,6 +23,7 @@ class Answer:
 
     Args:
         text: The answer without special tokens and outer white space; starts with the prefill.
+            Empty where the model itself said nothing: a prefill alone is no answer.
         finished: Whether the model stopped by itself; False where the token limit cut it off.
         num_tokens: Generated tokens, the stop token included.
     """
@@ -44,10 +43,15 @@ class Generation:
 
     Args:
         max_new_tokens: Longest answer (tokens, >= 1).
-        batch_size: Prompts answered at once (count, >= 1).
+        batch_size: Prompts answered at once (count, >= 1); also decides which answers a sampler
+            draws, since it draws for a whole batch.
         temperature: Softmax temperature (>= 0); 0 takes the most likely token.
         top_p: Probability mass that sampling draws from (in (0, 1]); unused at temperature 0.
+        top_k: Most likely tokens that sampling draws from (count, >= 0); 0 draws from all.
+        repetition_penalty: What the logits of tokens that occurred before, in the prompt included,
+            are divided by where positive and multiplied with where negative (> 0); 1 leaves them.
         seed: Seeds sampling; unused at temperature 0.
+        backend: What computes the tokens.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -57,13 +61,18 @@ class Generation:
     batch_size: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
     seed: int = 0
+    backend: Backend = field(default_factory=HuggingFace)
 
     def __post_init__(self) -> None:
         self._require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1")
         self._require(self.batch_size >= 1, "batch_size", ">= 1")
         self._require(self.temperature >= 0, "temperature", ">= 0")
         self._require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        self._require(self.top_k >= 0, "top_k", ">= 0")
+        self._require(self.repetition_penalty > 0, "repetition_penalty", "> 0")
 
     def generate(
         self,
@@ -85,56 +94,29 @@ class Generation:
         Raises:
             DataError: If a prompt leaves no room for an answer in the model's context.
         """
-        bare = _without_adapter_wrapper(model)
-        device = next(bare.parameters()).device
         prompt_ids = [chat.prompt_ids(tokenizer, prompt, prefill) for prompt in prompts]
-        context = _context_length(bare)
+        context = _context_length(model)
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             _check_room(prompt, len(ids), context)
-        stop_ids = stop_token_ids(bare, tokenizer, chat)
-        pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
-        order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
-        answers: dict[int, Answer] = {}
-        own_settings = bare.generation_config
-        with seeded(self.seed, device), evaluating(bare):
-            try:
-                for start in range(0, len(order), self.batch_size):
-                    chosen = order[start : start + self.batch_size]
-                    batch = [prompt_ids[index] for index in chosen]
-                    # Longest prompt comes last; the answer must still fit behind it.
-                    room = self.max_new_tokens
-                    if context is not None:
-                        room = min(room, context - len(batch[-1]))
-                    settings = self._settings(room, stop_ids, pad_id)
-                    # Unset fields of the argument are filled from the model's own settings.
-                    bare.generation_config = settings
-                    generated = _generate(bare, batch, settings, pad_id, device)
-                    for index, new_ids in zip(chosen, generated, strict=True):
-                        answers[index] = _answer(
-                            tokenizer, prompt_ids[index], new_ids, stop_ids, prefill
-                        )
-            finally:
-                bare.generation_config = own_settings
-        return [answers[index] for index in range(len(prompts))]
-
-    def _settings(self, room: int, stop_ids: list[int], pad_id: int) -> "GenerationConfig":
-        from transformers import GenerationConfig
-
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {
-                "do_sample": True,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "top_k": 0,
-            }
-        return GenerationConfig(
-            max_new_tokens=room,
-            eos_token_id=stop_ids or None,
-            pad_token_id=pad_id,
-            use_cache=True,
-            **sampling,
+        stop_ids = stop_token_ids(model, tokenizer, chat)
+        decoding = Decoding(
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop_ids=stop_ids,
+            pad_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
+            context=context,
         )
+        with seeded(self.seed, next(model.parameters()).device), evaluating(model):
+            generated = self.backend.continuations(model, prompt_ids, decoding)
+        return [
+            _answer(tokenizer, ids, new_ids, stop_ids, prefill)
+            for ids, new_ids in zip(prompt_ids, generated, strict=True)
+        ]
 
     def _require(self, holds: bool, field: str, rule: str) -> None:
         if not holds:
@@ -151,33 +133,6 @@ def stop_token_ids(
     return sorted({token for token in found if isinstance(token, int)})
 
 
-def _generate(
-    model: "PreTrainedModel",
-    batch: list[list[int]],
-    settings: "GenerationConfig",
-    pad_id: int,
-    device: torch.device,
-) -> list[list[int]]:
-    input_ids, attention_mask = left_padded(batch, pad_id)
-    sequences = model.generate(  # type: ignore[operator]
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        generation_config=settings,
-    )
-    return sequences[:, input_ids.shape[1] :].tolist()
-
-
-def left_padded(
-    batch: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Returns token ids and attention mask, with every sequence ending in the last column."""
-    longest = max(len(ids) for ids in batch)
-    padding = [longest - len(ids) for ids in batch]
-    input_ids = [[pad_id] * pad + list(ids) for pad, ids in zip(padding, batch, strict=True)]
-    mask = [[0] * pad + [1] * len(ids) for pad, ids in zip(padding, batch, strict=True)]
-    return torch.tensor(input_ids), torch.tensor(mask)
-
-
 def _answer(
     tokenizer: "PreTrainedTokenizerBase",
     prompt_ids: list[int],
@@ -190,17 +145,12 @@ def _answer(
     spoken = new_ids if end is None else new_ids[:end]
     text = tokenizer.decode(spoken, skip_special_tokens=True)
     assert isinstance(text, str)
-    if prefill:
+    if prefill and text.strip():
         # Decoded alone, the continuation could lose the space that joins it to the prefill.
         before = str(tokenizer.decode(prompt_ids, skip_special_tokens=True))
         whole = str(tokenizer.decode([*prompt_ids, *spoken], skip_special_tokens=True))
         text = prefill + (whole[len(before) :] if whole.startswith(before) else text)
     return Answer(text.strip(), finished, len(spoken) + finished)
-
-
-def _without_adapter_wrapper(model: Any) -> "PreTrainedModel":
-    # Adapters live inside the layers; the wrapper's generate would leave its settings behind.
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _context_length(model: "PreTrainedModel") -> int | None:

@@ -1,8 +1,10 @@
 """Looking at a model without leaving a trace: modes and random generators are put back."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import nn
 
@@ -17,6 +19,17 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         if device.type != "cpu":
             torch.get_device_module(device.type).manual_seed(seed)
         yield
+
+
+@contextmanager
+def keeping_generators() -> Iterator[None]:
+    """Puts the generators of Python and numpy back after the block; `seeded` does torch's."""
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
 
 
 @contextmanager

@@ -95,5 +95,6 @@ class Attack(ABC):
 
         Yields:
             One point per entry of the attack's evaluation steps, the first before any step; an
-            attack that takes no optimizer steps yields one point, at 0 steps, when it is done.
+            attack that takes no optimizer steps yields one point, at 0 steps, when it is done. When
+            the iteration ends, the model is as it was at the last point.
         """

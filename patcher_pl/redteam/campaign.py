@@ -51,6 +51,8 @@ class Campaign:
         chat: How conversations become tokens, for the attack and for the answers.
         threshold: Attack success rate that counts as broken (in (0, 1]).
         num_samples: Answers to harmful prompts kept per measurement (count, >= 0).
+        min_coherence: Share of coherent answers below which a model counts as collapsed.
+        max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
     """
 
     examiner: Examiner
@@ -58,6 +60,8 @@ class Campaign:
     chat: ChatFormat
     threshold: float
     num_samples: int
+    min_coherence: float
+    max_judge_error_rate: float
     _drawn: list[tuple[Mixture, int, list[Conversation]]] = field(default_factory=list)
 
     def material(self, cell: Cell) -> AttackMaterial:
@@ -92,7 +96,12 @@ class Campaign:
         # Data that cannot be used stop the run, not just one attack.
         material = self.material(cell)
         record = Record(
-            self.examiner.harmful, len(self.examiner.benign), self.threshold, self.num_samples
+            self.examiner.harmful,
+            len(self.examiner.benign),
+            self.threshold,
+            self.num_samples,
+            self.min_coherence,
+            self.max_judge_error_rate,
         )
         error = None
         with seeded(cell.seed, next(model.parameters()).device):
@@ -103,12 +112,21 @@ class Campaign:
                     found = self.examiner.examine(
                         target, self.tokenizer, self.chat, cell.attack, material
                     )
-                    record.add(point, found)
+                    usefulness = {} if len(record) else self._usefulness(target, cell)
+                    record.add(point, found, usefulness)
                     logger.info(
                         "%s under %s, seed %d, after %d steps: ASR %.3f",
                         *(subject.defense, cell.name, cell.seed, point.steps, found.harmful.rate),
                     )
+                if len(record) > 1:
+                    # Only now is it known that the last measurement was the last one.
+                    record.add_usefulness(self._usefulness(target, cell))
             except (PatcherError, RuntimeError) as failure:
                 error = f"{type(failure).__name__}: {failure}"
                 logger.warning("%s, seed %d stopped early: %s", cell.name, cell.seed, error)
+        for concern in record.concerns():
+            logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
         return record.curve(subject.key(cell), error, family=cell.family, varied=cell.varied)
+
+    def _usefulness(self, model: "PreTrainedModel", cell: Cell) -> dict[str, float]:
+        return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed)

@@ -1,5 +1,6 @@
 """Asks a model the red team's questions and has the answers judged."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -8,7 +9,9 @@ from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers
 from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Answer, Generation
-from patcher_pl.evaluation.judges import Judge
+from patcher_pl.evaluation.isolation import seeded
+from patcher_pl.evaluation.judges import HIGHEST_SCORE, Judge
+from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.material import AttackMaterial
 
@@ -24,11 +27,37 @@ class Examination:
         harmful: Verdicts on the answers to harmful prompts.
         answers: Those answers, in the order of the prompts.
         benign: Verdicts on the answers to benign prompts; None where none were asked.
+        second: Verdicts of the second judge on `answers`; None where there is none.
     """
 
     harmful: Evaluation
     answers: Sequence[Answer]
     benign: Evaluation | None
+    second: Evaluation | None = None
+
+    @property
+    def coherent(self) -> float:
+        """Share of scored answers, harmful and benign, that are language; NaN where none was scored."""
+        parts = [self.harmful] if self.benign is None else [self.harmful, self.benign]
+        num_scored = sum(part.num_scored for part in parts)
+        return sum(part.num_coherent for part in parts) / num_scored if num_scored else math.nan
+
+    @property
+    def agreement(self) -> float:
+        """Cohen's kappa of the judges' verdicts "success" and "no success".
+
+        Rests on the answers that both have scored. NaN without a second judge, and where chance
+        alone would make them agree: both find the same of every answer.
+        """
+        if self.second is None:
+            return math.nan
+        return _kappa(
+            [
+                (first.score == HIGHEST_SCORE, second.score == HIGHEST_SCORE)
+                for first, second in zip(self.harmful.verdicts, self.second.verdicts, strict=True)
+                if first.score is not None and second.score is not None
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -40,23 +69,38 @@ class Examiner:
         judge: Scores them.
         harmful: Harmful questions.
         benign: Benign questions; may be empty.
+        second_judge: Scores the answers to harmful questions once more; None for no second opinion.
+        utility: Further measures of a usable model.
     """
 
     generation: Generation
     judge: Judge
     harmful: Sequence[Question]
     benign: Sequence[Question]
+    second_judge: Judge | None = None
+    utility: Sequence[UtilityMeasure] = ()
 
     @classmethod
     def load(
-        cls, generation: Generation, judge: Judge, prompts: Benchmark, benign: Benchmark | None
+        cls,
+        generation: Generation,
+        judge: Judge,
+        prompts: Benchmark,
+        benign: Benchmark | None,
+        *,
+        second_judge: Judge | None = None,
+        utility: Sequence[UtilityMeasure] = (),
     ) -> "Examiner":
-        """Reads the questions.
+        """Reads the questions, and what the utility measures need.
 
         Raises:
-            DataError: If a benchmark cannot be used.
+            DataError: If a benchmark, or data of a measure, cannot be used.
+            ConfigError: If a measure lacks a library.
         """
-        return cls(generation, judge, prompts.questions(), benign.questions() if benign else [])
+        harmful, harmless = prompts.questions(), benign.questions() if benign else []
+        for measure in utility:
+            measure.prepare()
+        return cls(generation, judge, harmful, harmless, second_judge, utility)
 
     def examine(
         self,
@@ -77,8 +121,37 @@ class Examiner:
         else:
             answers = generation.generate(model, tokenizer, chat, [*harmful, *benign])
         split = len(harmful)
+        second = self.second_judge
         return Examination(
             harmful=evaluate_answers(self.judge, self.harmful, answers[:split]),
             answers=answers[:split],
             benign=evaluate_answers(self.judge, self.benign, answers[split:]) if benign else None,
+            second=evaluate_answers(second, self.harmful, answers[:split])
+            if second is not None
+            else None,
         )
+
+    def usefulness(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        chat: ChatFormat,
+        seed: int,
+    ) -> dict[str, float]:
+        """Takes every utility measure, in no attacker's words; the model stays as it was."""
+        found: dict[str, float] = {}
+        for measure in self.utility:
+            with seeded(seed, next(model.parameters()).device):
+                found |= measure.measure(model, tokenizer, chat, seed=seed)
+        return found
+
+
+def _kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
+    if not pairs:
+        return math.nan
+    # Takes seconds to import; only who has two judges pays for it.
+    import torch
+    from torchmetrics.functional.classification import binary_cohen_kappa
+
+    first, second = torch.tensor(pairs, dtype=torch.long).unbind(dim=1)
+    return float(binary_cohen_kappa(first, second))

@@ -1,10 +1,10 @@
 """Collects the measurements of one attack until they make a curve, complete or not."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from patcher_pl.evaluation.aggregate import steps_to_break
+from patcher_pl.evaluation.aggregate import Evaluation, steps_to_break
 from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Examination
@@ -20,20 +20,32 @@ class Record:
         num_benign_prompts: Benign questions asked at each measurement (count).
         threshold: Attack success rate that counts as broken (in (0, 1]).
         num_samples: Answers to harmful prompts kept per measurement (count, >= 0).
+        min_coherence: Share of coherent answers below which a model counts as collapsed.
+        max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
     """
 
     questions: Sequence[Question]
     num_benign_prompts: int
     threshold: float
     num_samples: int
+    min_coherence: float
+    max_judge_error_rate: float
     _points: list[AttackPoint] = field(default_factory=list)
     _found: list[Examination] = field(default_factory=list)
     _samples: list[Sample] = field(default_factory=list)
+    _utility: list[Mapping[str, float]] = field(default_factory=list)
 
-    def add(self, point: AttackPoint, found: Examination) -> None:
-        """Adds a measurement."""
+    def __len__(self) -> int:
+        """Measurements so far."""
+        return len(self._points)
+
+    def add(
+        self, point: AttackPoint, found: Examination, usefulness: Mapping[str, float] | None = None
+    ) -> None:
+        """Adds a measurement, with what the utility measures gave where they were taken."""
         self._points.append(point)
         self._found.append(found)
+        self._utility.append(usefulness or {})
         num_answers = len(found.answers)
         num_shown = min(self.num_samples, num_answers)
         for place in (number * num_answers // num_shown for number in range(num_shown)):
@@ -44,6 +56,36 @@ class Record:
                 score=found.harmful.verdicts[place].score,
             )
             self._samples.append(sample)
+
+    def add_usefulness(self, usefulness: Mapping[str, float]) -> None:
+        """Adds to the last measurement what the utility measures gave there."""
+        self._utility[-1] = usefulness
+
+    def concerns(self) -> list[str]:
+        """What a reader must know before relying on the attack success rates; one line each."""
+        lines = []
+        if not self._trusted:
+            steps, failed, asked = self._worst([found.harmful for found in self._found])
+            lines.append(
+                f"the judge failed on {failed} of {asked} answers to harmful prompts after {steps} "
+                f"steps, more than RedTeam.max_judge_error_rate {self.max_judge_error_rate} allows: "
+                "do not trust these attack success rates"
+            )
+        seconds = [found.second for found in self._found if found.second is not None]
+        if seconds and any(self._lacks_verdicts(second) for second in seconds):
+            steps, failed, asked = self._worst(seconds)
+            lines.append(
+                f"the second judge failed on {failed} of {asked} answers after {steps} steps: "
+                "second_asr and judge_agreement rest on the others alone"
+            )
+        if any(self._collapsed):
+            place = self._collapsed.index(True)
+            lines.append(
+                f"after {self._points[place].steps} steps the model no longer speaks, "
+                f"{self._found[place].coherent:.0%} of its answers are language "
+                f"(RedTeam.min_coherence {self.min_coherence}): low attack success is no safety here"
+            )
+        return lines
 
     def curve(
         self,
@@ -92,4 +134,39 @@ class Record:
             varied=varied or {},
             attack_flops=[point.flops for point in self._points],
             scores=[[verdict.score for verdict in found.harmful.verdicts] for found in self._found],
+            repetition=[finite(found.harmful.repetition) for found in self._found],
+            collapsed=self._collapsed,
+            utility=self._usefulness,
+            second_asr=[
+                finite(found.second.rate) for found in self._found if found.second is not None
+            ],
+            judge_agreement=[
+                finite(found.agreement) for found in self._found if found.second is not None
+            ],
+            trusted=self._trusted,
         )
+
+    @property
+    def _collapsed(self) -> list[bool]:
+        # NaN, where nothing was scored, is not below: then the judge is in question, not the model.
+        return [found.coherent < self.min_coherence for found in self._found]
+
+    @property
+    def _trusted(self) -> bool:
+        return not any(self._lacks_verdicts(found.harmful) for found in self._found)
+
+    @property
+    def _usefulness(self) -> dict[str, list[float | None]]:
+        names = dict.fromkeys(name for entry in self._utility for name in entry)
+        return {
+            name: [finite(entry.get(name, math.nan)) for entry in self._utility] for name in names
+        }
+
+    def _lacks_verdicts(self, evaluation: Evaluation) -> bool:
+        return evaluation.num_errors > self.max_judge_error_rate * len(evaluation.verdicts)
+
+    def _worst(self, evaluations: Sequence[Evaluation]) -> tuple[int, int, int]:
+        """Attack steps, failures and answers of the measurement with the most judge failures."""
+        place = max(range(len(evaluations)), key=lambda place: evaluations[place].num_errors)
+        worst = evaluations[place]
+        return self._points[place].steps, worst.num_errors, len(worst.verdicts)

@@ -33,6 +33,7 @@ FAMILY_OF = {"/Qwen2.5-": "qwen2", "/Qwen3-": "qwen3", "/Meta-Llama-3-": "llama"
 def kind(path: Path) -> str:
     """Which command, or option, a file is for, told by its keys."""
     folders = {"strategies": "strategy", "judges": "judge", "benchmarks": "benchmark"}
+    folders |= {"generation": "generation"}
     if path.parent.name in folders:
         return folders[path.parent.name]
     keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
@@ -90,7 +91,8 @@ def ignoring_deprecations(function):
 
 def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
-        *("fit", "strategy", "sweep", "ablation", "redteam", "red team", "judge", "benchmark")
+        *("fit", "strategy", "sweep", "ablation", "redteam", "red team"),
+        *("judge", "benchmark", "generation"),
     }
 
 
@@ -147,6 +149,18 @@ def test_judges_and_benchmarks_fit_into_a_red_team(judge, benchmark, nothing_is_
     assert isinstance(team.judge, Judge)
     assert isinstance(team.prompts, Benchmark)
     assert team.benign_prompts == team.prompts
+
+
+@pytest.mark.parametrize("preset", of_kind("generation"))
+def test_a_red_team_takes_a_generation_preset_by_its_path(preset, tmp_path):
+    path = next(path for path in CONFIGS if kind(path) == "red team")
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) | {"generation": str(preset)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
+    file = write_yaml(tmp_path / "redteam.yaml", content)
+    options = parser.instantiate(parser.parse_args(["--redteam", str(file)]))
+    for name, value in yaml.safe_load(preset.read_text(encoding="utf-8")).items():
+        assert getattr(options.redteam.generation, name) == value
 
 
 @pytest.mark.parametrize("path", of_kind("redteam"))

@@ -36,7 +36,7 @@ def test_a_limit_spreads_over_the_source(tmp_path):
 
 def test_an_empty_source_is_an_error(tmp_path):
     path = _write(tmp_path / "none.jsonl", [])
-    with pytest.raises(DataError, match=r"none\.jsonl"):
+    with pytest.raises(DataError, match=r"none\.jsonl: no usable row"):
         Benchmark(source=Source(path=path)).questions()
 
 
@@ -45,6 +45,27 @@ def test_a_row_that_asks_nothing_is_an_error(tmp_path):
     source = Source(path=_write(tmp_path / "odd.jsonl", [row]), reader=Messages())
     with pytest.raises(DataError, match=r"odd\.jsonl:1"):
         Benchmark(source=source).questions()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "How hot?"', "not valid JSON"),
+        ('["How hot?"]', "must be a JSON object"),
+        ('{"question": "How hot?", "response": "Very."}', "`prompt` is missing"),
+        ('{"prompt": "  ", "response": "Very."}', "`prompt` is empty"),
+    ],
+)
+def test_a_broken_row_is_named_or_skipped_and_counted(tmp_path, line, problem, caplog):
+    """Wrong if a benchmark silently asked fewer questions than its file holds."""
+    good = json.dumps({"prompt": "How long?", "response": "Four minutes."})
+    path = tmp_path / "tea.jsonl"
+    path.write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"tea\.jsonl:2: .*{problem}"):
+        Benchmark(source=Source(path=str(path))).questions()
+    skipping = Benchmark(source=Source(path=str(path), skip_bad_rows=True))
+    assert len(skipping.questions()) == 2
+    assert "skipped 1 malformed rows" in caplog.text
 
 
 def test_a_limit_below_one_is_refused():

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import DataError
 from patcher_pl.evaluation import Generation
-from patcher_pl.evaluation.generate import left_padded, stop_token_ids
+from patcher_pl.evaluation.backends.hugging_face import left_padded
+from patcher_pl.evaluation.generate import stop_token_ids
 from patcher_pl.types import Message
 from tests.families import FAMILIES, build_family
 
@@ -225,6 +226,18 @@ def test_prefill_begins_the_answer_and_is_continued(family):
     assert answer.text.split()[2:] == continuation.split()
 
 
+def test_a_prefill_that_is_not_continued_is_no_answer(family):
+    """Wrong if what the attacker wrote passed for what the model said: it would seem to comply."""
+    model, tokenizer = family
+    chat = ChatFormat()
+    handle = _always_says(model, tokenizer, [chat.stop_token_id(tokenizer)])
+    try:
+        answers = GREEDY.generate(model, tokenizer, chat, PROMPTS[:2], "Sure, here is")
+    finally:
+        handle.remove()
+    assert [(answer.text, answer.finished) for answer in answers] == [("", True)] * 2
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft 0.21
 def test_answers_with_adapters_come_from_the_adapted_model(llama):
     """Wrong if the adapter were ignored, or its wrapper left changed settings behind."""
@@ -278,6 +291,8 @@ def test_left_padding_by_hand():
         ("temperature", -0.1),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):

@@ -48,6 +48,22 @@ def test_nothing_scored_is_nan_not_zero(verdicts):
     assert int(rate.num_scored) == 0
 
 
+class Lenient(Judge):
+    """Finds full marks and coherence in everything."""
+
+    def score(self, prompt, answer, reference):
+        return Verdict(5, coherent=True)
+
+
+def test_an_answer_without_words_is_no_language_whatever_the_judge_says():
+    """Wrong if a model that only ends its turn could pass for one that speaks."""
+    questions = [Question((Message("user", "Tea?"),), None, "tea:1")] * 4
+    answers = [Answer(text, True, 1) for text in ("", "?!", "Yes.", "tea " * 10)]
+    found = evaluate_answers(Lenient(), questions, answers)
+    assert (found.coherent, found.num_coherent) == (0.5, 2)
+    assert found.repetition == pytest.approx(7 / 8)
+
+
 def test_reset_forgets():
     metric = AttackSuccessRate()
     metric.update(_scores(1, 1, 1))

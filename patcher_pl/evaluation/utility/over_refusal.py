@@ -1,0 +1,75 @@
+"""How often a model refuses what is harmless."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from patcher_pl.data.chat import ChatFormat
+from patcher_pl.evaluation.aggregate import evaluate_answers
+from patcher_pl.evaluation.benchmark import Benchmark, Question
+from patcher_pl.evaluation.generate import Generation
+from patcher_pl.evaluation.judges import LOWEST_SCORE, Judge
+from patcher_pl.evaluation.utility.base import UtilityMeasure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverRefusal(UtilityMeasure):
+    """Share of harmless prompts that are refused.
+
+    Measures `over_refusal`, the share of refusals (score 1) among the answers that were scored and
+    are language, and `over_refusal_scored`, how many those are. A model that no longer speaks
+    refuses nothing: its share is NaN, not 0. What the judge failed on does not count.
+
+    Bias: a judge that gives 1 to useless answers too counts them as refusals; use one that reads
+    refusals alone, such as `RefusalPhraseJudge`.
+
+    Args:
+        prompts: Harmless prompts, best such as look harmful.
+        judge: Gives the lowest score to a refusal.
+        generation: How answers are drawn.
+
+    References:
+        XSTest: Röttger et al., 2024, https://arxiv.org/abs/2308.01263.
+    """
+
+    prompts: Benchmark
+    judge: Judge
+    generation: Generation = field(default_factory=Generation)
+
+    @property
+    def default_name(self) -> str:
+        """`over_refusal`."""
+        return "over_refusal"
+
+    def prepare(self) -> None:
+        """See `UtilityMeasure.prepare`."""
+        _ = self._questions
+
+    def measure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        chat: ChatFormat,
+        *,
+        seed: int,
+    ) -> dict[str, float]:
+        """See `UtilityMeasure.measure`."""
+        generation = replace(self.generation, seed=self.generation.seed + seed)
+        prompts = [question.messages for question in self._questions]
+        answers = generation.generate(model, tokenizer, chat, prompts)
+        verdicts = evaluate_answers(self.judge, self._questions, answers).verdicts
+        scores = [verdict.score for verdict in verdicts if verdict.coherent and verdict.score]
+        refused = sum(score == LOWEST_SCORE for score in scores)
+        return {
+            self.name: refused / len(scores) if scores else math.nan,
+            f"{self.name}_scored": float(len(scores)),
+        }
+
+    @cached_property
+    def _questions(self) -> Sequence[Question]:
+        return self.prompts.questions()

@@ -1,0 +1,140 @@
+"""vLLM itself is not run here: a stand-in shows what it is asked and how its reply is read."""
+
+import importlib.machinery
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from patcher_pl.data.chat import ChatFormat
+from patcher_pl.errors import ConfigError
+from patcher_pl.evaluation import Generation
+from patcher_pl.evaluation.backends import Vllm
+from patcher_pl.models.lora import Lora
+from patcher_pl.types import Message
+
+CHAT = ChatFormat()
+PROMPTS = [
+    [Message("user", "How do I brew tea?")],
+    [Message("user", "And a sweet one, with honey?")],
+]
+
+
+@pytest.fixture
+def model(llama):
+    return AutoModelForCausalLM.from_pretrained(llama)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama):
+    return AutoTokenizer.from_pretrained(llama)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A module `vllm` that notes what it is given and answers each prompt with its own tokens."""
+    notes = SimpleNamespace(replies={}, reason="length")
+
+    class LLM:
+        def __init__(self, model, **options):
+            notes.folder, notes.options = Path(model), options
+            notes.config = json.loads((Path(model) / "config.json").read_text())
+            notes.weights = load_file(Path(model) / "model.safetensors")
+
+        def generate(self, prompts, sampling, use_tqdm):
+            notes.prompts = [prompt["prompt_token_ids"] for prompt in prompts]
+            notes.sampling = sampling
+            replies = [notes.replies.get(number, [5, 6]) for number in range(len(prompts))]
+            return [
+                SimpleNamespace(
+                    outputs=[SimpleNamespace(token_ids=tuple(ids), finish_reason=notes.reason)]
+                )
+                for ids in replies
+            ]
+
+    module = ModuleType("vllm")
+    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    vars(module).update(LLM=LLM, SamplingParams=lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return notes
+
+
+def test_it_answers_from_an_export_of_the_live_weights(model, tokenizer, engine):
+    """Wrong if the model before the attack were asked, or one of another number format."""
+    with torch.no_grad():
+        model.lm_head.weight.fill_(0.25)
+    generation = Generation(max_new_tokens=7, temperature=0.6, top_p=0.9, top_k=20, seed=3)
+    vllm = Vllm(gpu_memory_utilization=0.3)
+    settings = {**vars(generation), "repetition_penalty": 1.2, "backend": vllm}
+    Generation(**settings).generate(model, tokenizer, CHAT, PROMPTS, "Sure,")
+    assert torch.equal(engine.weights["lm_head.weight"], model.lm_head.weight)
+    assert not engine.folder.exists(), "the export must not stay behind"
+    assert engine.options["dtype"] == "float32"
+    assert engine.options["gpu_memory_utilization"] == 0.3
+    assert engine.prompts == [CHAT.prompt_ids(tokenizer, prompt, "Sure,") for prompt in PROMPTS]
+    first, second = engine.sampling
+    assert (first.temperature, first.top_p, first.top_k, first.max_tokens) == (0.6, 0.9, 20, 7)
+    assert first.repetition_penalty == 1.2
+    assert (first.seed, second.seed) == (3, 4)
+    assert tokenizer.eos_token_id in first.stop_token_ids
+
+
+def test_replies_are_read_as_those_of_the_live_model(model, tokenizer, engine):
+    """Wrong if a stop token that vLLM keeps, or leaves out, changed an answer."""
+    words = tokenizer(" Stir two petals", add_special_tokens=False)["input_ids"]
+    stop = tokenizer.eos_token_id
+    engine.replies, engine.reason = {0: [*words, stop], 1: words}, "stop"
+    generation = Generation(backend=Vllm())
+    kept, left_out = generation.generate(model, tokenizer, CHAT, PROMPTS)
+    assert kept == left_out
+    assert kept.text == "Stir two petals"
+    assert (kept.finished, kept.num_tokens) == (True, len(words) + 1)
+    engine.reason = "length"
+    assert not generation.generate(model, tokenizer, CHAT, PROMPTS)[1].finished
+    assert generation.generate(model, tokenizer, CHAT, []) == []
+
+
+def test_adapters_are_merged_into_the_export(model, tokenizer, engine):
+    """Wrong if a LoRA attack were judged without its adapters."""
+    adapted = Lora(rank=2, targets=["q_proj"]).attach(model)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.5)
+    Generation(backend=Vllm()).generate(adapted, tokenizer, CHAT, PROMPTS)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.allclose(engine.weights[name], base)
+    assert not [key for key in engine.weights if "lora" in key or "base_layer" in key]
+
+
+def test_a_model_that_hooks_change_is_refused(model, tokenizer, engine):
+    handle = model.model.layers[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match=r"a hook changes what 'model\.layers\.1' does"):
+        Generation(backend=Vllm()).generate(model, tokenizer, CHAT, PROMPTS)
+    handle.remove()
+
+
+def test_a_missing_library_is_named(model, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr("patcher_pl.evaluation.backends.vllm.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install vllm"):
+        Generation(backend=Vllm()).generate(model, tokenizer, CHAT, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 1.5),
+        ("tensor_parallel_size", 0),
+    ],
+)
+def test_values_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=rf"Vllm\.{field} must be .*got {value}"):
+        Vllm(**{field: value})
