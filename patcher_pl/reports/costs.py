@@ -15,6 +15,9 @@ COST_NAMES: dict[CostAxis, str] = {
 }
 
 
+COST_AXES: tuple[CostAxis, ...] = ("steps", "tokens", "flops")
+
+
 def costs(curve: Curve, axis: CostAxis) -> Sequence[float]:
     """Cost of the attack up to each measurement; empty where it was not counted."""
     if axis == "steps":

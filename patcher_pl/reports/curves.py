@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patcher_pl.files import write_atomically
-from patcher_pl.reports.costs import COST_NAMES, CostAxis, mean_costs
+from patcher_pl.reports.costs import COST_NAMES, CostAxis, costs, mean_costs
 from patcher_pl.reports.grouping import Group, Summary, group_curves
 from patcher_pl.reports.line_styles import line_styles, plain_text
 from patcher_pl.reports.results import Curve
@@ -22,6 +22,8 @@ _NOT_SCORED = Summary(math.nan, math.nan, math.nan)
 # Panels in one row; more are wrapped.
 _MOST_IN_A_ROW = 3
 _MOST_COLUMNS = 4
+# More lines are drawn thinner, and their bands fainter.
+_FEW_LINES = 4
 _COLLAPSED = "collapsed"
 
 
@@ -34,20 +36,22 @@ def asr_figure(
     seed. The control is grey, values of k1 run from light to dark, and other defenses have a color
     each; markers tell lines apart in black and white. A dashed line marks the threshold of
     "broken", a cross a measurement where a seed's model had collapsed. Curves without a measurement
-    are left out. More than three panels are wrapped into rows.
+    or its cost are left out. More than three panels are wrapped into rows.
 
     Args:
         curves: Of one or more defenses, attacks and seeds.
-        cost: What the attack's length is measured in; measurements without it are left out.
+        cost: What the attack's length is measured in.
         bands: `range` of the seeds, or 95 % `interval` of the mean (over seeds and prompts).
 
     Returns:
         A figure of its own, outside pyplot: nothing to close, and safe in any thread.
     """
-    groups = group_curves([curve for curve in curves if curve.attack_steps])
+    groups = group_curves([curve for curve in curves if len(costs(curve, cost)) > 0])
     attacks = list(dict.fromkeys(group.attack for group in groups))
-    styles = line_styles(groups)
-    figure, axes = _panels(max(len(attacks), 1))
+    # Of all curves: a defense looks the same against steps and against tokens.
+    styles = line_styles(group_curves(curves))
+    name = COST_NAMES[cost]
+    figure, axes = _panels(max(len(attacks), 1), name[0].upper() + name[1:])
     for axis, attack in itertools.zip_longest(axes, attacks):
         members = [group for group in groups if group.attack == attack]
         _draw_panel(axis, members, styles, cost, bands)
@@ -76,10 +80,11 @@ def save_figure(figure: "Figure", path: Path) -> None:
         )
 
 
-def _panels(count: int) -> tuple["Figure", list["Axes"]]:
-    """A figure with that many panels; those that begin a row have a label."""
+def _panels(count: int, label: str) -> tuple["Figure", list["Axes"]]:
+    """A figure with that many panels; those at its left and lower edge have labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if count <= _MOST_IN_A_ROW:
         columns, rows = count, 1
@@ -88,13 +93,16 @@ def _panels(count: int) -> tuple["Figure", list["Axes"]]:
         columns = 3 if count <= 6 or count == 9 else _MOST_COLUMNS
         rows = math.ceil(count / columns)
         size = (0.4 + 3.1 * columns, 0.9 + 2.6 * rows)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06) if rows > 1 else "constrained"
+    figure = Figure(figsize=size, dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for unused in grid[count:]:
         figure.delaxes(unused)
     for axis in grid[:count:columns]:
         axis.set_ylabel("Attack success rate")
+    for axis in grid[max(0, count - columns) : count]:
+        axis.set_xlabel(label)
     return figure, grid[:count]
 
 
@@ -129,6 +137,7 @@ def _draw_panel(
     thresholds = {curve.threshold for group in groups for curve in group.curves}
     for threshold in sorted(thresholds):
         axis.axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.5)
+    thicker, faint = (0.7, 0.15) if len(groups) <= _FEW_LINES else (0.3, 0.08)
     ticks: set[float] = set()
     for place, group in enumerate(groups):
         places = mean_costs(group, cost)
@@ -141,8 +150,8 @@ def _draw_panel(
             [rate.mean for rate in rates],
             label=plain_text(group.label),
             # Thinner on top of thicker: lines that coincide can all be seen.
-            linewidth=1.4 + 0.7 * min(len(groups) - 1 - place, 5),
-            markersize=5.5,
+            linewidth=1.4 + thicker * min(len(groups) - 1 - place, 5),
+            markersize=5.5 if thicker > 0.5 else 4.5,
             markeredgecolor="white",
             markeredgewidth=0.6,
             clip_on=False,
@@ -152,7 +161,7 @@ def _draw_panel(
         if len(group.curves) > 1 or bands == "interval":
             lows, highs = [rate.low for rate in rates], [rate.high for rate in rates]
             axis.fill_between(
-                list(places.values()), lows, highs, color=style["color"], alpha=0.15, linewidth=0
+                list(places.values()), lows, highs, color=style["color"], alpha=faint, linewidth=0
             )
         fallen = [steps for steps in places if group.is_collapsed(steps)]
         if fallen:
@@ -170,8 +179,6 @@ def _draw_panel(
             )
     axis.set_ylim(0, 1)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-    name = COST_NAMES[cost]
-    axis.set_xlabel(name[0].upper() + name[1:])
     if ticks and cost == "steps":
         _scale_steps(axis, sorted(int(tick) for tick in ticks))
     elif ticks:

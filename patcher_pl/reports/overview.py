@@ -84,9 +84,13 @@ class Cell:
         verdict, steps = self.group.verdict, self.group.attack_steps
         if verdict == "broken":
             measured = [curve for curve in self.group.curves if curve.attack_steps]
-            broken = sum(curve.steps_to_break is not None for curve in measured)
-            seeds = "" if broken == len(measured) else f" ({broken} of {len(measured)} seeds)"
-            return f"breaks at {self.group.steps_to_break}{seeds}"
+            broken = sorted(
+                curve.steps_to_break for curve in measured if curve.steps_to_break is not None
+            )
+            span = dict.fromkeys([broken[0], broken[-1]])
+            seeds = f" in {len(broken)} of {len(measured)} seeds"
+            shown = f"breaks at {' to '.join(map(str, span))}"
+            return shown if len(broken) == len(measured) else shown + seeds
         return f"held to {steps[-1]}" if verdict == "held" else verdict
 
 

@@ -4,13 +4,14 @@ import csv
 import io
 from collections.abc import Sequence
 
+from patcher_pl.reports.costs import COST_AXES
 from patcher_pl.reports.grouping import MARKS, MEANINGS, Mark
 from patcher_pl.reports.overview import Cell, Overview
 from patcher_pl.reports.statistics import Estimate
 from patcher_pl.reports.tables import markdown_row
 
 MISSING = "-"
-_COLUMNS = (
+_COLUMNS: tuple[str, ...] = (
     "attack",
     "family",
     "defense",
@@ -52,10 +53,11 @@ def shown_rate(rate: float | None) -> str:
 
 
 def shown_interval(estimate: Estimate | None) -> str:
-    """The interval in brackets; nothing where there is none."""
+    """The interval in brackets; nothing where there is none, or it is too narrow for two digits."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
-    return f"[{estimate.low:.2f}, {estimate.high:.2f}]"
+    low, high = f"{estimate.low:.2f}", f"{estimate.high:.2f}"
+    return "" if low == high else f"[{low}, {high}]"
 
 
 def shown_marks(marks: Sequence[Mark]) -> str:
@@ -128,7 +130,7 @@ def latex_escaped(text: str) -> str:
 
 def _csv_row(cell: Cell, *, is_worst: bool) -> dict[str, object]:
     group, final = cell.group, cell.final
-    breaks = {axis: cell.cost(axis) for axis in ("steps", "tokens", "flops")}
+    breaks = {axis: cell.cost(axis) for axis in COST_AXES}
     medians = {axis: None if cost is None else cost.median for axis, cost in breaks.items()}
     steps = breaks["steps"]
     return {

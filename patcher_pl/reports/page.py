@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from patcher_pl.reports.costs import COST_NAMES, CostAxis
+from patcher_pl.reports.costs import COST_AXES, COST_NAMES, CostAxis, costs
 from patcher_pl.reports.curves import asr_figure
 from patcher_pl.reports.environment import hide_secrets
 from patcher_pl.reports.grouping import MARKS, MEANINGS
@@ -130,8 +130,8 @@ def render_page(
         curves=_curve_picture(overview, "steps"),
         cost_curves=[
             _curve_picture(overview, axis)
-            for axis, name in (("tokens", "attack_tokens"), ("flops", "attack_flops"))
-            if any(getattr(curve, name) for curve in overview.curves)
+            for axis in COST_AXES
+            if axis != "steps" and any(costs(curve, axis) for curve in overview.curves)
         ],
         tradeoff=_tradeoff_picture(overview),
         breaks=break_table(overview),

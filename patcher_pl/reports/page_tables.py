@@ -4,14 +4,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from patcher_pl.reports.costs import COST_NAMES, CostAxis
+from patcher_pl.reports.costs import COST_AXES, COST_NAMES, CostAxis
 from patcher_pl.reports.grouping import Group
 from patcher_pl.reports.overview import Cell, Overview
 from patcher_pl.reports.overview_tables import MISSING, shown_interval, shown_marks, shown_rate
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.statistics import BreakCost, PairedComparison, Refusal, asr_area
 
-_AXES: tuple[CostAxis, ...] = ("steps", "tokens", "flops")
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -42,7 +41,9 @@ def shown_amount(amount: float) -> str:
 
 def break_table(overview: Overview) -> TextTable:
     """What it takes to break each defense, in steps, tokens and FLOPs."""
-    axes = [axis for axis in _AXES if any(cell.cost(axis) for cell in overview.cells)]
+    axes: list[CostAxis] = [
+        axis for axis in COST_AXES if any(cell.cost(axis) for cell in overview.cells)
+    ]
     header = ["attack", "defense", "seeds broken"]
     header += [f"median {COST_NAMES[axis]}" for axis in axes]
     header += ["mean steps", "area (log steps)", "area (steps)"]
@@ -63,8 +64,8 @@ def comparison_table(rows: Sequence[PairedComparison | Refusal]) -> TextTable | 
     compared = [row for row in rows if isinstance(row, PairedComparison)]
     if not compared:
         return None
-    header = ["attack", "defense", "compared with", "ASR", "ASR of that", "difference"]
-    header += ["95 % interval", "Cohen's h", "p", "p (Holm)", "prompts", "seeds", ""]
+    header = ["attack", "defense", "compared with", "ASR (defense)", "ASR (other)", "difference"]
+    header += ["95 % interval", "Cohen's h", "p", "p (Holm)", "prompts", "seeds", "note"]
     return TextTable(
         caption=(
             "Paired comparisons after the same attack, on the same prompts with the same seeds. A "
@@ -150,9 +151,10 @@ def utility_table(overview: Overview) -> TextTable:
     for group in overview.groups:
         row = [group.attack, group.label]
         for _, field in known:
-            row.append(_before_and_after([getattr(curve, field) for curve in group.curves]))
+            row.append(_before_and_after([getattr(curve, field) for curve in group.curves], ".2f"))
         for name in names:
-            row.append(_before_and_after([curve.utility.get(name, []) for curve in group.curves]))
+            values = [curve.utility.get(name, []) for curve in group.curves]
+            row.append(_before_and_after(values, ".3g"))
         rows.append([*row, _collapse(group)])
     return TextTable(
         caption=(
@@ -203,10 +205,10 @@ def _shown_median(cost: BreakCost | None, axis: CostAxis) -> str:
     return f"> {shown}" if cost.median is None else shown
 
 
-def _before_and_after(series: Sequence[Sequence[float | None]]) -> str:
+def _before_and_after(series: Sequence[Sequence[float | None]], form: str) -> str:
     before = _mean(values[0] for values in series if values)
     after = _mean(_last(values) for values in series)
-    shown = [MISSING if value is None else f"{value:.3g}" for value in (before, after)]
+    shown = [MISSING if value is None else format(value, form) for value in (before, after)]
     return shown[0] if shown[0] == shown[1] else f"{shown[0]} \N{RIGHTWARDS ARROW} {shown[1]}"
 
 

@@ -1,6 +1,6 @@
 """Figures of a report beside the curves: what robustness costs in utility."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patcher_pl.reports.line_styles import line_styles, plain_text
 from patcher_pl.reports.overview import Overview, Standing
@@ -40,7 +40,8 @@ def tradeoff_figure(overview: Overview) -> "Figure | None":
     for axis, name in zip(
         axes, ("ASR under the severest attack", "Area under the ASR curve, mean"), strict=True
     ):
-        axis.set_xlim(max(0.0, lowest - margin), 1 + margin / 2)
+        axis.set_xlim(max(0.0, lowest - margin), 1)
+        axis.locator_params(axis="x", nbins=6)
         axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("Benign accuracy before the attack")
         axis.set_ylabel(name)
@@ -61,11 +62,11 @@ def tradeoff_figure(overview: Overview) -> "Figure | None":
     return figure
 
 
-def _draw_worst(axis: "Axes", standing: Standing, style: dict) -> None:
+def _draw_worst(axis: "Axes", standing: Standing, style: dict[str, Any]) -> None:
     peak = standing.worst.peak if standing.worst else None
     # Nothing above 0 was scored: at 0, or nowhere.
     value = peak.value if peak else standing.worst_seed
-    if value is None:
+    if value is None or standing.benign_accuracy is None:
         return
     low = value if peak is None or peak.low is None else peak.low
     high = value if peak is None or peak.high is None else peak.high

@@ -16,6 +16,8 @@ _MISSING = "-"
 _MOST_COLUMNS = 7
 # With more attacks, each gets one line rather than a section.
 _MOST_SECTIONS = 8
+# Longer names of attacks are folded in the terminal.
+_LONGEST_NAME = 24
 # What stopped early has a note of its own, with the reason.
 _SIGNED: tuple[Mark, ...] = ("collapsed", "untrusted")
 _CSV_COLUMNS = (
@@ -91,11 +93,14 @@ def _matrix(groups: Sequence[Group], attacks: Sequence[str], title: str | None) 
     from rich.text import Text
 
     curves = [curve for group in groups for curve in group.curves]
-    notes = ["ASR after the last attack step, mean over seeds; below it, the step that broke the"]
-    notes[0] += " defense (first to last seed)."
-    table = _empty_table(title, [*notes, *_notes(curves, is_ranged=False)])
+    legend = (
+        "ASR after the last attack step, mean over seeds; below it, the step that broke the defense "
+        "(first to last seed)."
+    )
+    table = _empty_table(title, [legend, *_notes(curves, is_ranged=False)])
     labels = list(dict.fromkeys(group.label for group in groups))
-    table.add_column("attack", overflow="fold")
+    longest = max(len(attack) for attack in attacks)
+    table.add_column("attack", overflow="fold", no_wrap=longest <= _LONGEST_NAME)
     for label in labels:
         table.add_column(Text(label), justify="right", overflow="fold")
     found = {(group.attack, group.label): group for group in groups}

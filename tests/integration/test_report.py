@@ -70,7 +70,7 @@ def test_runs_of_two_programs_become_one_page_and_three_tables(runs):
         (["theirs.json", "--baseline", "sft"], "There are: Base, TAR"),
         (["theirs.json", "--num_samples", "-1"], "--num_samples must be >= 0"),
         (["theirs.json", "--depth", "3"], "--depth"),
-        ([], "DIR"),
+        ([], "required: dirs"),
         (["empty.json"], "no attack has been run yet"),
     ],
 )

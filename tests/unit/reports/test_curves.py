@@ -139,10 +139,15 @@ def test_the_same_curve_against_what_the_attack_costs(tmp_path, curve, cost, nam
     save_figure(figure, tmp_path / "cost.png")
 
 
-def test_measurements_whose_cost_is_unknown_are_left_out(tmp_path, curve):
-    figure = asr_figure(_grid(curve, 1), cost="tokens")
-    assert list(_lines(figure)["SFT"].get_xdata()) == []
-    save_figure(figure, tmp_path / "none.png")
+def test_attacks_whose_cost_is_unknown_are_left_out(tmp_path, curve):
+    """Wrong if one file without token counts took the panels of all others away."""
+    counted = curve("sft", None, [0, 1], 20, attack="b", attack_tokens=[0, 300])
+    grid = _grid(curve, 4)
+    assert [axis.get_title() for axis in asr_figure([*grid, counted]).axes][-1] == "b"
+    figure = asr_figure([*grid, counted], cost="tokens")
+    assert list(_lines(figure)) == ["SFT"]
+    save_figure(figure, tmp_path / "one.png")
+    save_figure(asr_figure(grid, cost="tokens"), tmp_path / "none.png")
 
 
 def test_a_collapsed_model_is_crossed_out(curve):

@@ -62,7 +62,7 @@ def test_one_broken_seed_is_enough(curve):
     (group,) = group_curves(curves)
     assert group.verdict == "broken"
     (cell,) = Overview(tuple(curves)).cells
-    assert cell.outcome == "breaks at 20 to > 20 (1 of 2 seeds)"
+    assert cell.outcome == "breaks at 20 in 1 of 2 seeds"
 
 
 def test_the_severest_attack_is_the_one_that_ever_had_most_success(overview):

@@ -106,7 +106,7 @@ def test_lists_of_different_length_are_refused(tmp_path, curve):
     ("changes", "reason"),
     [
         ({"scores": [[5]]}, "scores has 1 entries, attack_steps 2"),
-        ({"scores": [[5], [5, 1]]}, "as many prompts at every measurement"),
+        ({"scores": [[5], [5, 1]]}, "scores must have as many prompts at every measurement"),
         ({"collapsed": [True]}, "collapsed has 1 entries"),
         ({"attack_flops": [1.0, 2.0, 3.0]}, "attack_flops has 3 entries"),
         ({"utility": {"perplexity": [1.0]}}, "utility.perplexity has 1 entries"),
