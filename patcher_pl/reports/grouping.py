@@ -68,7 +68,8 @@ class Group:
     @property
     def label(self) -> str:
         """How the defense is called in a table or legend."""
-        name = _SPELLINGS.get(self.defense.lower(), self.defense[:1].upper() + self.defense[1:])
+        method, space, run = self.defense.partition(" (")
+        name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + space + run
         return name if self.k1 is None else f"{name}, k1 = {self.k1}"
 
     @property

@@ -45,29 +45,28 @@ def merge_runs(runs: Sequence[Run]) -> tuple[list[Curve], list[str]]:
     A curve that several files hold alike is taken once. Where files hold different curves of the
     same defense, attack and seeds, that defense is told apart by the runs' names.
     """
-    found: dict[CurveKey, list[tuple[Run, Curve]]] = {}
+    found: dict[CurveKey, list[Curve]] = {}
     for run in runs:
         for curve in run.results.curves:
-            known = found.setdefault(curve.key, [])
-            if all(curve != other for _, other in known):
-                known.append((run, curve))
+            found.setdefault(curve.key, []).append(curve)
     clashing = {
-        (run.name, key[0]) for key, held in found.items() if len(held) > 1 for run, _ in held
+        key[0] for key, held in found.items() if any(curve != held[0] for curve in held[1:])
     }
-    curves = []
-    for held in found.values():
-        for run, curve in held:
-            name = curve.defense
-            if (run.name, name) in clashing:
-                curve = replace(curve, defense=f"{name} ({run.name})")
-            curves.append(curve)
+    curves = [held[0] for key, held in found.items() if key[0] not in clashing]
+    curves += [
+        replace(curve, defense=f"{curve.defense} ({run.name})")
+        for run in runs
+        for curve in run.results.curves
+        if curve.defense in clashing
+    ]
     return curves, [*_clash_notes(clashing), *_setting_notes(curves)]
 
 
-def _clash_notes(clashing: set[tuple[str, str]]) -> list[str]:
+def _clash_notes(clashing: set[str]) -> list[str]:
     return [
-        f"{defense!r} is in several runs with the same attacks and seeds; it is told apart by run."
-        for defense in sorted({defense for _, defense in clashing})
+        f"{defense!r} is in several runs with the same attacks and seeds but other outcomes; "
+        "it is told apart by run."
+        for defense in sorted(clashing)
     ]
 
 

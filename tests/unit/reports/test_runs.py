@@ -6,6 +6,7 @@ import pytest
 
 from patcher_pl.errors import DataError
 from patcher_pl.reports import Results
+from patcher_pl.reports.grouping import group_curves
 from patcher_pl.reports.runs import load_runs, merge_runs
 
 
@@ -36,10 +37,15 @@ def test_other_curves_of_the_same_defense_are_kept_apart(tmp_path, curve):
     """Wrong if two models called `model` were averaged, or one of them lost."""
     seed = curve("model", None, [0, 1], 20, seed=1)
     save(tmp_path / "a", curve("model", None, [0, 1], 20), seed, curve("sft", None, [1], 0))
-    save(tmp_path / "b", curve("model", None, [0, 0], None), curve("sft", None, [1], 0))
+    same = curve("model", None, [0], None, attack="other")
+    save(tmp_path / "b", curve("model", None, [0, 0], None), same, curve("sft", None, [1], 0))
+    save(tmp_path / "c", same)
     curves, notes = merge_runs(load_runs([tmp_path]))
-    assert sorted(one.defense for one in curves) == ["model (a)", "model (a)", "model (b)", "sft"]
+    apart = ["model (a)", "model (a)", "model (b)", "model (b)", "model (c)"]
+    assert sorted(one.defense for one in curves) == [*apart, "sft"]
     assert len(notes) == 1
+    labels = {group.label for group in group_curves([curve("sft (a)", None, [0], None)])}
+    assert labels == {"SFT (a)"}
     assert "'model'" in notes[0]
 
 
