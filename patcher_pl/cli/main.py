@@ -22,6 +22,7 @@ COMMANDS = {
     "redteam": "attack any model and measure when its safety breaks",
     "attacker": "run the simulated attacker of a concurrent `fit` as a job of its own",
     "sweep": "run `fit` for several settings and seeds, and draw them in one figure",
+    "report": "one HTML page, and tables for papers, from the results of one or several runs",
     "ablate": "compare hypergradient estimators, on one model and by the models they harden",
     "testbed": "write the built-in testbed (model, tokenizer, data) into a folder",
 }
@@ -80,6 +81,12 @@ def _run(command: str, arguments: list[str]) -> None:
         from patcher_pl.cli.attacker import run_attacker
 
         run_attacker(arguments)
+        return
+    if command == "report":
+        # Reads files that are there: no need to load what trains models.
+        from patcher_pl.cli.report import run_report_command
+
+        run_report_command(arguments)
         return
     from patcher_pl.cli.console import log_progress, quiet_libraries
 

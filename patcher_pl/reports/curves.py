@@ -1,67 +1,65 @@
-"""The headline figure: attack success rate against attack steps."""
+"""The headline figure: attack success rate against what the attack costs."""
 
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from patcher_pl.files import write_atomically
-from patcher_pl.reports.grouping import CONTROL, Group, Summary, group_curves
-from patcher_pl.reports.palette import COLORS, GREY, MARKERS
+from patcher_pl.reports.costs import COST_NAMES, CostAxis, costs, mean_costs
+from patcher_pl.reports.grouping import Group, Summary, group_curves
+from patcher_pl.reports.line_styles import line_styles, plain_text
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Bands = Literal["range", "interval"]
+
 _NOT_SCORED = Summary(math.nan, math.nan, math.nan)
-_LINES = ("-", "--", ":", "-.")
+# Panels in one row; more are wrapped.
+_MOST_IN_A_ROW = 3
+_MOST_COLUMNS = 4
+# More lines are drawn thinner, and their bands fainter.
+_FEW_LINES = 4
+_COLLAPSED = "collapsed"
 
 
-def asr_figure(curves: Sequence[Curve]) -> "Figure":
-    """Draws attack success rate against attack steps, one panel per attack.
+def asr_figure(
+    curves: Sequence[Curve], *, cost: CostAxis = "steps", bands: Bands = "range"
+) -> "Figure":
+    """Draws attack success rate against the cost of the attack, one panel per attack.
 
     One line per defense and k1: the mean over seeds, with a band from the smallest to the largest
     seed. The control is grey, values of k1 run from light to dark, and other defenses have a color
     each; markers tell lines apart in black and white. A dashed line marks the threshold of
-    "broken". Curves without a measurement are left out.
+    "broken", a cross a measurement where a seed's model had collapsed. Curves without a measurement
+    or its cost are left out. More than three panels are wrapped into rows.
 
     Args:
         curves: Of one or more defenses, attacks and seeds.
+        cost: What the attack's length is measured in.
+        bands: `range` of the seeds, or 95 % `interval` of the mean (over seeds and prompts).
 
     Returns:
         A figure of its own, outside pyplot: nothing to close, and safe in any thread.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups = group_curves([curve for curve in curves if curve.attack_steps])
+    groups = group_curves([curve for curve in curves if len(costs(curve, cost)) > 0])
     attacks = list(dict.fromkeys(group.attack for group in groups))
-    styles = _styles(groups)
-    panels = max(len(attacks), 1)
-    figure = Figure(figsize=(1.6 + 4.6 * panels, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    # Of all curves: a defense looks the same against steps and against tokens.
+    styles = line_styles(group_curves(curves))
+    name = COST_NAMES[cost]
+    figure, axes = _panels(max(len(attacks), 1), name[0].upper() + name[1:])
     for axis, attack in itertools.zip_longest(axes, attacks):
         members = [group for group in groups if group.attack == attack]
-        _draw_panel(axis, members, styles)
+        _draw_panel(axis, members, styles, cost, bands)
         if len(attacks) > 1:
-            axis.set_title(attack, fontsize=10)
-    axes[0].set_ylabel("Attack success rate")
+            size = 10 if len(attacks) <= _MOST_IN_A_ROW else 9
+            axis.set_title(_wrapped(plain_text(attack)), fontsize=size)
     if groups:
-        handles = {label: line for axis in axes for line, label in _legend_entries(axis)}
-        ordered = [label for label in styles if label in handles]
-        figure.legend(
-            [handles[label] for label in ordered],
-            ordered,
-            loc="outside right upper",
-            frameon=False,
-            fontsize=9,
-            title=_seed_note(groups),
-            title_fontsize=8,
-            alignment="left",
-        )
+        _legend(figure, axes, groups, bands)
     else:
         axes[0].text(0.5, 0.5, "no measurement", ha="center", transform=axes[0].transAxes)
     return figure
@@ -82,65 +80,124 @@ def save_figure(figure: "Figure", path: Path) -> None:
         )
 
 
-def _draw_panel(axis: "Axes", groups: Sequence[Group], styles: dict[str, dict[str, Any]]) -> None:
-    ticks = sorted({steps for group in groups for steps in group.attack_steps})
+def _panels(count: int, label: str) -> tuple["Figure", list["Axes"]]:
+    """A figure with that many panels; those at its left and lower edge have labels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if count <= _MOST_IN_A_ROW:
+        columns, rows = count, 1
+        size = (1.6 + 4.6 * columns, 4.2)
+    else:
+        columns = 3 if count <= 6 or count == 9 else _MOST_COLUMNS
+        rows = math.ceil(count / columns)
+        size = (0.4 + 3.1 * columns, 0.9 + 2.6 * rows)
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06) if rows > 1 else "constrained"
+    figure = Figure(figsize=size, dpi=150, layout=layout)
+    FigureCanvasAgg(figure)
+    grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for unused in grid[count:]:
+        figure.delaxes(unused)
+    for axis in grid[:count:columns]:
+        axis.set_ylabel("Attack success rate")
+    for axis in grid[max(0, count - columns) : count]:
+        axis.set_xlabel(label)
+    return figure, grid[:count]
+
+
+def _legend(
+    figure: "Figure", axes: Sequence["Axes"], groups: Sequence[Group], bands: Bands
+) -> None:
+    handles = {label: line for axis in axes for line, label in _legend_entries(axis)}
+    labels = dict.fromkeys(plain_text(group.label) for group in groups)
+    ordered = [name for name in [*labels, _COLLAPSED] if name in handles]
+    is_wrapped = len(axes) > _MOST_IN_A_ROW
+    note = _seed_note(groups, bands, separator="; " if is_wrapped else ";\n")
+    figure.legend(
+        [handles[name] for name in ordered],
+        ordered,
+        loc="outside upper left" if is_wrapped else "outside right upper",
+        ncols=min(len(ordered), 5) if is_wrapped else 1,
+        frameon=False,
+        fontsize=9,
+        title=note,
+        title_fontsize=8,
+        alignment="left",
+    )
+
+
+def _draw_panel(
+    axis: "Axes",
+    groups: Sequence[Group],
+    styles: dict[str, dict[str, Any]],
+    cost: CostAxis,
+    bands: Bands,
+) -> None:
     thresholds = {curve.threshold for group in groups for curve in group.curves}
     for threshold in sorted(thresholds):
         axis.axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.5)
+    thicker, faint = (0.7, 0.15) if len(groups) <= _FEW_LINES else (0.3, 0.08)
+    ticks: set[float] = set()
     for place, group in enumerate(groups):
-        places = group.attack_steps
+        places = mean_costs(group, cost)
+        ticks |= set(places.values())
         # A point where nothing was scored leaves a gap rather than a line that looks measured.
-        rates = [group.asr(steps) or _NOT_SCORED for steps in places]
+        rates = [_summary(group, steps, bands) for steps in places]
         style = styles[group.label]
         axis.plot(
-            places,
+            list(places.values()),
             [rate.mean for rate in rates],
-            label=group.label,
+            label=plain_text(group.label),
             # Thinner on top of thicker: lines that coincide can all be seen.
-            linewidth=1.4 + 0.7 * min(len(groups) - 1 - place, 5),
-            markersize=5.5,
+            linewidth=1.4 + thicker * min(len(groups) - 1 - place, 5),
+            markersize=5.5 if thicker > 0.5 else 4.5,
             markeredgecolor="white",
             markeredgewidth=0.6,
             clip_on=False,
             zorder=3,
             **style,
         )
-        if len(group.curves) > 1:
+        if len(group.curves) > 1 or bands == "interval":
             lows, highs = [rate.low for rate in rates], [rate.high for rate in rates]
-            axis.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+            axis.fill_between(
+                list(places.values()), lows, highs, color=style["color"], alpha=faint, linewidth=0
+            )
+        fallen = [steps for steps in places if group.is_collapsed(steps)]
+        if fallen:
+            axis.plot(
+                [places[steps] for steps in fallen],
+                [_summary(group, steps, "range").mean for steps in fallen],
+                label=_COLLAPSED,
+                linestyle="none",
+                marker="x",
+                markersize=9,
+                markeredgewidth=1.6,
+                color="black",
+                clip_on=False,
+                zorder=4,
+            )
     axis.set_ylim(0, 1)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-    axis.set_xlabel("Attack steps")
-    if ticks:
-        _scale_steps(axis, ticks)
+    if ticks and cost == "steps":
+        _scale_steps(axis, sorted(int(tick) for tick in ticks))
+    elif ticks:
+        _scale_amounts(axis, sorted(ticks))
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """Line style per label, in the order of the legend; the same in every panel."""
-    from matplotlib import colormaps
+def _summary(group: Group, steps: int, bands: Bands) -> Summary:
+    if bands == "range":
+        return group.asr(steps) or _NOT_SCORED
+    from patcher_pl.reports.statistics import asr_at
 
-    k1_values = sorted({group.k1 for group in groups if group.k1 is not None})
-    with_k1 = list(dict.fromkeys(group.defense for group in groups if group.k1 is not None))
-    colors, markers = itertools.cycle(COLORS), itertools.cycle(MARKERS)
-    styles: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        if group.label in styles:
-            continue
-        line = "-"
-        if group.defense.lower() == CONTROL:
-            color = GREY
-        elif group.k1 is not None and len(k1_values) > 1:
-            # Below 0.15 and above 0.85 the map is too close to black and to white paper.
-            place = k1_values.index(group.k1) / (len(k1_values) - 1)
-            color = colormaps["viridis"](0.85 - 0.8 * place)
-            line = _LINES[with_k1.index(group.defense) % len(_LINES)]
-        else:
-            color = next(colors)
-        styles[group.label] = {"color": color, "marker": next(markers), "linestyle": line}
-    return styles
+    rate = asr_at(group, steps)
+    if rate is None:
+        return _NOT_SCORED
+    low, high = (math.nan if end is None else end for end in (rate.low, rate.high))
+    return Summary(rate.value, low, high)
 
 
 def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
@@ -160,6 +217,21 @@ def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
     axis.set_xlim(0, max(steps[-1], 1))
 
 
+def _scale_amounts(axis: "Axes", amounts: Sequence[float]) -> None:
+    """Scales the axis of tokens or FLOPs: by powers of ten from the first amount on."""
+    from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
+
+    positive = [amount for amount in amounts if amount > 0]
+    if positive and positive[-1] >= 8 * positive[0]:
+        axis.set_xscale("symlog", base=10, linthresh=positive[0])
+        axis.xaxis.set_major_locator(
+            SymmetricalLogLocator(base=10, linthresh=positive[0], subs=[1, 3])
+        )
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.minorticks_off()
+    axis.set_xlim(0, max(amounts[-1], 1))
+
+
 def _readable_ticks(steps: Sequence[int]) -> list[int]:
     """The measured step counts, without those too close to a neighbor to be read."""
     gap = max(steps[-1] - steps[0], 1) / 14
@@ -171,11 +243,22 @@ def _readable_ticks(steps: Sequence[int]) -> list[int]:
     return kept[::-1]
 
 
-def _seed_note(groups: Sequence[Group]) -> str | None:
+def _seed_note(groups: Sequence[Group], bands: Bands, separator: str) -> str | None:
     counts = sorted({len(group.curves) for group in groups})
     if counts[-1] == 1:
-        return None
-    return f"mean of {' to '.join(map(str, counts))} seeds;\nband: min to max"
+        return "band: 95 % interval" if bands == "interval" else None
+    band = "min to max" if bands == "range" else "95 % interval"
+    return f"mean of {' to '.join(map(str, counts))} seeds{separator}band: {band}"
+
+
+def _wrapped(title: str) -> str:
+    """Breaks a long title after an underscore or space, where names have their joints."""
+    if len(title) <= 30:
+        return title
+    middle = len(title) // 2
+    joints = [place + 1 for place, sign in enumerate(title) if sign in " _-,"]
+    joint = min(joints, key=lambda place: abs(place - middle), default=middle)
+    return f"{title[:joint]}\n{title[joint:]}"
 
 
 def _legend_entries(axis: "Axes") -> list[tuple[Any, str]]:

@@ -5,7 +5,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ _PACKAGES = (
     "safetensors",
 )
 _SECRET_NAME = re.compile(r"token|secret|passw|api[-_.]?key|credential|auth", re.IGNORECASE)
+# Settings have names of their own, such as `tokenizer`: only a whole word at the end is a secret.
+_SECRET_KEY = re.compile(
+    r"(?:^|[-_.])(?:token|secret|password|api_?key|credentials?)$", re.IGNORECASE
+)
 # Names such as max_new_tokens hold counts; a secret is never a plain number.
 _NUMBER = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|AKIA)[A-Za-z0-9_-]{8,}")
@@ -80,6 +84,22 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
             shown.append(_URL_LOGIN.sub(f"{_HIDDEN}@", _SECRET_VALUE.sub(_HIDDEN, argument)))
         hide_next = is_option and not equals and bool(_SECRET_NAME.search(name))
     return shown
+
+
+def hide_secrets(content: Any) -> Any:
+    """Returns settings (mappings, lists, values) with those that look like secrets as `***`."""
+    if isinstance(content, Mapping):
+        return {
+            name: _HIDDEN
+            if isinstance(value, str) and _SECRET_KEY.search(str(name))
+            else hide_secrets(value)
+            for name, value in content.items()
+        }
+    if isinstance(content, list | tuple):
+        return [hide_secrets(entry) for entry in content]
+    if isinstance(content, str):
+        return _URL_LOGIN.sub(f"{_HIDDEN}@", _SECRET_VALUE.sub(_HIDDEN, content))
+    return content
 
 
 def _version(package: str) -> str | None:

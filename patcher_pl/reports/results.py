@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,26 @@ from patcher_pl.errors import DataError
 from patcher_pl.files import write_json
 
 SCHEMA_VERSION = 2
+
+_NEVER_EMPTY = ("asr", "benign_accuracy")
+_RATES = (
+    "asr",
+    "benign_accuracy",
+    "asr_low",
+    "asr_high",
+    "coherent",
+    "repetition",
+    "second_asr",
+)
+_PER_MEASUREMENT = (
+    *_RATES,
+    "judge_errors",
+    "attack_tokens",
+    "attack_flops",
+    "scores",
+    "collapsed",
+    "judge_agreement",
+)
 
 CurveKey = tuple[str, int | None, int | None, str, int]
 """Defense, k1, train seed, attack and seed: what tells one curve of a run from another."""
@@ -119,17 +139,15 @@ class Curve:
         Raises:
             KeyError: If an entry without a default is missing.
             TypeError: If an entry has the wrong shape.
-            ValueError: If the lists do not belong together.
+            ValueError: If the lists do not belong together, or a rate is not one.
         """
-        known = {entry.name for entry in fields(cls)}
-        entries = {name: value for name, value in content.items() if name in known}
-        for name in ("defense", "seed", "k1", "attack", "attack_steps", "asr"):
-            if name not in entries:
-                raise KeyError(name)
-        points = len(entries["attack_steps"])
-        for name in ("asr", "benign_accuracy"):
-            if len(entries[name]) != points:
-                raise ValueError(f"{name} has {len(entries[name])} entries, attack_steps {points}")
+        entries = {}
+        for entry in fields(cls):
+            if entry.name in content:
+                entries[entry.name] = content[entry.name]
+            elif entry.default is MISSING and entry.default_factory is MISSING:
+                raise KeyError(entry.name)
+        _check_lists(entries)
         entries["samples"] = [Sample(**sample) for sample in entries.get("samples", [])]
         return cls(**entries)
 
@@ -197,6 +215,29 @@ class Results:
 def finite(rate: float) -> float | None:
     """The rate, or None where it is NaN: what a curve holds for "nothing was scored"."""
     return rate if math.isfinite(rate) else None
+
+
+def _check_lists(entries: dict[str, Any]) -> None:
+    """Holds every list against `attack_steps`, and turns NaN among rates into None."""
+    steps = entries["attack_steps"]
+    if list(steps) != sorted(steps):
+        raise ValueError(f"attack_steps must ascend, got {steps}")
+    lists = {name: entries[name] for name in _PER_MEASUREMENT if name in entries}
+    lists |= {f"utility.{name}": values for name, values in entries.get("utility", {}).items()}
+    for name, values in lists.items():
+        if len(values) != len(steps) and (values or name in _NEVER_EMPTY):
+            raise ValueError(f"{name} has {len(values)} entries, attack_steps {len(steps)}")
+    for name in _RATES:
+        if name in entries:
+            entries[name] = [None if rate is None else finite(rate) for rate in entries[name]]
+            for rate in entries[name]:
+                if rate is not None and not 0 <= rate <= 1:
+                    raise ValueError(f"{name} must be in 0..1, got {rate}")
+    lengths = {len(row) for row in entries.get("scores", [])}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"scores must have as many prompts at every measurement, got {sorted(lengths)}"
+        )
 
 
 def _broken(path: Path, reason: str) -> DataError:

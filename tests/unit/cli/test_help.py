@@ -36,5 +36,6 @@ def test_every_command_explains_its_options(command):
     said = cli(command, "--help").expect(0)
     assert f"python -m patcher_pl {command} " in said.out or command in SPOKEN_OF_BY_LIGHTNING
     option = {"plan": "--gpu", "testbed": "--out", "redteam": "--model", "sweep": "--variants"}
+    option["report"] = "--out"
     assert option.get(command, "--run_dir") in said.out
     assert "--config" in said.out

@@ -102,3 +102,72 @@ def test_pyplot_stays_out_of_it(headline):
     asr_figure(headline)
     after = sys.modules.get("matplotlib.pyplot")
     assert (after.get_fignums() if after else []) == before
+
+
+def _grid(curve, num_attacks, **changes):
+    return [
+        curve(defense, None, [0, 0.2, 0.4, 0.9, 1], 80, attack=f"attack_{number}", **changes)
+        for number in range(num_attacks)
+        for defense in ("sft", "tar")
+    ]
+
+
+def test_many_attacks_are_wrapped_and_stay_readable(tmp_path, curve):
+    """Wrong if ten attacks made one strip that no page can show."""
+    figure = asr_figure(_grid(curve, 10))
+    assert len(figure.axes) == 10
+    rows = {round(axis.get_position().y0, 2) for axis in figure.axes}
+    columns = {round(axis.get_position().x0, 2) for axis in figure.axes}
+    assert (len(rows), len(columns)) == (3, 4)
+    width, height = figure.get_size_inches()
+    assert width <= 13
+    assert height <= 10
+    assert len(figure.legends[0].get_texts()) == 2
+    save_figure(figure, tmp_path / "grid.png")
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    assert not any(
+        one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place]
+    ), "panels cover each other"
+
+
+@pytest.mark.parametrize(("cost", "name"), [("tokens", "Training tokens"), ("flops", "FLOPs")])
+def test_the_same_curve_against_what_the_attack_costs(tmp_path, curve, cost, name):
+    spent = {"attack_tokens": [0, 20, 40, 80, 9000], "attack_flops": [0.0, 2e9, 4e9, 8e9, 9e11]}
+    figure = asr_figure(_grid(curve, 1, **spent), cost=cost)
+    assert figure.axes[0].get_xlabel() == name
+    assert list(_lines(figure)["SFT"].get_xdata()) == spent[f"attack_{cost}"]
+    save_figure(figure, tmp_path / "cost.png")
+
+
+def test_attacks_whose_cost_is_unknown_are_left_out(tmp_path, curve):
+    """Wrong if one file without token counts took the panels of all others away."""
+    counted = curve("sft", None, [0, 1], 20, attack="b", attack_tokens=[0, 300])
+    grid = _grid(curve, 4)
+    assert [axis.get_title() for axis in asr_figure([*grid, counted]).axes][-1] == "b"
+    figure = asr_figure([*grid, counted], cost="tokens")
+    assert list(_lines(figure)) == ["SFT"]
+    save_figure(figure, tmp_path / "one.png")
+    save_figure(asr_figure(grid, cost="tokens"), tmp_path / "none.png")
+
+
+def test_a_collapsed_model_is_crossed_out(curve):
+    """Wrong if the low rate of a model that no longer speaks looked like safety."""
+    fallen = [False, False, False, True, True]
+    figure = asr_figure([curve("sft", None, [0, 0.9, 0.5, 0.1, 0], 20, collapsed=fallen)])
+    cross = _lines(figure)["collapsed"]
+    assert list(cross.get_xdata()) == [80, 160]
+    assert list(cross.get_ydata()) == [0.1, 0]
+
+
+def test_bands_may_be_intervals(curve):
+    figure = asr_figure([curve("sft", None, [0.5], 0, num_prompts=10)], bands="interval")
+    (band,) = figure.axes[0].collections
+    extent = band.get_paths()[0].get_extents()
+    assert extent.y0 == pytest.approx(0.2366, abs=1e-3), "Wilson's, 5 of 10"
+
+
+def test_names_are_text_not_formulas(tmp_path, curve):
+    odd = curve("$x_{", None, [0, 1], 20, attack="_a$")
+    figure = asr_figure([odd, curve("_hidden", None, [0, 1], 20, attack="b")])
+    assert len(figure.legends[0].get_texts()) == 2
+    save_figure(figure, tmp_path / "odd.svg")

@@ -102,6 +102,42 @@ def test_lists_of_different_length_are_refused(tmp_path, curve):
         Results.load(tmp_path / "results.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scores": [[5]]}, "scores has 1 entries, attack_steps 2"),
+        ({"scores": [[5], [5, 1]]}, "scores must have as many prompts at every measurement"),
+        ({"collapsed": [True]}, "collapsed has 1 entries"),
+        ({"attack_flops": [1.0, 2.0, 3.0]}, "attack_flops has 3 entries"),
+        ({"utility": {"perplexity": [1.0]}}, "utility.perplexity has 1 entries"),
+        ({"judge_errors": [0]}, "judge_errors has 1 entries"),
+        ({"asr": [0, 37.5]}, "asr must be in 0..1, got 37.5"),
+        ({"attack_steps": [20, 0]}, "attack_steps must ascend"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(tmp_path, curve, changes, reason):
+    """Wrong if a rate were read at another measurement than it was taken at."""
+    entry = asdict(curve("sft", None, [0, 1], 20)) | changes
+    (tmp_path / "results.json").write_text(json.dumps({"curves": [entry]}))
+    with pytest.raises(DataError, match=f"curves.0.: {reason}"):
+        Results.load(tmp_path / "results.json")
+
+
+def test_files_of_the_first_version_are_read(tmp_path, curve):
+    entry = asdict(curve("sft", None, [0, 1], 20))
+    old = {name: value for name, value in entry.items() if name in list(entry)[:19]}
+    assert list(old)[-1] == "error"
+    content = {"curves": [old], "environment": {}, "schema_version": 1}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert Results.load(tmp_path / "results.json").curves == [curve("sft", None, [0, 1], 20)]
+
+
+def test_nan_in_a_file_is_read_as_not_scored(tmp_path, curve):
+    entry = asdict(curve("sft", None, [0, 1], 20)) | {"asr": [0, math.nan]}
+    (tmp_path / "results.json").write_text(json.dumps({"curves": [entry]}))
+    assert Results.load(tmp_path / "results.json").curves[0].asr == [0, None]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nothing\.json: no results could be read"):
         Results.load(tmp_path / "nothing.json")

@@ -103,3 +103,52 @@ def test_names_cannot_break_a_table(curve):
     odd = curve("my|odd [bold]defense", None, [0, 1], 20)
     assert r"My\|odd [bold]defense" in to_markdown([odd])
     assert "My|odd [bold]defense" in _shown([odd], width=120)
+
+
+def _many(curve, num_defenses):
+    return [
+        curve(f"defense{place}", None, [0, 0.5, 1], 20, attack=f"full_adamw_lr{number}")
+        for number in range(12)
+        for place in range(num_defenses)
+    ]
+
+
+@pytest.mark.parametrize("num_defenses", [2, 8])
+def test_many_attacks_take_one_line_each_in_the_terminal(curve, num_defenses):
+    """Wrong if twelve attacks on eight defenses scrolled off the screen."""
+    shown = _shown(_many(curve, num_defenses), width=120)
+    assert len(shown.splitlines()) < 40
+    assert "full_adamw_lr11" in shown
+    assert f"Defense{num_defenses - 1}" in shown
+    assert "1.00" in shown
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert max(len(line) for line in _shown(_many(curve, num_defenses)).splitlines()) <= 80
+
+
+def test_low_rates_that_are_no_safety_are_marked(curve):
+    """Wrong if `> 160` of a model that only babbles read as held."""
+    fallen = curve("tar", None, [0, 0], None, collapsed=[False, True])
+    vague = curve("seam", None, [0, 0], None, trusted=False)
+    sound = curve("sft", None, [0, 1], 20)
+    for text in (to_markdown([fallen, vague, sound]), _shown([fallen, vague, sound], width=100)):
+        lines = text.splitlines()
+        assert any("TAR" in line and "\N{DAGGER}" in line for line in lines)
+        assert any("SEAM" in line and "?" in line for line in lines)
+        assert not any("SFT" in line and ("\N{DAGGER}" in line or "?" in line) for line in lines)
+        assert "a low attack success rate is no safety" in " ".join(text.split())
+    many = [
+        curve("tar", None, [0, 0], None, attack=f"a{n}", collapsed=[False, n == 3])
+        for n in range(9)
+    ]
+    assert sum("\N{DAGGER}" in line for line in _shown(many).splitlines()) == 2
+
+
+def test_csv_has_the_newer_columns(curve):
+    full = curve("sft", None, [0, 1], 20, collapsed=[False, True], attack_flops=[0.0, 2e9])
+    last = list(csv.DictReader(io.StringIO(to_csv([full]))))[1]
+    assert (last["collapsed"], last["attack_flops"], last["trusted"]) == (
+        "True",
+        "2000000000.0",
+        "True",
+    )
+    assert last["second_asr"] == ""

@@ -1,0 +1,111 @@
+"""Results of several runs, brought together for one report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from patcher_pl.errors import DataError
+from patcher_pl.reports.results import Curve, CurveKey, Results
+
+FILE_NAME = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One results file.
+
+    Args:
+        name: End of its path, long enough to tell it from the others.
+        path: The file.
+        results: What it holds.
+    """
+
+    name: str
+    path: Path
+    results: Results
+
+
+def load_runs(places: Sequence[Path]) -> list[Run]:
+    """Reads results files: those named, and those of directories or below them.
+
+    Raises:
+        DataError: If a place has no results, or a file is not a results file.
+    """
+    files = list(dict.fromkeys(file for place in places for file in _files(place)))
+    names = _short_names([_named_by(file.absolute()) for file in files])
+    return [
+        Run(name=name, path=file, results=Results.load(file))
+        for name, file in zip(names, files, strict=True)
+    ]
+
+
+def merge_runs(runs: Sequence[Run]) -> tuple[list[Curve], list[str]]:
+    """Curves of all runs, and what a reader must know about how they came together.
+
+    A curve that several files hold alike is taken once. Where files hold different curves of the
+    same defense, attack and seeds, that defense is told apart by the runs' names.
+    """
+    found: dict[CurveKey, list[Curve]] = {}
+    for run in runs:
+        for curve in run.results.curves:
+            found.setdefault(curve.key, []).append(curve)
+    clashing = {
+        key[0] for key, held in found.items() if any(curve != held[0] for curve in held[1:])
+    }
+    curves = [held[0] for key, held in found.items() if key[0] not in clashing]
+    curves += [
+        replace(curve, defense=f"{curve.defense} ({run.name})")
+        for run in runs
+        for curve in run.results.curves
+        if curve.defense in clashing
+    ]
+    return curves, [*_clash_notes(clashing), *_setting_notes(curves)]
+
+
+def _clash_notes(clashing: set[str]) -> list[str]:
+    return [
+        f"{defense!r} is in several runs with the same attacks and seeds but other outcomes; "
+        "it is told apart by run."
+        for defense in sorted(clashing)
+    ]
+
+
+def _setting_notes(curves: Sequence[Curve]) -> list[str]:
+    notes = []
+    for name, values in (
+        ("thresholds of a broken defense", {curve.threshold for curve in curves}),
+        ("numbers of harmful prompts", {curve.num_prompts for curve in curves} - {0}),
+    ):
+        if len(values) > 1:
+            shown = ", ".join(f"{value:g}" for value in sorted(values))
+            notes.append(f"The curves have different {name}: {shown}. Compare them with care.")
+    return notes
+
+
+def _files(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return [place]
+    if (place / FILE_NAME).is_file():
+        return [place / FILE_NAME]
+    below = sorted(place.glob(f"**/{FILE_NAME}"))
+    if not below:
+        raise DataError(
+            f"{place}: neither this directory nor one below it has a {FILE_NAME}. "
+            "Name a run directory of `fit`, `redteam` or `sweep`."
+        )
+    return below
+
+
+def _named_by(file: Path) -> Path:
+    return file.parent if file.name == FILE_NAME else file.with_suffix("")
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as it takes for all to differ."""
+    length = 1
+    longest = max((len(path.parts) for path in paths), default=1)
+    while True:
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names) or length >= longest:
+            return names
+        length += 1
