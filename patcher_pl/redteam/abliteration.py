@@ -18,7 +18,7 @@ from patcher_pl.losses import causal_lm_loss
 from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.redteam.base import Attack, AttackPoint, forward_flops
 from patcher_pl.redteam.embeddings import untied_embeddings
-from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.redteam.residual_stream import ResidualStream, remove_direction_
 from patcher_pl.types import Batch, Conversation
 
@@ -73,6 +73,10 @@ class Abliteration(Attack):
     @property
     def default_name(self) -> str:
         return "abliteration_per_layer" if self.per_layer else "abliteration"
+
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        return frozenset({"harmful", "benign"})
 
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.redteam.asking import Asking
-from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.types import Message
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class Attack(ABC):
     def uses_data(self) -> bool:
         """Whether the outcome depends on the attacker's training data."""
         return True
+
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        """Kinds of rows that the attack cannot do without, whatever share they have of the data."""
+        return frozenset()
 
     def prompt(self, messages: Sequence[Message], material: AttackMaterial) -> tuple[Message, ...]:
         """The conversation in which this attacker asks what `messages` ask.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
-from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.material import AttackMaterial, RowKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +26,10 @@ class BenignFinetuning(FinetuningAttack):
     """
 
     kind: ClassVar[str] = "benign"
+
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        return frozenset({"benign"})
 
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""

@@ -56,6 +56,10 @@ class BenignThenHarmful(FinetuningAttack):
             "Use BenignFinetuning for benign rows alone.",
         )
 
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        return frozenset({"harmful", "benign"})
+
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""
         benign, harmful = (

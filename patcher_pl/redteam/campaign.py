@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.mixing import Mixture
-from patcher_pl.errors import PatcherError
+from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.models.lora import merged_copy
-from patcher_pl.redteam.examiner import Examiner
+from patcher_pl.redteam.examiner import Examination, Examiner
 from patcher_pl.redteam.grid import Cell
 from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.record import Record
@@ -91,10 +91,9 @@ class Campaign:
 
         Raises:
             DataError: If the attack's data cannot be used.
-            ConfigError: If the tokenizer has no pad token.
+            ConfigError: If the tokenizer has no pad token, or the judge cannot work at all (a key
+                that its server refuses).
         """
-        # Data that cannot be used stop the run, not just one attack.
-        material = self.material(cell)
         record = Record(
             self.examiner.harmful,
             len(self.examiner.benign),
@@ -103,15 +102,21 @@ class Campaign:
             self.min_coherence,
             self.max_judge_error_rate,
         )
+        try:
+            material = self.material(cell)
+        except DataError as failure:
+            if not cell.varied:
+                raise  # No attack can work with such data.
+            return record.curve(
+                subject.key(cell), _reason(failure), family=cell.family, varied=cell.varied
+            )
         error = None
         with seeded(cell.seed, next(model.parameters()).device):
             try:
                 # As released: whoever has the weights can merge adapters and train everything.
                 target: Any = merged_copy(model)
                 for point in cell.attack.run(target, material):
-                    found = self.examiner.examine(
-                        target, self.tokenizer, self.chat, cell.attack, material
-                    )
+                    found = self._examined(target, cell, material)
                     usefulness = {} if len(record) else self._usefulness(target, cell)
                     record.add(point, found, usefulness)
                     logger.info(
@@ -121,12 +126,32 @@ class Campaign:
                 if len(record) > 1:
                     # Only now is it known that the last measurement was the last one.
                     record.add_usefulness(self._usefulness(target, cell))
+            except _UnusableJudgeError as stop:
+                raise stop.reason from None
             except (PatcherError, RuntimeError) as failure:
-                error = f"{type(failure).__name__}: {failure}"
+                error = _reason(failure)
                 logger.warning("%s, seed %d stopped early: %s", cell.name, cell.seed, error)
         for concern in record.concerns():
             logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
         return record.curve(subject.key(cell), error, family=cell.family, varied=cell.varied)
 
+    def _examined(self, model: Any, cell: Cell, material: AttackMaterial) -> Examination:
+        try:
+            return self.examiner.examine(model, self.tokenizer, self.chat, cell.attack, material)
+        except ConfigError as error:
+            raise _UnusableJudgeError(error) from error
+
     def _usefulness(self, model: "PreTrainedModel", cell: Cell) -> dict[str, float]:
         return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed)
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
+
+
+class _UnusableJudgeError(Exception):
+    """What stops one examination would stop all others too."""
+
+    def __init__(self, reason: ConfigError) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers
+from patcher_pl.evaluation.agreement import judge_agreement
 from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.isolation import seeded
-from patcher_pl.evaluation.judges import HIGHEST_SCORE, Judge
+from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.material import AttackMaterial
@@ -51,13 +52,7 @@ class Examination:
         """
         if self.second is None:
             return math.nan
-        return _kappa(
-            [
-                (first.score == HIGHEST_SCORE, second.score == HIGHEST_SCORE)
-                for first, second in zip(self.harmful.verdicts, self.second.verdicts, strict=True)
-                if first.score is not None and second.score is not None
-            ]
-        )
+        return judge_agreement(self.harmful.verdicts, self.second.verdicts).kappa
 
 
 @dataclass(frozen=True)
@@ -144,14 +139,3 @@ class Examiner:
             with seeded(seed, next(model.parameters()).device):
                 found |= measure.measure(model, tokenizer, chat, seed=seed)
         return found
-
-
-def _kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
-    if not pairs:
-        return math.nan
-    # Takes seconds to import; only who has two judges pays for it.
-    import torch
-    from torchmetrics.functional.classification import binary_cohen_kappa
-
-    first, second = torch.tensor(pairs, dtype=torch.long).unbind(dim=1)
-    return float(binary_cohen_kappa(first, second))

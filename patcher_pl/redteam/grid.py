@@ -50,14 +50,23 @@ class Grid:
                 raise ValueError(f"Grid.{name} must hold different values, got {values}.")
 
     def combinations(self, attack: Attack) -> Iterator[dict[str, Setting]]:
-        """Settings of every cell of one attack; one empty entry where nothing varies."""
+        """Settings of every cell of one attack; one empty entry where nothing varies.
+
+        Leaves out shares of harmful rows that would take from an attack what it cannot do without.
+        """
         varied = {
             name: values
             for name, values in self._lists.items()
             if values and has_setting(attack, name)
         }
         for chosen in itertools.product(*varied.values()):
-            yield dict(zip(varied, chosen, strict=True))
+            settings = dict(zip(varied, chosen, strict=True))
+            share = settings.get("poison_ratio")
+            if not (
+                (share == 1 and "benign" in attack.needed_rows)
+                or (share == 0 and "harmful" in attack.needed_rows)
+            ):
+                yield settings
 
     @property
     def _lists(self) -> dict[str, list[Setting]]:

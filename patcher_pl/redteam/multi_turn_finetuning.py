@@ -11,7 +11,7 @@ from patcher_pl.data.seeds import derive_seed
 from patcher_pl.errors import DataError
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
-from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.types import Conversation, Message
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class MultiTurnFinetuning(FinetuningAttack):
         self._require(
             self.num_turns >= 2, "num_turns", ">= 2", "Use FullFinetuning for single questions."
         )
+
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        return frozenset({"benign"})
 
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""

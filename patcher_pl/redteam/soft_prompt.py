@@ -12,7 +12,7 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack
-from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.types import Message
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class SoftPrompt(FinetuningAttack):
             "different tokens, at least one",
             "Name reserved tokens of the model's tokenizer.",
         )
+
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        return frozenset({"harmful"})
 
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""

@@ -12,7 +12,7 @@ from patcher_pl.attackers.loop import FinetuneStep, finetune
 from patcher_pl.optim import Optimizer
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
-from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.types import Batch
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class VectorOutrunning(FinetuningAttack):
             "a number other than 0 and 1",
             "Those begin where FullFinetuning would be.",
         )
+
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        return frozenset({"harmful"})
 
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""
