@@ -45,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 TRAINING: dict[str, Any] = {
     "optimizer": AdamW(lr=1e-2),
-    "attack_steps": [0, 2, 6],
+    "attack_steps": [0, 4, 6],
     "batch_size": 2,
 }
 # What each needs beside the above.
