@@ -181,6 +181,7 @@ def test_a_soft_prompt_learns_and_leaves_the_model_alone(model, tokenizer):
     before = weights(model)
     plain = torch.tensor([CHAT.prompt_ids(tokenizer, ROWS[0].prompt)])
     logits = model.eval()(plain).logits
+    model.train()
     attack = SoftPrompt(**SOFT, tokens=["~", "^"])
     material = AttackMaterial(tokenizer, CHAT, ROWS, 0)
     _, first, last = [point.loss for point in attack.run(model, material)]
