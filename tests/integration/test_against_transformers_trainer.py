@@ -34,9 +34,6 @@ OPTIMIZER = AdamW(lr=LR, weight_decay=0.0)
 CHAT = ChatFormat(max_length=64)
 CPU = torch.device("cpu")
 
-# Trainer's own use of a deprecated argument of torch's data loader.
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-
 
 def attack_rows(directory, seed: int) -> Any:
     """What the attacker of a seed draws of the testbed."""
