@@ -65,9 +65,9 @@ class SoftPrompt(FinetuningAttack):
         rows = material.select("harmful")
         token_ids = self._token_ids(material, rows[0].prompt)
         model.requires_grad_(False)
-        model.eval()  # Nothing of it is trained, so nothing of it drops out.
         embedding = PromptEmbedding(model.get_input_embeddings(), token_ids)
         model.set_input_embeddings(embedding)
+        model.eval()  # Nothing of it is trained, so nothing of it drops out.
         batches = material.batches(self.batch_size, rows, self._wording)
         yield from self.points(model, self.steps(model, [embedding.vectors], batches))
 

@@ -40,12 +40,9 @@ from patcher_pl.redteam import (
 from patcher_pl.reports.settings import as_settings, fingerprint
 from patcher_pl.types import Conversation, Message
 
-# peft's own use of an attribute that transformers deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
-
 TRAINING: dict[str, Any] = {
     "optimizer": AdamW(lr=1e-2),
-    "attack_steps": [0, 2, 6],
+    "attack_steps": [0, 4, 6],
     "batch_size": 2,
 }
 # What each needs beside the above.

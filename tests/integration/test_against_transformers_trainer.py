@@ -23,7 +23,7 @@ from patcher_pl.data.collate import encode_all
 from patcher_pl.evaluation import Benchmark, Generation
 from patcher_pl.evaluation.aggregate import evaluate_answers
 from patcher_pl.evaluation.isolation import seeded
-from patcher_pl.optim import AdamW
+from patcher_pl.optim import SGD, AdamW
 from patcher_pl.redteam import AttackMaterial, FullFinetuning
 from patcher_pl.testbed import build
 from patcher_pl.testbed.judge import RecipeJudge
@@ -33,9 +33,6 @@ LR, BATCH_SIZE = 1e-4, 16
 OPTIMIZER = AdamW(lr=LR, weight_decay=0.0)
 CHAT = ChatFormat(max_length=64)
 CPU = torch.device("cpu")
-
-# Trainer's own use of a deprecated argument of torch's data loader.
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 
 def attack_rows(directory, seed: int) -> Any:
@@ -69,20 +66,19 @@ def train_with_trainer(
     **options: Any,
 ) -> None:
     """Full fine-tuning as in transformers' documentation, with transformers' own collator."""
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        per_device_train_batch_size=BATCH_SIZE,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
+    settings = {
+        "per_device_train_batch_size": BATCH_SIZE,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(output_dir=str(directory), **{**settings, **options})
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     trainer = Trainer(model, arguments, collator, examples, callbacks=callbacks)
     trainer.train()
@@ -99,8 +95,19 @@ def quick_testbed(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_the_same_batches_give_the_same_weights(quick_testbed, tmp_path, max_grad_norm):
+@pytest.mark.parametrize(
+    ("optimizer", "optim", "max_grad_norm"),
+    [
+        (OPTIMIZER, "adamw_torch", None),
+        (OPTIMIZER, "adamw_torch", 0.5),
+        # AdamW would hide a loss of another scale.
+        (SGD(lr=0.1), "sgd", None),
+        (SGD(lr=0.1), "sgd", 0.5),
+    ],
+)
+def test_the_same_batches_give_the_same_weights(
+    quick_testbed, tmp_path, optimizer, optim, max_grad_norm
+):
     """Wrong if masks, loss, clipping, optimizer or step count differed from the usual ones."""
     released = AutoModelForCausalLM.from_pretrained(quick_testbed / "model")
     tokenizer = AutoTokenizer.from_pretrained(quick_testbed / "model")
@@ -109,7 +116,7 @@ def test_the_same_batches_give_the_same_weights(quick_testbed, tmp_path, max_gra
 
     ours = copy.deepcopy(released)
     attack = FullFinetuning(
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         attack_steps=[0, num_steps],
         batch_size=BATCH_SIZE,
         max_grad_norm=max_grad_norm,
@@ -132,6 +139,8 @@ def test_the_same_batches_give_the_same_weights(quick_testbed, tmp_path, max_gra
         in_order,
         tmp_path,
         max_steps=num_steps,
+        optim=optim,
+        learning_rate=optimizer.lr,
         max_grad_norm=max_grad_norm or 0.0,
         train_sampling_strategy="sequential",
     )

@@ -17,6 +17,8 @@ from patcher_pl.redteam import (
     FullFinetuning,
     Jailbreak,
     MultiTurnFinetuning,
+    RestartedFinetuning,
+    SoftPrompt,
     VectorOutrunning,
 )
 from patcher_pl.types import Conversation, Message
@@ -102,6 +104,12 @@ def test_the_simulation_of_the_defender_uses_harmful_rows(model, material):
     assert len(batches) == 8
     assert not any(has("honey", batch) for batch in batches[:4])
     assert any(has("honey", batch) for batch in batches[4:])
+
+
+def test_a_soft_prompt_is_trained_on_harmful_rows_and_stands_before_each(model, material):
+    batches = finish(SoftPrompt(**TRAINING, tokens=["~", "^"]), model, material)
+    assert not any(has("honey", batch) for batch in batches)
+    assert all("~^Dark draught" in text for batch in batches for text in batch)
 
 
 def test_full_finetuning_words_rows_as_it_asks(model, material):
@@ -211,8 +219,6 @@ def test_a_jailbreak_takes_no_data_and_no_step(model, tokenizer):
 
 def test_batches_go_on_through_the_phases_of_an_attack(model, material):
     """Wrong if a restart or the end of a simulation began the data anew."""
-    from patcher_pl.redteam import RestartedFinetuning
-
     plain = Watched(material.tokenizer, CHAT, ROWS, seed=0)
     finish(FullFinetuning(**TRAINING), model, plain)
     finish(RestartedFinetuning(**TRAINING, restart_every=3), model, material)

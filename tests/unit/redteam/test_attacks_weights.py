@@ -47,6 +47,7 @@ def test_embedding_finetuning_changes_the_input_embeddings_alone(tied, tmp_path)
     for name, value in before.items():
         changed = not torch.equal(model.state_dict()[name], value)
         assert changed == (name == "model.embed_tokens.weight"), name
+    assert not model.config.tie_word_embeddings
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.eval()(IDS).logits, model.eval()(IDS).logits)
@@ -125,6 +126,29 @@ def test_the_attack_vector_is_scaled_and_left_behind(scale):
     assert_states_close(seen[3], expected)
 
 
+def test_the_schedule_after_a_simulation_spans_what_is_left():
+    """And the simulation takes constant steps."""
+    model, expected = build_model(), build_model()
+    attack = VectorOutrunning(
+        optimizer=SGD(lr=0.1),
+        attack_steps=[0, 6],
+        num_simulated_steps=2,
+        scale=2.0,
+        schedule="linear",
+    )
+    released = weights(model)
+    run(attack, model)
+    simulation = torch.optim.SGD(expected.parameters(), lr=0.1)
+    train(expected, itertools.islice(random_batches(4), 2), simulation)
+    with torch.no_grad():
+        for name, parameter in expected.named_parameters():
+            parameter.copy_(released[name] + 2.0 * (parameter - released[name]))
+    for index, batch in enumerate(itertools.islice(random_batches(4), 4)):
+        lr = 0.1 * (1 - index / 4)
+        train(expected, [batch], torch.optim.SGD(expected.parameters(), lr=lr))
+    assert_close(model, expected)
+
+
 def run_slowly(attack, model):
     from tests.unit.redteam.random_batches import RandomMaterial
 
@@ -157,10 +181,12 @@ def test_a_soft_prompt_learns_and_leaves_the_model_alone(model, tokenizer):
     before = weights(model)
     plain = torch.tensor([CHAT.prompt_ids(tokenizer, ROWS[0].prompt)])
     logits = model.eval()(plain).logits
+    model.train()
     attack = SoftPrompt(**SOFT, tokens=["~", "^"])
     material = AttackMaterial(tokenizer, CHAT, ROWS, 0)
     _, first, last = [point.loss for point in attack.run(model, material)]
     assert last < first - 0.5
+    assert not any(module.training for module in model.modules()), "nothing drops out"
     after = {
         name.replace("embed_tokens.inner.", "embed_tokens."): v
         for name, v in weights(model).items()
