@@ -47,6 +47,8 @@ def kind(path: Path) -> str:
         return "red team"
     if "redteam" in keys:
         return "redteam"
+    if "search" in keys:
+        return "search"
     raise AssertionError(f"{path}: of no kind that this test knows; teach it the new kind.")
 
 
@@ -92,7 +94,7 @@ def ignoring_deprecations(function):
 def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
         *("fit", "strategy", "sweep", "ablation", "redteam", "red team"),
-        *("judge", "benchmark", "generation"),
+        *("judge", "benchmark", "generation", "search"),
     }
 
 
@@ -169,6 +171,22 @@ def test_options_of_the_red_team_command_are_built(path, nothing_is_loaded):
     arguments = ["--config", str(path), "--model", "m", "--run_dir", "r"]
     options = parser.instantiate(parser.parse_args(arguments))
     assert isinstance(options.redteam, RedTeam)
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("search", [None, *of_kind("search")])
+def test_the_testbed_red_team_is_built_with_the_models_that_it_hardens(
+    search, nothing_is_loaded, tmp_path
+):
+    """Wrong if an attack, the search or a `fit` named what does not exist, minutes into the run."""
+    files = [ROOT / "configs" / "testbed" / "redteam.yaml", *([search] if search else [])]
+    parser = function_parser("redteam", run_redteam)
+    options = parser.instantiate(parser.parse_args([f"--config={file}" for file in files]))
+    assert (options.search is None) == (search is None)
+    assert len(options.redteam.cells()) == 24 * len(options.redteam.seeds)
+    for target in options.models:
+        fit = Fit.plan(tmp_path, Path(target.fit), options.fit_options)
+        PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
 
 
 @ignoring_deprecations
