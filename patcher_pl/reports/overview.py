@@ -228,11 +228,12 @@ class Overview:
     def _standing(self, label: str) -> Standing:
         cells = tuple(cell for cell in self.cells if cell.group.label == label)
         scored = [cell for cell in cells if cell.severity[0] > 0]
+        # An attack without steps is measured when it is done, never before.
         benign = [
             curve.benign_accuracy[0]
             for cell in cells
             for curve in cell.group.curves
-            if curve.attack_steps and curve.benign_accuracy[0] is not None
+            if len(curve.attack_steps) > 1 and curve.benign_accuracy[0] is not None
         ]
         areas = [cell.area.value for cell in cells if cell.area is not None]
         return Standing(

@@ -129,3 +129,12 @@ def test_names_break_neither_markdown_nor_latex(curve):
     odd = Overview((curve("a|b<i>\nc", None, [0, 1], 20, attack="x&y_\\input{z}"),))
     assert r"A\|b&lt;i> c" in overview_markdown(odd)
     assert r"x\&y\_\textbackslash{}input\{z\}" in overview_latex(odd)
+
+
+def test_attacks_without_steps_say_nothing_about_the_released_model(curve):
+    """Wrong if removing the refusal direction, say, made the defense itself look useless."""
+    curves = (
+        curve("sft", None, [0, 1], 20, benign_accuracy=[0.9, 0.5]),
+        curve("sft", None, [1], 0, attack="prefill", benign_accuracy=[0.1]),
+    )
+    assert Overview(curves).standings[0].benign_accuracy == 0.9
