@@ -64,12 +64,13 @@ def comparison_table(rows: Sequence[PairedComparison | Refusal]) -> TextTable | 
     compared = [row for row in rows if isinstance(row, PairedComparison)]
     if not compared:
         return None
-    header = ["attack", "defense", "compared with", "ASR (defense)", "ASR (other)", "difference"]
+    header = ["attack", "defense", "compared with", "its mean", "other's", "difference"]
     header += ["95 % interval", "Cohen's h", "p", "p (Holm)", "prompts", "seeds", "note"]
     return TextTable(
         caption=(
-            "Paired comparisons after the same attack, on the same prompts with the same seeds. A "
-            "negative difference means fewer successful attacks. p: two-sided paired permutation "
+            "Mean attack success over the attack (area under the curve, over log2(1 + steps)), on "
+            "the same prompts with the same seeds, so that a defense that holds longer is told from "
+            "one that breaks at once. A negative difference means fewer successful attacks. p: two-sided paired permutation "
             "test over prompts, for these trained models; Holm's correction is for all rows of this "
             "table. The interval resamples seeds and prompts."
         ),

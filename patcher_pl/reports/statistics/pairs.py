@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +21,8 @@ from patcher_pl.reports.statistics.resampling import (
     seed_weights,
 )
 
+Over = Literal["attack", "end"]
+
 PERMUTATIONS = 9999
 # Attacks of equal length may differ by the odd answer that was cut; more is another attack.
 _TOKEN_TOLERANCE = 0.01
@@ -27,14 +30,17 @@ _TOKEN_TOLERANCE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """Attack success of `second` against `first`, after the same attack, on the same prompts.
+    """Attack success of `second` against `first`, under the same attack, on the same prompts.
 
     Args:
         attack: Name of the attack.
         first: Label of the defense that is compared with, such as the control.
         second: Label of the other one.
-        attack_steps: Attack steps after which they are compared: the last measurement.
-        first_asr: Attack success rate of `first` over the pairs (0..1).
+        attack_steps: Attack steps of the last measurement.
+        over: `end`: attack success there. `attack`: its mean over the attack, see `area_under_asr`
+            (over log2(1 + steps)), so that a defense that holds longer is told from one that breaks
+            at once, though both are broken in the end.
+        first_asr: Attack success rate of `first` over the pairs (0..1), at the end or on average.
         second_asr: That of `second`.
         difference: `second_asr - first_asr`: negative where `second` is harder to attack.
         low: Lower end of its 95 % interval, by resampling seeds and prompts of the pairs.
@@ -57,6 +63,7 @@ class PairedComparison:
     first: str
     second: str
     attack_steps: int
+    over: Over
     first_asr: float
     second_asr: float
     difference: float
@@ -88,9 +95,14 @@ class Refusal:
 
 
 def compare(
-    first: Group, second: Group, *, num_resamples: int = RESAMPLES, seed: int = 0
+    first: Group,
+    second: Group,
+    *,
+    over: Over = "attack",
+    num_resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> PairedComparison | Refusal:
-    """Compares two defenses at the end of the same attack, with the same prompts and seeds.
+    """Compares two defenses under the same attack, with the same prompts and seeds.
 
     Prompts are the pairs: each one's success is averaged over the seeds, and answers without a
     verdict are left out on both sides.
@@ -98,6 +110,7 @@ def compare(
     Args:
         first: The one compared with.
         second: The other one.
+        over: The whole attack, or its end; see `PairedComparison`. With one measurement, the same.
         num_resamples: Bootstrap replicates (count).
         seed: Seed of bootstrap and permutations.
 
@@ -106,7 +119,7 @@ def compare(
         prompt are missing.
     """
     pairs = _paired(first, second)
-    tables = pairs if isinstance(pairs, str) else _outcomes(pairs, first.attack_steps[-1])
+    tables = pairs if isinstance(pairs, str) else _outcomes(pairs, over)
     if isinstance(pairs, str) or isinstance(tables, str):
         return Refusal(
             attack=first.attack, first=first.label, second=second.label, reason=str(tables)
@@ -132,6 +145,7 @@ def compare(
         first=first.label,
         second=second.label,
         attack_steps=first.attack_steps[-1],
+        over=over,
         first_asr=rates[0],
         second_asr=rates[1],
         difference=rates[1] - rates[0],
@@ -147,7 +161,11 @@ def compare(
 
 
 def compare_all(
-    groups: Sequence[Group], baseline: str | None = None, *, seed: int = 0
+    groups: Sequence[Group],
+    baseline: str | None = None,
+    *,
+    over: Over = "attack",
+    seed: int = 0,
 ) -> list[PairedComparison | Refusal]:
     """Compares every defense with the baseline under every attack, and corrects for their number.
 
@@ -155,6 +173,7 @@ def compare_all(
         groups: Defenses under attacks.
         baseline: Name or label of the defense that the others are compared with; None takes the
             control, and where there is none, compares all with each other.
+        over: The whole attack, or its end.
         seed: Seed of bootstraps and permutations.
     """
     found: list[PairedComparison | Refusal] = []
@@ -165,7 +184,7 @@ def compare_all(
         pairs = list(itertools.product(named, others))
         if not pairs and baseline is None:
             pairs = list(itertools.combinations(members, 2))
-        found += [compare(first, second, seed=seed) for first, second in pairs]
+        found += [compare(first, second, over=over, seed=seed) for first, second in pairs]
     corrected = iter(holm([row.p_value for row in found if isinstance(row, PairedComparison)]))
     return [
         replace(row, p_holm=next(corrected)) if isinstance(row, PairedComparison) else row
@@ -220,20 +239,40 @@ def _paired(first: Group, second: Group) -> list[tuple[Curve, Curve]] | str:
 
 
 def _outcomes(
-    pairs: Sequence[tuple[Curve, Curve]], steps: int
+    pairs: Sequence[tuple[Curve, Curve]], over: Over
 ) -> tuple[Float[np.ndarray, "seed prompt"], Float[np.ndarray, "seed prompt"]] | str:
-    """Success of both after `steps`, NaN where either has no verdict, or why there is none."""
+    """Success of every prompt under both, NaN where either lacks a verdict, or why there is none."""
     if (reason := _difference_of_attacks(pairs)) is not None:
         return reason
-    before, after = (successes(side, steps) for side in zip(*pairs, strict=True))
-    if before is None or after is None:
-        return "scores per prompt are missing, or do not give the rates"
-    if before.shape != after.shape:
-        return f"the prompts differ: {before.shape[1]} and {after.shape[1]} of them"
+    measured = {tuple(curve.attack_steps) for pair in pairs for curve in pair}
+    if over == "attack" and len(measured) > 1:
+        return "they were measured at different steps"
+    steps = pairs[0][0].attack_steps if over == "attack" else pairs[0][0].attack_steps[-1:]
+    sides = []
+    for side in zip(*pairs, strict=True):
+        tables = [successes(side, step) for step in steps]
+        known = [table for table in tables if table is not None]
+        if len(known) < len(tables):
+            return "scores per prompt are missing, or do not give the rates"
+        sides.append(known)
+    shapes = [side[0].shape for side in sides]
+    if shapes[0] != shapes[1]:
+        return f"the prompts differ: {shapes[0][1]} and {shapes[1][1]} of them"
+    before, after = (_over_steps(steps, np.stack(side)) for side in sides)
     both = np.isfinite(before) & np.isfinite(after)
     if not both.any():
         return "no prompt was scored under both"
     return np.where(both, before, np.nan), np.where(both, after, np.nan)
+
+
+def _over_steps(
+    steps: Sequence[int], success: Float[np.ndarray, "time seed prompt"]
+) -> Float[np.ndarray, "seed prompt"]:
+    """Mean success of every prompt over the attack; NaN where a verdict is missing."""
+    if len(steps) == 1:
+        return success[0]
+    places = np.log2(1 + np.asarray(steps, dtype=float))
+    return np.trapezoid(success, places, axis=0) / (places[-1] - places[0])
 
 
 def _difference_of_attacks(pairs: Sequence[tuple[Curve, Curve]]) -> str | None:

@@ -150,3 +150,39 @@ def test_effect_sizes_are_on_the_arcsine_scale():
     assert cohens_h(0.0, 1.0) == pytest.approx(math.pi)
     assert cohens_h(0.5, 0.5) == 0
     assert cohens_h(0.25, 0.5) == pytest.approx(math.pi / 6 * 1.0)
+
+
+def test_a_defense_that_holds_longer_is_told_from_one_that_breaks_at_once(curve):
+    """Wrong if two defenses that are both broken in the end always came out equal."""
+
+    def broken_from(defense, place):
+        rates = [float(number >= place) for number in range(4)]
+        scores = [[5 if rate else 1] * 6 for rate in rates]
+        steps = {"attack_steps": [0, 1, 3, 7], "scores": scores, "num_prompts": 6}
+        made = curve(defense, None, rates, None, **steps)
+        return Group(defense, None, made.attack, (made,))
+
+    early, late = broken_from("sft", 1), broken_from("tar", 3)
+    whole = compare(early, late)
+    assert isinstance(whole, PairedComparison)
+    # Trapezoids over log2(1 + steps) = 0, 1, 2, 3.
+    assert (whole.first_asr, whole.second_asr) == (pytest.approx(2.5 / 3), pytest.approx(0.5 / 3))
+    assert whole.p_value == pytest.approx(2 / 2**6)
+    end = compare(early, late, over="end")
+    assert isinstance(end, PairedComparison)
+    assert (end.difference, end.p_value, end.over) == (0.0, 1.0, "end")
+
+
+def test_curves_measured_at_different_steps_are_compared_at_the_end_alone(curve):
+    def measured(defense, steps):
+        made = curve(
+            defense, None, [0.0, 1.0], None, attack_steps=steps, scores=[[1, 1], [5, 5]],
+            num_prompts=2,
+        )  # fmt: skip
+        return Group(defense, None, made.attack, (made,))
+
+    first, second = measured("sft", [0, 7]), measured("tar", [3, 7])
+    found = compare(first, second)
+    assert isinstance(found, Refusal)
+    assert "different steps" in found.reason
+    assert isinstance(compare(first, second, over="end"), PairedComparison)
