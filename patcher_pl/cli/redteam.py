@@ -223,12 +223,17 @@ class _Board:
     def _try(
         self, subject: _Subject, chosen: Sequence[tuple[Attack, dict[str, Setting]]]
     ) -> list[list[Curve]]:
-        team = self.redteam
-        groups = [
-            varied_cells(attack, team.data, settings, team.seeds) for attack, settings in chosen
-        ]
+        groups = [self._cells_of(attack, settings) for attack, settings in chosen]
         self.run_cells([(subject, cell) for cells in groups for cell in cells])
         return [_outcomes([self._assignment(subject, cell) for cell in cells]) for cells in groups]
+
+    def _cells_of(self, attack: Attack, settings: dict[str, Setting]) -> list[Cell]:
+        """The cells of a trial; none where the attack cannot have such settings."""
+        try:
+            return varied_cells(attack, self.redteam.data, settings, self.redteam.seeds)
+        except ValueError as error:
+            print(f"Passed over: {error}")
+            return []
 
     def _assignment(self, subject: _Subject, cell: Cell) -> Assignment:
         return Assignment.plan(

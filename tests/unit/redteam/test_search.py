@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from patcher_pl.cli.redteam import run_redteam
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.optim import AdamW
-from patcher_pl.redteam import FullFinetuning, Grid, Search
+from patcher_pl.redteam import BenignThenHarmful, FullFinetuning, Grid, Search
 from patcher_pl.redteam.grid import varied_cells
 from patcher_pl.redteam.strength import attack_strength, mean_strength
 from patcher_pl.redteam.variation import has_setting, setting_of, varied_attack
@@ -200,3 +200,16 @@ def test_the_command_searches_and_goes_on(model_dir, red_team, tmp_path, capsys)
     )
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")}
     assert before == after
+
+
+def test_settings_that_an_attack_cannot_have_are_passed_over(model_dir, red_team, tmp_path, capsys):
+    """Wrong if the first impossible trial ended a night's search."""
+    steps = {"attack_steps": [0, 3], "batch_size": 2, "num_benign_steps": 2}
+    attack = BenignThenHarmful(optimizer=AdamW(lr=1e-5), **steps)
+    team = replace(red_team, attacks=[attack])
+    search = Search(num_trials=2, num_steps=[1, 2])
+    with pytest.raises(PatcherError, match="Every attack failed"):
+        run_redteam(team, tmp_path, str(model_dir), search=search, device="cpu")
+    assert "Passed over: BenignThenHarmful.num_benign_steps must be" in capsys.readouterr().out
+    tried = json.loads((tmp_path / "search.json").read_text())["model"]
+    assert [trial["strength"] for trial in tried] == [None] * 3
