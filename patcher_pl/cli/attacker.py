@@ -29,7 +29,8 @@ def run_attacker(arguments: Sequence[str]) -> None:
     if own.supervised:
         # At once: the imports below take seconds, in which the parent may be gone already.
         end_with_parent(lambda: remove_private(own.mailbox) if own.mailbox else None)
-    from patcher_pl.cli.console import log_progress, quiet_libraries
+    from patcher_pl.cli.console import log_progress
+    from patcher_pl.quiet import quiet_libraries
 
     log_progress()
     quiet_libraries()

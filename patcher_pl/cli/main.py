@@ -88,7 +88,8 @@ def _run(command: str, arguments: list[str]) -> None:
 
         run_report_command(arguments)
         return
-    from patcher_pl.cli.console import log_progress, quiet_libraries
+    from patcher_pl.cli.console import log_progress
+    from patcher_pl.quiet import quiet_libraries
 
     log_progress()
     quiet_libraries()

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 
 from patcher_pl.errors import PatcherError
 from patcher_pl.processes import Children, run_all
+from patcher_pl.quiet import quiet_libraries
 from patcher_pl.redteam.assignment import Assignment
 from patcher_pl.redteam.engines.base import Engine
 from patcher_pl.reports.environment import usable_cpus
@@ -104,9 +105,7 @@ def _work(assignment: Assignment, device: str, writer: object) -> None:
     """What a process does; Ctrl-C is the parent's business, and so is what stops the whole run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+    quiet_libraries()
     try:
         assignment.perform(device)
     except PatcherError as error:

@@ -24,6 +24,8 @@ from patcher_pl.reports.statistics.resampling import (
 Over = Literal["attack", "end"]
 
 PERMUTATIONS = 9999
+# Means of equal outcomes differ by no more.
+_ROUND_OFF = 1e-9
 # Attacks of equal length may differ by the odd answer that was cut; more is another attack.
 _TOKEN_TOLERANCE = 0.01
 
@@ -135,7 +137,7 @@ def compare(
         prompt_weights(before.shape[1], num_resamples, seed),
     )
     interval = percentile_interval(replicates)
-    if interval is None or interval[0] == interval[1]:
+    if interval is None or interval[1] - interval[0] < _ROUND_OFF:
         interval = _independent_interval(*rates, num_asked)
     p_value = _permutation_p_value(
         np.nanmean(before[:, asked], axis=0), np.nanmean(after[:, asked], axis=0), seed

@@ -168,6 +168,7 @@ def test_a_defense_that_holds_longer_is_told_from_one_that_breaks_at_once(curve)
     # Trapezoids over log2(1 + steps) = 0, 1, 2, 3.
     assert (whole.first_asr, whole.second_asr) == (pytest.approx(2.5 / 3), pytest.approx(0.5 / 3))
     assert whole.p_value == pytest.approx(2 / 2**6)
+    assert whole.low < whole.difference - 0.05, "six prompts that agree are not all prompts"
     end = compare(early, late, over="end")
     assert isinstance(end, PairedComparison)
     assert (end.difference, end.p_value, end.over) == (0.0, 1.0, "end")
