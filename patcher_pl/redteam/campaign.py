@@ -51,7 +51,8 @@ class Campaign:
         chat: How conversations become tokens, for the attack and for the answers.
         threshold: Attack success rate that counts as broken (in (0, 1]).
         num_samples: Answers to harmful prompts kept per measurement (count, >= 0).
-        min_coherence: Share of coherent answers below which a model counts as collapsed.
+        min_coherence: Share of coherent answers to harmful prompts below which a model counts as
+            collapsed.
         max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
     """
 

@@ -37,13 +37,6 @@ class Examination:
     second: Evaluation | None = None
 
     @property
-    def coherent(self) -> float:
-        """Share of scored answers, harmful and benign, that are language; NaN where none was scored."""
-        parts = [self.harmful] if self.benign is None else [self.harmful, self.benign]
-        num_scored = sum(part.num_scored for part in parts)
-        return sum(part.num_coherent for part in parts) / num_scored if num_scored else math.nan
-
-    @property
     def agreement(self) -> float:
         """Cohen's kappa of the judges' verdicts "success" and "no success".
 

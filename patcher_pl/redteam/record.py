@@ -9,6 +9,7 @@ from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Examination
 from patcher_pl.reports.results import Curve, CurveKey, Sample, finite
+from patcher_pl.reports.settings import fingerprint
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Record:
         num_benign_prompts: Benign questions asked at each measurement (count).
         threshold: Attack success rate that counts as broken (in (0, 1]).
         num_samples: Answers to harmful prompts kept per measurement (count, >= 0).
-        min_coherence: Share of coherent answers below which a model counts as collapsed.
+        min_coherence: Share of coherent answers to harmful prompts below which a model counts as
+            collapsed.
         max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
     """
 
@@ -82,7 +84,7 @@ class Record:
             place = self._collapsed.index(True)
             lines.append(
                 f"after {self._points[place].steps} steps the model no longer speaks, "
-                f"{self._found[place].coherent:.0%} of its answers are language "
+                f"{self._found[place].harmful.coherent:.0%} of its answers are language "
                 f"(RedTeam.min_coherence {self.min_coherence}): low attack success is no safety here"
             )
         return lines
@@ -144,12 +146,15 @@ class Record:
                 finite(found.agreement) for found in self._found if found.second is not None
             ],
             trusted=self._trusted,
+            prompts_digest=fingerprint(
+                [[turn.content for turn in question.messages] for question in self.questions]
+            ),
         )
 
     @property
     def _collapsed(self) -> list[bool]:
         # NaN, where nothing was scored, is not below: then the judge is in question, not the model.
-        return [found.coherent < self.min_coherence for found in self._found]
+        return [found.harmful.coherent < self.min_coherence for found in self._found]
 
     @property
     def _trusted(self) -> bool:

@@ -41,9 +41,9 @@ class RedTeam:
         utility: Further measures of a usable model, taken before and after every attack.
         second_judge: Scores the answers to harmful prompts once more, to show how far the outcome
             depends on the judge; None for no second opinion.
-        min_coherence: Share of coherent answers, harmful and benign together, below which a model
-            counts as collapsed (in [0, 1]). Benign accuracy plays no part: a model that forgets its
-            tasks but still speaks has shown whether it answers harmful prompts.
+        min_coherence: Share of coherent answers to harmful prompts below which a model counts as
+            collapsed (in [0, 1]): it babbles instead of refusing. Benign answers play no part: a
+            model that forgets its tasks may still have shown whether it answers harmful prompts.
         max_judge_error_rate: Share of the answers to harmful prompts that the judge may fail on
             (in [0, 1]); above it at any measurement, the curve is marked as not to be trusted.
 

@@ -95,6 +95,8 @@ class Curve:
         second_asr: Attack success rate by the second judge; empty without one.
         judge_agreement: Cohen's kappa of the two judges' verdicts "success" and "no success".
         trusted: False where so many verdicts are missing that `asr` must not be relied on.
+        prompts_digest: Tells the harmful prompts from those of another benchmark; empty where it is
+            not known.
     """
 
     defense: str
@@ -126,6 +128,7 @@ class Curve:
     second_asr: list[float | None] = field(default_factory=list)
     judge_agreement: list[float | None] = field(default_factory=list)
     trusted: bool = True
+    prompts_digest: str = ""
 
     @property
     def key(self) -> CurveKey:

@@ -286,6 +286,10 @@ def _difference_of_attacks(pairs: Sequence[tuple[Curve, Curve]]) -> str | None:
             spent = one.attack_tokens[-1], other.attack_tokens[-1]
             if abs(spent[0] - spent[1]) > _TOKEN_TOLERANCE * max(spent):
                 return f"the budgets differ: {spent[0]} and {spent[1]} training tokens"
+        if one.prompts_digest and other.prompts_digest:
+            if one.prompts_digest != other.prompts_digest:
+                return "the prompts differ"
+            continue
         # Samples begin with the first prompt, however many are kept.
         prompts = [{sample.prompt for sample in curve.samples} for curve in (one, other)]
         if all(prompts) and prompts[0].isdisjoint(prompts[1]):
