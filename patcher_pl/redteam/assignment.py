@@ -77,7 +77,8 @@ class Assignment:
             "weights": weights,
         }
         digest = fingerprint(as_settings(settings, for_outcome=True))
-        name = _slug(f"{cell.name} seed {cell.seed} {digest[:8]}")
+        # Templates make long names, and file systems take 255 bytes.
+        name = f"{_slug(cell.name)[:100]}-seed-{cell.seed}-{digest[:8]}"
         return cls(
             team=team,
             cell=cell,
@@ -87,11 +88,6 @@ class Assignment:
             digest=digest,
             num_threads=num_threads,
         )
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"{self.subject.defense} under {self.cell.name}, seed {self.cell.seed}"
 
     def load(self) -> Curve | None:
         """The outcome, failures included; None where there is none of these settings."""
