@@ -9,8 +9,6 @@ from torch import Tensor
 
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
-from patcher_pl.defenses.strategies import uses_fsdp1
-from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Weights
@@ -30,8 +28,8 @@ class Booster(Defense):
     w is what is trained: every weight, or the adapters. The paper trains adapters. Dropout falls the
     same way in both passes over the harmful batch, which the authors' code leaves to chance.
 
-    Three gradient evaluations per batch. Works with `ModelParallelStrategy` (FSDP2); every process
-    takes harmful conversations of its own, and the step is that of all of them together.
+    Three gradient evaluations per batch. Works on sharded weights; every process takes harmful
+    conversations of its own, and the step is that of all of them together.
 
     Args:
         language_model: The model to harden.
@@ -85,15 +83,6 @@ class Booster(Defense):
         """Refuses to start without harmful conversations."""
         super().on_fit_start()
         require_attack_data(self)
-
-    def require_shardable(self) -> None:
-        """Refuses FSDP1, with which this was never tried."""
-        super().require_shardable()
-        if self._trainer is not None and uses_fsdp1(self.trainer):
-            raise ConfigError(
-                "trainer.strategy: Booster shards with ModelParallelStrategy (FSDP2) only, got "
-                "FSDPStrategy. Use one of configs/strategies/fsdp2-*.yaml."
-            )
 
     def release(self) -> None:
         """Lets go of the weights."""
