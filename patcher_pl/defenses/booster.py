@@ -104,7 +104,7 @@ class Booster(Defense):
         with kept_random_state(device), self.weights.shifted(step):
             dropout.restore()
             there, loss_there = gradients_of(self, self.weights, loss_of_harmful, harmful)
-        differences = torch._foreach_sub(here, there)
+        differences = [before - after for before, after in zip(here, there, strict=True)]
         self.weights.shards.add_to_gradients(differences, share * self.lam)
         return {
             "loss_safe": loss_safe.detach(),

@@ -165,10 +165,9 @@ class Seam(Defense):
             cosine = _dot(adverse.unit, benign.unit)
             for one, other in ((adverse, benign), (benign, adverse)):
                 # d cos / d g_one, times its norm.
-                direction = torch._foreach_sub(
-                    other.unit, torch._foreach_mul(one.unit, float(cosine))
-                )
-                change = one.change_along(torch._foreach_mul(direction, self.epsilon))
+                pairs = zip(other.unit, one.unit, strict=True)
+                step = [self.epsilon * (b - cosine * a) for b, a in pairs]
+                change = one.change_along(step)
                 shards.add_to_gradients(change, share * self.beta / (self.epsilon * one.norm))
         return {
             "loss_safe": loss_safe.detach(),
@@ -191,7 +190,7 @@ class _Side:
 
     @property
     def unit(self) -> Sequence[Tensor]:
-        return torch._foreach_div(self.gradients, self.norm)
+        return [gradient / self.norm for gradient in self.gradients]
 
     def change_along(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gradient at theta + vector, minus that at theta; dropout falls the same way."""
@@ -199,7 +198,7 @@ class _Side:
         with kept_random_state(self._dropout.device), weights.shifted(vector):
             self._dropout.restore()
             there, _ = gradients_of(self._defense, weights, self._loss, self._batch)
-        return torch._foreach_sub(there, self.gradients)
+        return [after - before for after, before in zip(there, self.gradients, strict=True)]
 
 
 def layer_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

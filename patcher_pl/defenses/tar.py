@@ -156,7 +156,8 @@ class Tar(Defense):
         require_attack_data(self)
         for base in self._base:
             parameter = next(self.model.parameters())
-            base.to(parameter.device, parameter.dtype)
+            if (base.device, base.dtype) != (parameter.device, parameter.dtype):
+                base.to(parameter.device, parameter.dtype)
 
     def require_shardable(self) -> None:
         """Refuses sharded weights."""
@@ -196,7 +197,8 @@ class Tar(Defense):
                             self, self.weights, lambda: self._tamper_loss(held_out), held_out
                         )
                         weight = math.exp(self.decay * (step.index - self.num_inner_steps))
-                        torch._foreach_add_(total, gradients, alpha=weight)
+                        for sum_, gradient in zip(total, gradients, strict=True):
+                            sum_.add_(gradient, alpha=weight)
                         tamper_losses.append(loss)
         finally:
             self.weights.restore(saved)
@@ -249,11 +251,12 @@ def negative_entropy(
     logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"]
 ) -> Float[Tensor, ""]:
     """Minus the mean entropy with which answer tokens are predicted, in nats per token."""
-    logits = logits[:, :-1][labels[:, 1:] != IGNORE_INDEX]
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    log_likelihoods = logits.log_softmax(-1)
-    return (log_likelihoods.exp() * log_likelihoods).sum(-1).mean()
+    predictions = logits[:, :-1]
+    if predictions.dtype in (torch.float16, torch.bfloat16):
+        predictions = predictions.float()
+    log_likelihoods = predictions.log_softmax(-1)
+    entropies = -(log_likelihoods.exp() * log_likelihoods).sum(-1)
+    return -_mean_where(labels[:, 1:] != IGNORE_INDEX, entropies)
 
 
 def _forward(model: nn.Module, batch: Batch) -> Any:
@@ -267,6 +270,10 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
 
 def _mean_distance(ours: Sequence[Tensor], kept: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Mean ||h - h_base||_2 over the tokens, padding excluded, and over embeddings and layers."""
-    token = mask.bool()
-    distances = [(h - base)[token].norm(dim=-1).mean() for h, base in zip(ours, kept, strict=True)]
+    pairs = zip(ours, kept, strict=True)
+    distances = [_mean_where(mask.bool(), (h - base).norm(dim=-1)) for h, base in pairs]
     return torch.stack(distances).mean()
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    return (values * chosen).sum() / chosen.sum()

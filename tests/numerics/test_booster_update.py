@@ -67,4 +67,5 @@ def test_the_harmful_term_makes_a_difference(llama, rows: Rows, monkeypatch):
         )
         fit(defense, rows.module(), NUM_STEPS)
         ends.append(defense.model)
-    assert plain.relative_error(*ends, load(llama, dtype="float64")) > 1e-3
+    without, with_ = ends
+    assert plain.relative_error(without, with_, load(llama, dtype="float64")) > 1e-3

@@ -20,7 +20,7 @@ def unlearning_loss(model, batch):
     lens = [llama.lm_head(llama.model.norm(h)) for h in seen.hidden_states[:-1]]
     losses = [plain.cross_entropy(logits, batch) for logits in [*lens, seen.logits]]
     assert len(losses) == llama.config.num_hidden_layers + 1
-    return -torch.log(1 + sum(losses) / len(losses))
+    return -torch.log(1 + torch.stack(losses).mean())
 
 
 def difference(model, batch, direction):
@@ -111,7 +111,7 @@ def test_the_difference_is_the_gradient_of_the_cosine(llama, rows: Rows, monkeyp
         for part in ("attack", "safe")
     )
     dot = sum((x * y).sum() for x, y in zip(a, b, strict=True))
-    norms = [sum(x.square().sum() for x in g).sqrt() for g in (a, b)]
+    norms = [torch.stack([x.square().sum() for x in g]).sum().sqrt() for g in (a, b)]
     exact = torch.autograd.grad(dot / (norms[0] * norms[1]), parameters)
     for ours, theirs in zip(steps, exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)

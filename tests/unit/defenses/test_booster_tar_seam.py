@@ -9,15 +9,7 @@ from patcher_pl.defenses import Booster, Seam, Tar, harmful_data
 from patcher_pl.defenses.strategies import require_supported
 from patcher_pl.errors import ConfigError
 from patcher_pl.models import LanguageModel, Lora, Weights
-from tests.tiny_runs import (
-    MemoryLogger,
-    SaveAt,
-    adamw,
-    assert_same,
-    fit,
-    load,
-    snapshot,
-)
+from tests.tiny_runs import MemoryLogger, SaveAt, adamw, assert_same, fit, load, snapshot
 from tests.unit.defenses.test_refusals import trainer_of, two_shards
 
 DEFENSES = [Booster, Tar, Seam]
@@ -203,7 +195,8 @@ def test_the_base_model_is_not_trained_saved_or_shown(llama, rows):
     defense = make(Tar, llama)
     fit(defense, rows.module(), 2)
     assert defense.state_dict().keys() == {f"_model.{name}" for name in load(llama).state_dict()}
-    assert_same(snapshot(defense._base[0]), load(llama).state_dict())
+    (base,) = defense._base
+    assert_same(snapshot(base), load(llama).state_dict())
 
 
 def test_half_precision_is_warned_of(llama, rows, caplog):
