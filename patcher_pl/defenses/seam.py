@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from patcher_pl.attackers.loop import move_batch
 from patcher_pl.data import Mixture, SafetyDataModule
@@ -204,7 +204,8 @@ class _Side:
 def layer_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over the layers, embeddings included, of the cross-entropy read off each of them.
 
-    In nats per answer token. A layer is read through the final norm and the output head.
+    In nats per answer token. A layer is read through the final norm and the output head; the logits
+    of one layer at a time are in memory.
     """
     output: Any = model(
         input_ids=batch["input_ids"],
@@ -213,13 +214,20 @@ def layer_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
         output_hidden_states=True,
     )
     norm, head = _final_norm(model), _plain(model).get_output_embeddings()
+
+    def loss_from(hidden: Tensor) -> Tensor:
+        return answer_cross_entropy(head(norm(hidden)), batch["labels"])
+
     # The last hidden state of transformers has gone through the norm: it is what logits are of.
-    read = [head(norm(hidden)) for hidden in output.hidden_states[:-1]]
-    labels = batch["labels"]
-    return torch.stack([answer_cross_entropy(x, labels) for x in [*read, output.logits]]).mean()
+    losses = [answer_cross_entropy(output.logits, batch["labels"])] + [
+        checkpoint(loss_from, hidden, use_reentrant=False) for hidden in output.hidden_states[:-1]
+    ]
+    return torch.stack(losses).mean()
 
 
 def _plain(model: Any) -> Any:
+    from peft import PeftModel
+
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

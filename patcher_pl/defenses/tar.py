@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from patcher_pl.attackers.loop import finetune
 from patcher_pl.data.seeds import derive_seed
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import ConfigError, RunInterrupted
+from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import answer_cross_entropy
 from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.models import LanguageModel, Weights
@@ -45,8 +47,8 @@ class Tar(Defense):
     from rows of their own, here from the same stream as the adversary's, in front of them.
 
     K + K / gradient_every + accumulate_grad_batches gradient evaluations per defender step; passes
-    of the base model, which have no backward pass, are not counted. A run that is told to stop
-    finishes its step first. Needs one device: see `require_shardable`.
+    of the base model, which have no backward pass, are not counted. Needs one device: see
+    `require_shardable`.
 
     Args:
         language_model: The model to harden; as loaded, also the base model whose hidden states are
@@ -176,8 +178,22 @@ class Tar(Defense):
     def before_step(self) -> None:
         """Attacks, and adds the tamper-resistance gradient to every `.grad`."""
         device = self.weights.shards.device
-        held_out = next_harmful_batch(self, device)
         stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
+        start, dropout, cost = stream.position, RandomState.capture(device), replace(self.cost)
+        try:
+            held_out = next_harmful_batch(self, device)
+            gradients = self._tamper_gradients(held_out, stream.endless())
+        except RunInterrupted:
+            # As if this step had never begun: both streams will hand out the same batches again.
+            dropout.restore()
+            self.cost = cost
+            stream.rewind(stream.position - start)
+            self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
+            raise
+        self.weights.shards.add_to_gradients(gradients, self.tamper_scale)
+
+    def _tamper_gradients(self, held_out: Batch, batches: Iterator[Batch]) -> list[Tensor]:
+        """Returns the weighted sum of the gradients of L_TR along one attack."""
         saved = self.weights.snapshot()
         total = [torch.zeros_like(tensor) for tensor in self.weights.shards.tensors]
         attack_losses, tamper_losses = [], []
@@ -186,12 +202,12 @@ class Tar(Defense):
                 for step in finetune(
                     self.model,
                     parameters,
-                    stream.endless(),
+                    batches,
                     optimizer=AdamW(lr=self._inner_lr()),
                     num_steps=self.num_inner_steps,
                 ):
                     self.cost.add(num_tokens=step.num_tokens)
-                    attack_losses.append(step.loss)
+                    attack_losses.append(torch.tensor(step.loss, device=held_out["labels"].device))
                     if step.index % self.gradient_every == 0:
                         gradients, loss = gradients_of(
                             self, self.weights, lambda: self._tamper_loss(held_out), held_out
@@ -200,14 +216,16 @@ class Tar(Defense):
                         for sum_, gradient in zip(total, gradients, strict=True):
                             sum_.add_(gradient, alpha=weight)
                         tamper_losses.append(loss)
+                    if self.stop_is_agreed():
+                        raise RunInterrupted("Stopped during a simulated attack.")
         finally:
             self.weights.restore(saved)
-        self.weights.shards.add_to_gradients(total, self.tamper_scale)
         self._attack_losses = {
             "loss_tamper": torch.stack(tamper_losses).mean(),
-            "loss_attack_first": torch.tensor(attack_losses[0], device=device),
-            "loss_attack_last": torch.tensor(attack_losses[-1], device=device),
+            "loss_attack_first": attack_losses[0],
+            "loss_attack_last": attack_losses[-1],
         }
+        return total
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of L_retain."""
@@ -225,6 +243,7 @@ class Tar(Defense):
 
     def _inner_lr(self) -> float:
         """Drawn by seed and step, so that a resumed run draws the same."""
+        # A rehearsal's data has no seed.
         seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
         draw = derive_seed(seed, "tar", "inner_lr", self.global_step)
         return self.inner_lrs[draw % len(self.inner_lrs)]

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from patcher_pl.attackers import loop
 from patcher_pl.defenses import Booster, Seam, Tar, harmful_data
 from patcher_pl.defenses.strategies import require_supported
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import ConfigError, RunInterrupted
 from patcher_pl.models import LanguageModel, Lora, Weights
 from tests.tiny_runs import MemoryLogger, SaveAt, adamw, assert_same, fit, load, snapshot
 from tests.unit.defenses.test_refusals import trainer_of, two_shards
@@ -109,6 +109,39 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert_same(snapshot(resumed.model), snapshot(whole.model))
     assert resumed.cost == whole.cost
     assert resumed_data.state_dict() == data.state_dict()
+
+
+class StopInAttack(Callback):
+    """Asks for a stop within the attack before the fourth step, and saves when the run ends by it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.stop_requested = trainer.global_step == 3
+
+    def on_exception(self, trainer, pl_module, exception):
+        assert isinstance(exception, RunInterrupted)
+        assert pl_module.is_between_steps
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_stopped_in_an_attack_repeats_the_attack(gpt2, rows, tmp_path, accumulate):
+    """Both streams, and the generator, must hand out again what the cancelled step had taken."""
+    checkpoint = tmp_path / "step.ckpt"
+    runs = [make(Tar, gpt2, accumulate_grad_batches=accumulate) for _ in range(3)]
+    whole, stopped, resumed = runs
+    torch.manual_seed(1)
+    fit(whole, rows.module(), NUM_STEPS)
+    torch.manual_seed(1)
+    with pytest.raises(RunInterrupted, match="attack"):
+        fit(stopped, rows.module(), NUM_STEPS, callbacks=[StopInAttack(checkpoint)])
+    assert stopped.global_step == 3
+    torch.manual_seed(99)
+    fit(resumed, rows.module(), NUM_STEPS, ckpt_path=checkpoint, weights_only=True)
+    assert_same(snapshot(resumed.model), snapshot(whole.model))
+    assert resumed.cost == whole.cost
 
 
 class Watch(Callback):
