@@ -30,16 +30,22 @@ class Weights:
         module: Model whose weights are owned. Its parameters must not be replaced afterwards.
         copies_on: Where snapshots, differences and the saved weights of a shift are kept: beside
             the `model`, or in `host` memory, from which every shift copies them.
+        trained_only: Own exactly what is trainable instead: the adapters, where there are any.
     """
 
-    def __init__(self, module: nn.Module, copies_on: Place = "model") -> None:
+    def __init__(
+        self, module: nn.Module, copies_on: Place = "model", *, trained_only: bool = False
+    ) -> None:
         reshard(module)  # Or the root's parameters might be gathered copies, soon to be dropped.
-        named = {
-            plain: parameter
-            for name, parameter in module.named_parameters()
-            if (plain := plain_name(without_units(name))) is not None
-            and parameter.is_floating_point()
-        }
+        if trained_only:
+            named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        else:
+            named = {
+                plain: parameter
+                for name, parameter in module.named_parameters()
+                if (plain := plain_name(without_units(name))) is not None
+                and parameter.is_floating_point()
+            }
         self._module_parameters = list(module.parameters())
         self.names: list[str] = list(named)
         self.parameters: list[nn.Parameter] = list(named.values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from patcher_pl import defenses
-from patcher_pl.defenses import SFT, Defense, Patcher
+from patcher_pl.defenses import SFT, Booster, Defense, Patcher, Seam, Tar
 from patcher_pl.models import LanguageModel
 from tests.tiny_runs import ATTACKER, MemoryLogger, Rows, adamw, fit, load, snapshot
 
@@ -27,8 +27,32 @@ def make_patcher(path: Path, **options) -> Defense:
     )
 
 
+def make_booster(path: Path, **options) -> Defense:
+    return Booster(LanguageModel(path=str(path)), **{"optimizer": adamw(), **options})
+
+
+def make_tar(path: Path, **options) -> Defense:
+    return Tar(
+        LanguageModel(path=str(path)),
+        num_inner_steps=2,
+        gradient_every=1,
+        inner_lrs=[1e-3, 2e-3],
+        **{"optimizer": adamw(), **options},
+    )
+
+
+def make_seam(path: Path, **options) -> Defense:
+    return Seam(LanguageModel(path=str(path)), **{"optimizer": adamw(), **options})
+
+
 # Each attacks, if at all, for the first time before its second step, and again before its fourth.
-TABLE: dict[type[Defense], Callable[..., Defense]] = {SFT: make_sft, Patcher: make_patcher}
+TABLE: dict[type[Defense], Callable[..., Defense]] = {
+    SFT: make_sft,
+    Patcher: make_patcher,
+    Booster: make_booster,
+    Tar: make_tar,
+    Seam: make_seam,
+}
 
 
 def subclasses(parent: type[Defense]) -> set[type[Defense]]:

@@ -1,0 +1,247 @@
+"""SEAM: a self-destructive model, whose harmful and benign gradients oppose each other."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from patcher_pl.attackers.loop import move_batch
+from patcher_pl.data import Mixture, SafetyDataModule
+from patcher_pl.defenses.base import Defense
+from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
+from patcher_pl.errors import ConfigError
+from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
+from patcher_pl.losses import answer_cross_entropy, causal_lm_loss
+from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.types import Batch
+
+logger = logging.getLogger(__name__)
+
+# What transformers calls the norm between the last layer and the output head.
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+
+
+class Seam(Defense):
+    """Couples harmful to benign capability: learning the one makes the model lose the other.
+
+        L = -log(1 + mean over layers CE_harm) + alpha CE_refusal + beta cos(g_adv, g_benign)
+
+    CE_harm is the cross-entropy of harmful answers as read off each layer (embeddings included)
+    through the final norm and the output head. g_adv and g_benign are the gradients of the
+    cross-entropy on harmful and on benign conversations. With unit vectors a and b along them and
+    c = a . b, the gradient of the cosine is taken by one-sided differences:
+
+        [g_adv(theta + eps (b - c a)) - g_adv] / (eps ||g_adv||)
+            + [g_benign(theta + eps (a - c b)) - g_benign] / (eps ||g_benign||)
+
+    theta is what is trained: every weight, or the adapters. Dropout falls the same way in both
+    passes of a difference.
+
+    Where the authors' code differs: it counts the output layer once more, and applies the final norm
+    to the last layer twice.
+
+    Six gradient evaluations per batch, five without `benign`. Differences of gradients need full
+    precision: in bfloat16 they are mostly noise (a warning says so; the authors' script uses it).
+    Needs one device: see `require_shardable`.
+
+    Args:
+        language_model: The model to harden.
+        benign: Benign conversations for g_benign, in batches as large as the attacker's. None takes
+            the safe batch of the step, refusals in it included; its gradient is then computed once.
+        optimizer: Builds the optimizer from the parameters; AdamW with lr 2e-5 and no weight decay,
+            SEAM's config, unless given.
+        scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
+            SEAM's config: a cosine with 10 % warm-up.
+        alpha: Weight of the refusals' loss (>= 0); 1 in SEAM's config.
+        beta: Weight of the cosine (>= 0); 0.01 in SEAM's config.
+        epsilon: Length of a shift along a direction of unit scale (> 0); 1e-3 in SEAM's config.
+        max_grad_norm: Global gradient norm to clip to; None, as SEAM's config, leaves gradients as
+            they are.
+        accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Wang et al., 2025, https://arxiv.org/abs/2505.12186, the three losses and the
+        Hessian-free estimate of the last one; defaults from ZJUWYH/seam, config/train.yaml.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        benign: Mixture | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=2e-5, weight_decay=0.0
+        ),
+        scheduler: LRSchedulerCallable | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.01,
+        epsilon: float = 1e-3,
+        max_grad_norm: float | None = None,
+        accumulate_grad_batches: int = 1,
+    ) -> None:
+        super().__init__(
+            language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
+        )
+        self._require(alpha >= 0, "alpha", ">= 0", alpha, "Use 0 to leave the refusals out.")
+        self._require(beta >= 0, "beta", ">= 0", beta, "Use 0 to leave the cosine out.")
+        self._require(epsilon > 0, "epsilon", "> 0", epsilon, "The authors use 1e-3.")
+        self.benign = benign
+        self.alpha = alpha
+        self.beta = beta
+        self.epsilon = epsilon
+        self._weights: Weights | None = None
+        self._benign_data: SafetyDataModule | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Owner of what is trained."""
+        if self._weights is None:
+            place = self.language_model.weight_copies_on
+            self._weights = Weights(self.model, place, trained_only=True)
+        return self._weights
+
+    def on_fit_start(self) -> None:
+        """Refuses to start without harmful conversations, or a model whose layers cannot be read."""
+        super().on_fit_start()
+        require_attack_data(self)
+        _final_norm(self.model)
+        dtype = next(self.model.parameters()).dtype
+        if dtype == torch.bfloat16 or "bf16" in str(self.trainer.precision):
+            logger.warning(
+                "Seam takes differences of gradients, which in bfloat16 are mostly noise. Use "
+                "`trainer.precision: 32-true` and `language_model.dtype: float32`."
+            )
+
+    def on_train_start(self) -> None:
+        """Begins the benign stream where the harmful one is: a batch takes one of each."""
+        super().on_train_start()
+        if self.benign is not None:
+            data: SafetyDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+            self._benign_data = data.with_attack(self.benign)
+            self._benign_data.attack_stream().load_state_dict(data.attack_stream().state_dict())
+
+    def require_shardable(self) -> None:
+        """Refuses sharded weights."""
+        super().require_shardable()
+        raise ConfigError(
+            "trainer.strategy: Seam works on one device only, got a strategy that shards: it reads "
+            "hidden states through the output head outside of the model's forward pass, when that "
+            "layer's weights are not gathered. Set `trainer.devices: 1` and no strategy, or use "
+            "Booster, which works sharded."
+        )
+
+    def release(self) -> None:
+        """Lets go of the weights."""
+        super().release()
+        self._weights = None
+
+    def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
+        """Adds the gradient of the three terms."""
+        shards = self.weights.shards
+        harmful = next_harmful_batch(self, shards.device)
+        loss_layers = layer_cross_entropy(self.model, harmful)
+        self.backward_of(-share * torch.log(1 + loss_layers), harmful)
+
+        adverse = _Side(self, harmful)
+        if self._benign_data is None:
+            benign = _Side(self, batch)
+            shards.add_to_gradients(benign.gradients, share * self.alpha)
+            loss_safe = benign.loss
+        else:
+            loss_safe = causal_lm_loss(self.model, batch)
+            self.backward_of(share * self.alpha * loss_safe, batch)
+            stream = self._benign_data.attack_stream()
+            benign = _Side(self, move_batch(next(stream.endless()), shards.device))
+
+        cosine = torch.zeros((), device=shards.device)
+        if adverse.norm > 0 and benign.norm > 0:
+            cosine = _dot(adverse.unit, benign.unit)
+            for one, other in ((adverse, benign), (benign, adverse)):
+                # d cos / d g_one, times its norm.
+                pairs = zip(other.unit, one.unit, strict=True)
+                step = [self.epsilon * (b - cosine * a) for b, a in pairs]
+                change = one.change_along(step)
+                shards.add_to_gradients(change, share * self.beta / (self.epsilon * one.norm))
+        return {
+            "loss_safe": loss_safe.detach(),
+            "loss_harmful": adverse.loss,
+            "loss_harmful_layers": loss_layers.detach(),
+            "gradient_cosine": cosine,
+        }
+
+
+class _Side:
+    """The gradient of the cross-entropy on a batch, and its change where the weights are shifted."""
+
+    def __init__(self, defense: Seam, batch: Batch) -> None:
+        self._defense = defense
+        self._batch = batch
+        self._loss: Callable[[], Tensor] = partial(causal_lm_loss, defense.model, batch)
+        self._dropout = RandomState.capture(defense.weights.shards.device)
+        self.gradients, self.loss = gradients_of(defense, defense.weights, self._loss, batch)
+        self.norm = float(defense.weights.shards.norm(self.gradients))
+
+    @property
+    def unit(self) -> Sequence[Tensor]:
+        return [gradient / self.norm for gradient in self.gradients]
+
+    def change_along(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradient at theta + vector, minus that at theta; dropout falls the same way."""
+        weights = self._defense.weights
+        with kept_random_state(self._dropout.device), weights.shifted(vector):
+            self._dropout.restore()
+            there, _ = gradients_of(self._defense, weights, self._loss, self._batch)
+        return [after - before for after, before in zip(there, self.gradients, strict=True)]
+
+
+def layer_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean over the layers, embeddings included, of the cross-entropy read off each of them.
+
+    In nats per answer token. A layer is read through the final norm and the output head; the logits
+    of one layer at a time are in memory.
+    """
+    output: Any = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    norm, head = _final_norm(model), _plain(model).get_output_embeddings()
+
+    def loss_from(hidden: Tensor) -> Tensor:
+        return answer_cross_entropy(head(norm(hidden)), batch["labels"])
+
+    # The last hidden state of transformers has gone through the norm: it is what logits are of.
+    losses = [answer_cross_entropy(output.logits, batch["labels"])] + [
+        checkpoint(loss_from, hidden, use_reentrant=False) for hidden in output.hidden_states[:-1]
+    ]
+    return torch.stack(losses).mean()
+
+
+def _plain(model: Any) -> Any:
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _final_norm(model: nn.Module) -> nn.Module:
+    backbone = _plain(model).base_model
+    for name in _FINAL_NORMS:
+        if isinstance(norm := getattr(backbone, name, None), nn.Module):
+            return norm
+    raise ConfigError(
+        f"LanguageModel.path: Seam finds no final norm in a {type(backbone).__name__} (looked for "
+        f"{', '.join(_FINAL_NORMS)}), through which it would read the layers. Use another model, or "
+        "Booster."
+    )
+
+
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
