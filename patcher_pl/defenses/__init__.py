@@ -2,6 +2,9 @@
 
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.patcher import Patcher
+from patcher_pl.defenses.repnoise import RepNoise
 from patcher_pl.defenses.sft import SFT
+from patcher_pl.defenses.t_vaccine import TVaccine
+from patcher_pl.defenses.vaccine import Vaccine
 
-__all__ = ["SFT", "Defense", "Patcher"]
+__all__ = ["SFT", "Defense", "Patcher", "RepNoise", "TVaccine", "Vaccine"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from patcher_pl import defenses
-from patcher_pl.defenses import SFT, Defense, Patcher
+from patcher_pl.defenses import SFT, Defense, Patcher, RepNoise, TVaccine, Vaccine
 from patcher_pl.models import LanguageModel
 from tests.tiny_runs import ATTACKER, MemoryLogger, Rows, adamw, fit, load, snapshot
 
@@ -27,8 +27,32 @@ def make_patcher(path: Path, **options) -> Defense:
     )
 
 
+def make_vaccine(path: Path, **options) -> Defense:
+    return Vaccine(LanguageModel(path=str(path)), **{"optimizer": adamw(), **options})
+
+
+def make_t_vaccine(path: Path, **options) -> Defense:
+    return TVaccine(
+        LanguageModel(path=str(path)),
+        num_layers=1,
+        resample_every=2,
+        measure_every=3,
+        **{"optimizer": adamw(), **options},
+    )
+
+
+def make_repnoise(path: Path, **options) -> Defense:
+    return RepNoise(LanguageModel(path=str(path)), **{"optimizer": adamw(), **options})
+
+
 # Each attacks, if at all, for the first time before its second step, and again before its fourth.
-TABLE: dict[type[Defense], Callable[..., Defense]] = {SFT: make_sft, Patcher: make_patcher}
+TABLE: dict[type[Defense], Callable[..., Defense]] = {
+    SFT: make_sft,
+    Patcher: make_patcher,
+    Vaccine: make_vaccine,
+    TVaccine: make_t_vaccine,
+    RepNoise: make_repnoise,
+}
 
 
 def subclasses(parent: type[Defense]) -> set[type[Defense]]:
