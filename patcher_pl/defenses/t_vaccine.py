@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from patcher_pl.data.seeds import derive_seed
+from patcher_pl.defenses.attack_report import log_now
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.harmful_data import next_harmful_batch, require_attack_data
 from patcher_pl.defenses.perturbation import add_perturbed_gradients, norms_of, output_gradients
@@ -30,7 +31,8 @@ class TVaccine(Defense):
     perturbation eps_l = rho g_l / ||(g_k of all drawn k)|| on these alone. All other layers are frozen
     meanwhile, so that an optimizer does not touch them, not even by weight decay.
 
-    Two gradient evaluations per batch, and one on harmful conversations per `measure_every` steps.
+    Two gradient evaluations per batch, and one on harmful conversations per `measure_every` steps,
+    when p is logged under `layers/`.
     Needs one device: see `require_shardable`.
 
     Args:
@@ -143,7 +145,7 @@ class TVaccine(Defense):
     def _measure(self) -> None:
         harmful = next_harmful_batch(self, self.device)
         attention = [attention_of(block) for block in self._blocks]
-        gradients, _ = output_gradients(self, attention, harmful)
+        gradients, loss = output_gradients(self, attention, harmful)
         norms = norms_of(gradients).double()
         total = norms.sum()
         if not (torch.isfinite(total) and total > 0):
@@ -152,6 +154,8 @@ class TVaccine(Defense):
                 f"their norms: {float(total)}). Look at `data.attack`, or lower the learning rate."
             )
         self.probabilities = [float(share) for share in norms / total]
+        shares = {f"layers/p_{layer}": share for layer, share in enumerate(self.probabilities)}
+        log_now(self, {"train/loss_harmful": float(loss), **shares})
 
     def _draw(self) -> None:
         seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]

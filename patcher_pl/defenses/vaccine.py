@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.perturbation import add_perturbed_gradients
-from patcher_pl.defenses.strategies import uses_fsdp1
-from patcher_pl.errors import ConfigError
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import attention_of, blocks_of
 from patcher_pl.types import Batch
@@ -30,7 +28,8 @@ class Vaccine(Defense):
     (the authors' code adds 1e-7 to it). With accumulation, every batch has a perturbation of its own.
 
     Two gradient evaluations per batch. Needs no harmful conversations. The paper trains adapters
-    (set `language_model.lora`), the Patcher paper every weight.
+    (set `language_model.lora`), the Patcher paper every weight. Works on sharded weights, adapters
+    aside; the norm is then that of the batches of all processes.
 
     Args:
         language_model: The model to align.
@@ -45,6 +44,7 @@ class Vaccine(Defense):
 
     Raises:
         ValueError: If a value is out of its range.
+        ConfigError: When training starts, if the model has no such layers.
 
     References:
         Huang et al., 2024, https://arxiv.org/abs/2402.01109: the min-max problem, its closed-form
@@ -71,15 +71,6 @@ class Vaccine(Defense):
         """Finds the attention of every layer."""
         super().on_fit_start()
         self._attention = [attention_of(block) for block in blocks_of(self.model)]
-
-    def require_shardable(self) -> None:
-        """Refuses FSDP1, with which this was never tried."""
-        super().require_shardable()
-        if self._trainer is not None and uses_fsdp1(self.trainer):
-            raise ConfigError(
-                "trainer.strategy: Vaccine shards with ModelParallelStrategy (FSDP2) only, got "
-                "FSDPStrategy. Use one of configs/strategies/fsdp2-*.yaml."
-            )
 
     def release(self) -> None:
         """Lets go of the weights."""

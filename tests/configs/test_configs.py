@@ -29,6 +29,13 @@ NAMES = [str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
 # Tiny models of the same family stand in for those on the hub.
 FAMILY_OF = {"/Qwen2.5-": "qwen2", "/Qwen3-": "qwen3", "/Meta-Llama-3-": "llama"}
 
+# What cannot be sharded, and what is said about it.
+ON_ONE_DEVICE = {
+    "ConcurrentAttacker": "a ConcurrentAttacker needs",
+    "defenses.TVaccine": "TVaccine works on one device only",
+    "defenses.RepNoise": "RepNoise works on one device only",
+}
+
 
 def kind(path: Path) -> str:
     """Which command, or option, a file is for, told by its keys."""
@@ -121,8 +128,10 @@ def test_a_strategy_is_built_on_top_of_every_experiment(
     monkeypatch.setattr("lightning.fabric.accelerators.cuda._check_cuda_matmul_precision", ...)
     files = ["--config", str(experiment), "--config", str(path)]
     arguments = [*files, "--run_dir", str(tmp_path)]
-    if "ConcurrentAttacker" in experiment.read_text(encoding="utf-8") and devices > 1:
-        with pytest.raises(ConfigError, match="a ConcurrentAttacker needs"):
+    text = experiment.read_text(encoding="utf-8")
+    refused = [message for name, message in ON_ONE_DEVICE.items() if name in text]
+    if refused and devices > 1:
+        with pytest.raises(ConfigError, match=refused[0]):
             PatcherCLI("fit", arguments)
         return
     built = PatcherCLI("fit", arguments)

@@ -1,5 +1,7 @@
 """If these fail, defenses that work on hidden embeddings find others, or leave traces in the model."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from patcher_pl.losses import causal_lm_loss, maximum_mean_discrepancy
 from patcher_pl.models import LanguageModel, Lora, export_model
 from patcher_pl.models.blocks import attention_of, blocks_of, feed_forward_of, final_norm_of
 from tests.families import FAMILIES, build_family
-from tests.tiny_runs import SaveAt, adamw, assert_same, fit, load, snapshot
+from tests.tiny_runs import MemoryLogger, SaveAt, adamw, assert_same, fit, load, snapshot
 from tests.unit.defenses.test_refusals import fsdp1, trainer_of, two_shards
 
 
@@ -72,7 +74,8 @@ def test_nothing_is_left_behind_when_a_pass_fails(kind, llama, rows, monkeypatch
         if len(calls) == 2:
             raise RuntimeError("out of potion")
 
-    handle = blocks_of(defense.model)[-1].mlp.register_forward_hook(fail_late)
+    last: Any = blocks_of(defense.model)[-1]
+    handle = last.mlp.register_forward_hook(fail_late)
     with pytest.raises(RuntimeError, match="out of potion"):
         fit(defense, rows.module(), 3)
     handle.remove()
@@ -203,9 +206,9 @@ def test_more_layers_than_there_are_are_refused(llama, rows):
 @pytest.mark.parametrize(
     ("kind", "strategy", "message"),
     [
-        (Vaccine, fsdp1, r"Vaccine shards with ModelParallelStrategy \(FSDP2\) only"),
         (TVaccine, two_shards, r"TVaccine works on one device only.*`trainer\.devices: 1`"),
         (RepNoise, two_shards, r"RepNoise works on one device only.*`trainer\.devices: 1`"),
+        (RepNoise, fsdp1, r"RepNoise works on one device only.*`trainer\.devices: 1`"),
     ],
 )
 def test_strategies_that_would_be_wrong_are_refused(kind, strategy, message, llama):
@@ -216,8 +219,19 @@ def test_strategies_that_would_be_wrong_are_refused(kind, strategy, message, lla
         require_supported(defense, trainer)
 
 
-def test_vaccine_is_let_through_on_shards(llama):
-    require_supported(make(Vaccine, llama), trainer_of(two_shards()))
+@pytest.mark.parametrize("strategy", [fsdp1, two_shards])
+def test_vaccine_is_let_through_on_shards(strategy, llama):
+    require_supported(make(Vaccine, llama), trainer_of(strategy()))
+
+
+def test_what_the_layers_are_drawn_by_is_logged(llama, rows):
+    """Where it was measured anew, here before the first and the fourth step."""
+    logger = MemoryLogger()
+    fit(make(TVaccine, llama), rows.module(), 5, logger=logger)
+    assert sorted(logger.history["train/loss_harmful"]) == [0, 3]
+    shares = [logger.history[f"layers/p_{layer}"] for layer in range(2)]
+    assert all(share[step] > 0 for share in shares for step in (0, 3))
+    assert sum(share[3] for share in shares) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
