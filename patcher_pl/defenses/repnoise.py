@@ -44,7 +44,8 @@ class RepNoise(Defense):
             rate of the Patcher paper.
         scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
         alpha: Weight of the harmful loss, which is driven up (>= 0); 1 in RepNoise's code.
-        beta: Weight of the noise (>= 0); 1e-3 in RepNoise's code.
+        beta: Weight of the noise (>= 0); 1e-3 in RepNoise's code. Its README asks for a search over
+            rate, alpha and beta.
         num_kernels: Gaussian kernels of the discrepancy (count, >= 1); 5 in RepNoise's code.
         kernel_factor: Ratio of the widths of neighboring kernels (> 1); 2 in RepNoise's code.
         max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 as in

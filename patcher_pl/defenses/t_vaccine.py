@@ -27,20 +27,20 @@ class TVaccine(Defense):
         p_l = ||d L_harmful / d e_l|| / sum over k of ||d L_harmful / d e_k||
 
     with e_l the output of the attention in layer l. Every `resample_every` steps, `num_layers` layers
-    are drawn by p without replacement (a function of seed and step); until the next draw, steps are those of `Vaccine` with the
-    perturbation eps_l = rho g_l / ||(g_k of all drawn k)|| on these alone. All other layers are frozen
-    meanwhile, so that an optimizer does not touch them, not even by weight decay.
+    are drawn by p without replacement, as a function of seed and step. Until the next draw, steps are
+    those of `Vaccine` with the perturbation eps_l = rho g_l / ||(g_k of all drawn k)|| on these alone.
+    All other layers are frozen meanwhile: the optimizer does not touch them, not even by weight decay.
 
     Two gradient evaluations per batch, and one on harmful conversations per `measure_every` steps,
-    when p is logged under `layers/`.
-    Needs one device: see `require_shardable`.
+    when p is logged under `layers/`. Needs one device: see `require_shardable`.
 
     Args:
         language_model: The model to align.
         optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the
             rate of the Patcher paper, which trains every weight. T-Vaccine's script: 1e-3 for
-            adapters.
+            adapters, with weight decay 0.1.
         scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
+            T-Vaccine's script: a cosine with 10 % warm-up.
         rho: Length of the perturbation of a batch (>= 0); 3 in T-Vaccine's paper.
         num_layers: Layers that are perturbed at a time, S (count, from 1 to all of the model); 8 in
             T-Vaccine's script, of 32.

@@ -24,8 +24,8 @@ class Vaccine(Defense):
         eps_l = rho g_l / ||(g_1, ..., g_L)||,      g_l = d L_safe / d e_l
 
     so one pass finds it, and the gradient by the weights comes from a second pass over the same
-    batch. The norm is that of all layers, rows and positions of the batch together, as in the paper
-    (the authors' code adds 1e-7 to it). With accumulation, every batch has a perturbation of its own.
+    batch. The norm is that of all layers, rows and positions of the batch together, as in the authors'
+    code (which adds 1e-7 to it). With accumulation, every batch has a perturbation of its own.
 
     Two gradient evaluations per batch. Needs no harmful conversations. The paper trains adapters
     (set `language_model.lora`), the Patcher paper every weight. Works on sharded weights, adapters
@@ -34,8 +34,10 @@ class Vaccine(Defense):
     Args:
         language_model: The model to align.
         optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the
-            rate of the Patcher paper, which trains every weight. Vaccine's script: 1e-3 for adapters.
+            rate of the Patcher paper, which trains every weight. Vaccine's script: 1e-3 for adapters,
+            with weight decay 0.1.
         scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
+            Vaccine's script: a cosine with 10 % warm-up.
         rho: Length of the perturbation of a batch (>= 0); 2 in Vaccine's README, 5 where Booster's
             scripts compare with it. Depends on the size of a model and its batches: sweep it.
         max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 is what

@@ -54,7 +54,7 @@ def scaled(vector: Vector, factor: float) -> list[Tensor]:
 
 
 def plus(*vectors: Vector) -> list[Tensor]:
-    return [sum(parts[1:], parts[0]) for parts in zip(*vectors, strict=True)]
+    return [torch.stack(parts).sum(0) for parts in zip(*vectors, strict=True)]
 
 
 def unit(vector: Vector) -> list[Tensor]:

@@ -157,8 +157,7 @@ def test_no_layer_is_frozen_where_that_is_not_wanted(llama, rows):
 
 
 @KINDS
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize(("model", "accumulate"), [("llama", 1), ("gpt2", 2)])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     kind, model, accumulate, rows, tmp_path, request
 ):
@@ -172,9 +171,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     ):
         torch.manual_seed(seed)
         ends.append(make(kind, path, accumulate_grad_batches=accumulate))
-        fit(
-            ends[-1], rows.module(), 8, callbacks=callbacks, ckpt_path=ckpt_path, weights_only=True
-        )
+        fit(ends[-1], rows.module(), 8, callbacks=callbacks, ckpt_path=ckpt_path, weights_only=True)
     interrupted, whole, resumed = ends
     assert interrupted.global_step == 5
     assert_same(snapshot(resumed.model), snapshot(whole.model))
