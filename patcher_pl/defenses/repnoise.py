@@ -150,9 +150,7 @@ class RepNoise(Defense):
         seed = derive_seed(getattr(data, "seed", 0), "noise", data.attack_stream().position)
         return torch.Generator(device).manual_seed(seed)
 
-    def _from_noise(
-        self, hidden: Tensor, is_answer: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def _from_noise(self, hidden: Tensor, is_answer: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(
             hidden.shape, generator=generator, device=hidden.device, dtype=hidden.dtype
         )
