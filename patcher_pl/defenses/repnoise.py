@@ -129,7 +129,8 @@ class RepNoise(Defense):
             ).logits
             recorded = dict(outputs)
         labels = harmful["labels"]
-        norm, head = final_norm_of(self.model), self.model.get_output_embeddings()
+        norm = final_norm_of(self.model)
+        head: Any = self.model.get_output_embeddings()
 
         def loss_from(hidden: Tensor) -> Tensor:
             return answer_cross_entropy(head(norm(hidden)), labels)
