@@ -180,6 +180,19 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         assert (resumed.drawn, resumed.probabilities) == (whole.drawn, whole.probabilities)
 
 
+def test_the_layers_in_use_are_those_of_the_checkpoint(llama, rows, tmp_path):
+    path = tmp_path / "step.ckpt"
+    first = make(TVaccine, llama, resample_every=100)
+    fit(first, rows.module(), 3, callbacks=[SaveAt(1, path)])
+    other = [1 - first.drawn[0]]
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["defense"]["drawn"] = other
+    torch.save(checkpoint, path)
+    resumed = make(TVaccine, llama, resample_every=100)
+    fit(resumed, rows.module(), 3, ckpt_path=path, weights_only=True)
+    assert resumed.drawn == other
+
+
 def test_identical_samples_are_no_distance_apart():
     rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).double()
     settings = {"num_kernels": 5, "kernel_factor": 2.0}
