@@ -34,6 +34,8 @@ ON_ONE_DEVICE = {
     "ConcurrentAttacker": "a ConcurrentAttacker needs",
     "defenses.Tar": "Tar works on one device only",
     "defenses.Seam": "Seam works on one device only",
+    "defenses.TVaccine": "TVaccine works on one device only",
+    "defenses.RepNoise": "RepNoise works on one device only",
 }
 
 
@@ -320,7 +322,7 @@ def test_an_experiment_runs_for_two_steps(path, quick_testbed, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("path", of_kind("redteam"))
+@pytest.mark.parametrize("path", [ROOT / "configs" / "testbed" / "attack.yaml"])
 def test_an_attack_config_runs(path, quick_testbed, tmp_path):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     redteam = path.parent / content["redteam"]
@@ -331,3 +333,27 @@ def test_an_attack_config_runs(path, quick_testbed, tmp_path):
     assert [curve.error for curve in Results.load(tmp_path / "run" / "results.json").curves] == [
         None
     ]
+
+
+def test_every_attack_of_the_testbed_red_team_runs(quick_testbed, tmp_path):
+    """Wrong if an attack failed on what the file gives it: rows, prefill, length of conversations."""
+    path = ROOT / "configs" / "testbed" / "redteam.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    team = content["redteam"] | {"seeds": [0]}
+    for attack in team["attacks"]:
+        options = attack.setdefault("init_args", {})
+        if "attack_steps" in options:
+            options |= {"attack_steps": [0, 2], "batch_size": 2}
+        for name in {"num_benign_steps", "num_simulated_steps"} & set(options):
+            options[name] = 1
+    team["prompts"]["limit"] = team["benign_prompts"]["limit"] = 2
+    team["generation"]["max_new_tokens"] = 4
+    team["utility"][0]["init_args"]["data"]["limit"] = 2
+    kept = ("chat", "device", "num_threads")
+    settings = {"redteam": team, **{name: content[name] for name in kept}}
+    config = write_yaml(tmp_path / "config.yaml", settings)
+    command = ("redteam", "--config", config, "--model", "testbed", "--run_dir", tmp_path / "run")
+    cli(*command).expect(0)
+    curves = Results.load(tmp_path / "run" / "results.json").curves
+    assert len(curves) == 24
+    assert {curve.attack: curve.error for curve in curves if curve.error is not None} == {}

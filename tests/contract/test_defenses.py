@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from patcher_pl import defenses
-from patcher_pl.defenses import SFT, Booster, Defense, Patcher, Seam, Tar
+from patcher_pl.defenses import (
+    SFT,
+    Booster,
+    Defense,
+    Patcher,
+    RepNoise,
+    Seam,
+    Tar,
+    TVaccine,
+    Vaccine,
+)
 from patcher_pl.models import LanguageModel
 from tests.tiny_runs import ATTACKER, MemoryLogger, Rows, adamw, fit, load, snapshot
 
@@ -45,6 +55,24 @@ def make_seam(path: Path, **options) -> Defense:
     return Seam(LanguageModel(path=str(path)), **{"optimizer": adamw(), **options})
 
 
+def make_vaccine(path: Path, **options) -> Defense:
+    return Vaccine(LanguageModel(path=str(path)), **{"optimizer": adamw(), **options})
+
+
+def make_t_vaccine(path: Path, **options) -> Defense:
+    return TVaccine(
+        LanguageModel(path=str(path)),
+        num_layers=1,
+        resample_every=2,
+        measure_every=3,
+        **{"optimizer": adamw(), **options},
+    )
+
+
+def make_repnoise(path: Path, **options) -> Defense:
+    return RepNoise(LanguageModel(path=str(path)), **{"optimizer": adamw(), **options})
+
+
 # Each attacks, if at all, for the first time before its second step, and again before its fourth.
 TABLE: dict[type[Defense], Callable[..., Defense]] = {
     SFT: make_sft,
@@ -52,6 +80,9 @@ TABLE: dict[type[Defense], Callable[..., Defense]] = {
     Booster: make_booster,
     Tar: make_tar,
     Seam: make_seam,
+    Vaccine: make_vaccine,
+    TVaccine: make_t_vaccine,
+    RepNoise: make_repnoise,
 }
 
 

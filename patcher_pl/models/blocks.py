@@ -1,0 +1,79 @@
+"""The parts of a decoder-only transformer, found by what they are and not by their names."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from patcher_pl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
+    """Returns the transformer blocks in order: the list of as many modules as the config has layers.
+
+    Raises:
+        ConfigError: If there is no such list.
+    """
+    return list(_block_list(model))
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """Returns what mixes the positions of a block: its child with a place (`layer_idx`) in the cache.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    for module in block.modules():
+        if module is not block and hasattr(module, "layer_idx"):
+            return module
+    raise _not_found(block, "attention: a module with a `layer_idx`")
+
+
+def feed_forward_of(block: nn.Module) -> nn.Module:
+    """Returns what ends a block: its last child with a matrix, which norms have not.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = [
+        child
+        for child in block.children()
+        if any(parameter.ndim >= 2 for parameter in child.parameters())
+    ]
+    if not found:
+        raise _not_found(block, "layers with a weight matrix")
+    return found[-1]
+
+
+def final_norm_of(model: "PreTrainedModel") -> nn.Module:
+    """Returns the norm between the last block and the output head; the identity where there is none.
+
+    It is the last module beside the blocks whose weights are all vectors.
+    """
+    blocks = _block_list(model)
+    for module in model.modules():
+        beside = list(module.children())
+        if not any(child is blocks for child in beside):
+            continue
+        for child in reversed(beside):
+            shapes = [parameter.ndim for parameter in child.parameters()]
+            if child is not blocks and shapes and max(shapes) == 1:
+                return child
+    return nn.Identity()
+
+
+def _block_list(model: "PreTrainedModel") -> nn.ModuleList:
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise _not_found(model, f"list of {num_layers} blocks")
+
+
+def _not_found(module: nn.Module, what: str) -> ConfigError:
+    return ConfigError(
+        f"LanguageModel.path: {type(module).__name__} has no {what}, which this defense works on. "
+        "Use a decoder-only transformer, or a defense that takes any causal LM, such as Patcher."
+    )
