@@ -103,7 +103,7 @@ def _on_shared_files(assignment: Assignment) -> Assignment:
 
 def _imported() -> Any:
     try:
-        import ray
+        import ray  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(
             "RayCluster needs Ray. Install it with `pip install 'patcher-pl[ray]'`, or use "
