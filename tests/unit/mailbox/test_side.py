@@ -240,6 +240,7 @@ def write_sharded(rank: int, folder: str) -> None:
     read = {"w": distribute_tensor(torch.zeros(6, 2), mesh, [Shard(1)])}
     assert side.fetch(read).info == {"world": 2}
     assert torch.equal(read["w"].full_tensor(), whole)
+    dist.barrier()  # Whoever leaves while the other still reads takes it along.
     dist.destroy_process_group()
 
 
