@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from patcher_pl.errors import PatcherError
+from patcher_pl.models.blocks import blocks_of
 from patcher_pl.types import Batch
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class ResidualStream:
             PatcherError: If there are no blocks, no embeddings, or a block without such layers.
         """
         config = model.config.get_text_config()
-        blocks = _blocks(model, config.num_hidden_layers)
+        blocks = blocks_of(model)
         inside = {module for block in blocks for module in block.modules()}
         embeddings = [
             module
@@ -172,13 +173,6 @@ def hooked(hooks: dict[nn.Module, Callable[[nn.Module, Any, Any], Any]]) -> Iter
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _blocks(model: "PreTrainedModel", num_layers: int) -> Sequence[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return list(module)
-    raise _not_found(model, f"list of {num_layers} blocks")
 
 
 def _writers(block: nn.Module, outputs: dict[nn.Module, Tensor], width: int) -> Sequence[nn.Module]:
