@@ -1,0 +1,93 @@
+"""What is measured on: model shapes with random weights, and conversations as long as instruction data."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from patcher_pl.data.chat import Encoded
+from patcher_pl.losses.causal_lm import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PAD_ID = 0
+END_ID = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Qwen2 architecture, by the names of its Hugging Face configuration."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> "PreTrainedModel":
+        """Returns a model with random weights, embeddings tied, in training mode."""
+        from transformers import AutoModelForCausalLM, Qwen2Config
+
+        config = Qwen2Config(
+            **vars(self),
+            tie_word_embeddings=True,
+            max_position_embeddings=2048,
+            pad_token_id=PAD_ID,
+            eos_token_id=END_ID,
+        )
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+# The proportions of Qwen2.5-1.5B on a laptop's scale.
+MINIATURE = Shape(
+    vocab_size=32768,
+    hidden_size=256,
+    intermediate_size=1408,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+# https://huggingface.co/Qwen/Qwen2.5-1.5B-Instruct/blob/main/config.json
+QWEN_1_5B = Shape(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+)
+
+
+def answer_lengths(num: int, seed: int) -> list[int]:
+    """Answer tokens per conversation: log-normal, median 60, a tail that is cut at 512."""
+    return _log_normal(num, seed, median=60, spread=1.0, smallest=4, largest=512)
+
+
+def prompt_lengths(num: int, seed: int) -> list[int]:
+    """Prompt tokens per conversation, template included: log-normal, median 40, 12 to 192."""
+    return _log_normal(num, seed, median=40, spread=0.6, smallest=12, largest=192)
+
+
+def conversations(num: int, shape: Shape, seed: int = 0) -> list[Encoded]:
+    """Random tokens, labels on the answer only; every answer ends with the stop token."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for prompt, answer in zip(
+        prompt_lengths(num, seed + 1), answer_lengths(num, seed + 2), strict=True
+    ):
+        size = (prompt + answer,)
+        ids = torch.randint(2, shape.vocab_size, size, generator=generator).tolist()
+        ids[-1] = END_ID
+        made.append(Encoded(ids, [IGNORE_INDEX] * prompt + ids[prompt:]))
+    return made
+
+
+def _log_normal(
+    num: int, seed: int, *, median: float, spread: float, smallest: int, largest: int
+) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = median * torch.exp(spread * torch.randn(num, generator=generator))
+    return drawn.round().long().clamp(smallest, largest).tolist()
