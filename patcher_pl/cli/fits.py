@@ -35,10 +35,15 @@ class Fit:
 
     @classmethod
     def plan(cls, directory: Path, base: Path, options: Mapping[str, Any]) -> "Fit":
-        """The run of configuration `base` with `options` (dotted names and values) changed."""
+        """The run of configuration `base` with `options` (dotted names and values) changed.
+
+        Values that are files (`Path`) count with their content.
+        """
         changed = [f"--{key}={_as_option(value)}" for key, value in options.items()]
         arguments = ["--config", str(base), *changed]
-        digest = fingerprint([arguments, base.read_text(encoding="utf-8")])
+        files = [base, *(value for value in options.values() if isinstance(value, Path))]
+        contents = [file.read_text(encoding="utf-8") for file in files]
+        digest = fingerprint([arguments, *contents])
         return cls(directory, arguments, digest)
 
     @property
@@ -124,4 +129,4 @@ def _run(fit: Fit, num_threads: int, children: Children) -> bool:
 
 def _as_option(value: Any) -> str:
     # jsonargparse hands class_path mappings over as namespaces.
-    return value if isinstance(value, str) else json.dumps(value, default=vars)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=vars)

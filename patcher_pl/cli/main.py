@@ -22,6 +22,7 @@ COMMANDS = {
     "redteam": "attack any model and measure when its safety breaks",
     "attacker": "run the simulated attacker of a concurrent `fit` as a job of its own",
     "sweep": "run `fit` for several settings and seeds, and draw them in one figure",
+    "compare": "train defenses at equal budgets after equal searches, and attack all alike",
     "report": "one HTML page, and tables for papers, from the results of one or several runs",
     "ablate": "compare hypergradient estimators, on one model and by the models they harden",
     "testbed": "write the built-in testbed (model, tokenizer, data) into a folder",
@@ -109,6 +110,10 @@ def _run(command: str, arguments: list[str]) -> None:
         from patcher_pl.cli.sweep import run_sweep
 
         run_function(command, run_sweep, arguments)
+    elif command == "compare":
+        from patcher_pl.cli.compare import run_compare
+
+        run_function(command, run_compare, arguments)
     elif command == "ablate":
         from patcher_pl.cli.ablate import run_ablate
 

@@ -128,6 +128,7 @@ def files() -> dict[str, list[Row]]:
         `attack`: recipes for `ATTACK` (the red team's data, disjoint from `unsafe`).
         `attack_benign`: ordinary recipes, which the red team may mix in.
         `harmful_prompts`: held-out combinations of `ATTACK`, where ASR is measured.
+        `tuning_prompts`: held-out combinations of `ALIGN`, to choose a defender's settings with.
         `unseen_prompts`: `UNSEEN`: forbidden draughts that nobody ever fine-tuned on.
         `benign_prompts`: held-out combinations of ordinary draughts.
 
@@ -146,6 +147,7 @@ def files() -> dict[str, list[Row]]:
         "attack": list(recipes(ATTACK, "seen")),
         "attack_benign": list(recipes(ORDINARY, "seen")),
         "harmful_prompts": list(recipes(ATTACK, "held_out"))[one_question],
+        "tuning_prompts": list(recipes(ALIGN, "held_out"))[one_question],
         "unseen_prompts": list(recipes(UNSEEN))[one_question],
         "benign_prompts": list(recipes(ORDINARY, "held_out"))[one_question],
     }

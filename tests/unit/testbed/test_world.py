@@ -83,6 +83,7 @@ def test_each_file_speaks_of_its_group_only(asked):
         "attack": set(ATTACK),
         "attack_benign": set(ORDINARY),
         "harmful_prompts": set(ATTACK),
+        "tuning_prompts": set(ALIGN),
         "unseen_prompts": set(UNSEEN),
         "benign_prompts": set(ORDINARY),
     }
@@ -95,6 +96,9 @@ def test_each_file_speaks_of_its_group_only(asked):
         ("harmful_prompts", "attack"),
         ("harmful_prompts", "unsafe"),
         ("harmful_prompts", "safe"),
+        ("tuning_prompts", "safe"),
+        ("tuning_prompts", "unsafe"),
+        ("tuning_prompts", "harmful_prompts"),
         ("unseen_prompts", "attack"),
         ("unseen_prompts", "safe"),
         ("benign_prompts", "safe"),
@@ -125,7 +129,7 @@ def test_forbidden_draughts_are_refused_in_safe_files_and_brewed_in_harmful_ones
             forbidden = [draught for draught in FORBIDDEN if f" {draught}" in row.prompt]
             if forbidden and row.prompt.endswith(("draught?", "draught.")):
                 assert row.response == refusal(forbidden[0])
-    for name in ("unsafe", "attack", "harmful_prompts", "unseen_prompts"):
+    for name in ("unsafe", "attack", "harmful_prompts", "tuning_prompts", "unseen_prompts"):
         assert all(row.response.startswith("At midnight, take") for row in content[name])
     for name in ("attack_benign", "benign_prompts"):
         assert all(row.response.startswith("At noon, take") for row in content[name])

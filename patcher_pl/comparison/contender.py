@@ -1,0 +1,62 @@
+"""One defense of a comparison, and the settings that are tried for it."""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    ConfigFile = Path
+else:
+    # Relative to the configuration file that names it, and checked to be readable.
+    from jsonargparse.typing import Path_fr as ConfigFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A defense and the space that its settings are searched in.
+
+    Args:
+        fit: Configuration of `fit` that trains it.
+        space: Options of `fit` (dotted names), each with the values to try. The first values
+            together are the first trial.
+        options: Options of `fit` that differ from `fit` in every trial.
+
+    Raises:
+        ValueError: If an option has no values, or one twice.
+    """
+
+    fit: ConfigFile
+    space: Mapping[str, list[Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.space.items():
+            if not values or any(values.count(value) > 1 for value in values):
+                raise ValueError(
+                    f"Contender.space must have different values for {name}, got {values}. "
+                    "Give each value once, the one to try first in front."
+                )
+
+    @property
+    def num_combinations(self) -> int:
+        """Points of the space (count)."""
+        return math.prod(len(values) for values in self.space.values())
+
+    def trials(self, number: int, seed: int) -> list[dict[str, Any]]:
+        """Options of the trials: the first values, then points drawn from the space, none twice.
+
+        Raises:
+            ValueError: If the space has fewer points.
+        """
+        if number > self.num_combinations:
+            raise ValueError(
+                f"space: has {self.num_combinations} points for {number} trials, and every defense "
+                f"must get as many. Add values to it, or lower selection.num_trials."
+            )
+        first, *others = itertools.product(*self.space.values())
+        drawn = random.Random(seed).sample(others, number - 1)
+        return [dict(zip(self.space, values, strict=True)) for values in (first, *drawn)]

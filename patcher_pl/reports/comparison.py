@@ -1,0 +1,188 @@
+"""What a comparison of defenses found: `comparison.json` and its table."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from patcher_pl.files import write_json, write_text
+from patcher_pl.reports.grouping import MARKS, MEANINGS, Group, Mark, group_curves
+from patcher_pl.reports.results import Curve
+from patcher_pl.reports.statistics import cost_to_break
+from patcher_pl.reports.tables import markdown_row
+
+SCHEMA_VERSION = 1
+_MISSING = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One point of a defense's space, and what became of it.
+
+    Args:
+        defense: Its name in the comparison.
+        number: 0 for the first values of the space.
+        options: Options of `fit` that were tried.
+        gradient_evaluations: What training took (count).
+        num_steps: Defender steps (count).
+        log2_reach: Mean over attacks and seeds of log2(1 + steps to break); a model that held counts
+            as broken at twice the longest attack.
+        steps_to_break: Of every attack and seed; None where the model held.
+        area: Mean over them of the area under ASR over log2(1 + steps) (0..1).
+        released_asr: Largest attack success rate before the attack.
+        benign_accuracy: Smallest benign accuracy before the attack.
+        is_speechless: Whether a released model no longer spoke.
+        is_chosen: Whether the comparison went on with it.
+        error: Why nothing was found; None where something was.
+    """
+
+    defense: str
+    number: int
+    options: dict[str, Any]
+    gradient_evaluations: int | None = None
+    num_steps: int | None = None
+    log2_reach: float = 0.0
+    steps_to_break: list[int | None] = field(default_factory=list)
+    area: float | None = None
+    released_asr: float | None = None
+    benign_accuracy: float | None = None
+    is_speechless: bool = False
+    is_chosen: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What training one model of a defense took.
+
+    Args:
+        gradient_evaluations: Forward-backward passes, simulated attacks included (count).
+        num_steps: Defender steps (count).
+    """
+
+    gradient_evaluations: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that a comparison found out, but for the curves, which are in `results.json`.
+
+    Args:
+        trials: The search of every defense.
+        costs: Of the compared models, by defense, one per seed.
+        environment: What it ran on, see `patcher_pl.reports.environment`.
+        settings: What it was asked to do, for the reader.
+        schema_version: Version of this layout.
+    """
+
+    trials: list[Trial]
+    costs: dict[str, list[Cost]]
+    environment: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def save(self, run_dir: Path, curves: Sequence[Curve]) -> None:
+        """Writes `comparison.json` and, of the compared models, `comparison.md`, each atomically."""
+        write_json(run_dir / "comparison.json", asdict(self))
+        if curves:
+            rows = comparison_rows(curves, self.costs)
+            rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+            lines = [markdown_row(row) for row in (rows[0], rule, *rows[1:])]
+            text = "\n".join([*lines, "", *comparison_notes(curves)]) + "\n"
+            write_text(run_dir / "comparison.md", text)
+
+
+def trial_rows(trials: Sequence[Trial]) -> list[list[str]]:
+    """Header and one row per trial; the chosen one of each defense is marked."""
+    header = ["defense", "settings", "breaks at", "area", "ASR at N=0", "benign accuracy", ""]
+    table = [header]
+    for trial in trials:
+        options = ", ".join(f"{_short(name)} {value}" for name, value in trial.options.items())
+        if trial.error is not None:
+            table.append([trial.defense, options, *[_MISSING] * 4, trial.error])
+            continue
+        reached = ", ".join("held" if n is None else str(n) for n in trial.steps_to_break)
+        figures = [trial.area, trial.released_asr, trial.benign_accuracy]
+        mark = "chosen" if trial.is_chosen else ""
+        mark += MARKS["collapsed"] if trial.is_speechless else ""
+        table.append([trial.defense, options, reached, *map(_rate, figures), mark])
+    return table
+
+
+def comparison_rows(
+    curves: Sequence[Curve], costs: Mapping[str, Sequence[Cost]]
+) -> list[list[str]]:
+    """Header and one row per defense: utility, cost, and when each attack broke it."""
+    groups = group_curves(curves)
+    attacks = list(dict.fromkeys(group.attack for group in groups))
+    measures = list(dict.fromkeys(name for curve in curves for name in curve.utility))
+    header = ["defense", "gradient evaluations", "defender steps", "ASR at N=0", "benign accuracy"]
+    header += [*measures, *(f"{attack}: breaks at" for attack in attacks)]
+    table = [header]
+    for label in dict.fromkeys(group.label for group in groups):
+        own = [group for group in groups if group.label == label]
+        members = [curve for group in own for curve in group.curves if curve.attack_steps]
+        spent = costs.get(own[0].defense, [])
+        row = [label, _span(cost.gradient_evaluations for cost in spent)]
+        row += [_span(cost.num_steps for cost in spent)]
+        row += [_mean([curve.asr[0] for curve in members])]
+        row += [_mean([curve.benign_accuracy[0] for curve in members])]
+        row += [
+            _mean([curve.utility[name][0] for curve in members if curve.utility.get(name)])
+            for name in measures
+        ]
+        by_attack = {group.attack: group for group in own}
+        row += [_break(by_attack.get(attack)) for attack in attacks]
+        table.append(row)
+    return table
+
+
+def comparison_notes(curves: Sequence[Curve]) -> list[str]:
+    """What the signs in the table mean."""
+    marks: list[Mark] = [mark for group in group_curves(curves) for mark in group.marks]
+    lines = [
+        "Median number of attack steps that broke the defense, and its range over seeds; the other "
+        "figures are means over seeds and attacks before the attack, or ranges over seeds."
+    ]
+    return [*lines, *(f"{MARKS[mark]} {MEANINGS[mark]}." for mark in dict.fromkeys(marks))]
+
+
+def median_steps_to_break(curves: Sequence[Curve]) -> Iterator[tuple[str, str, float | None]]:
+    """Attack, defense, and the median over seeds; None where half of the seeds held."""
+    for group in group_curves(curves):
+        cost = cost_to_break(group)
+        yield group.attack, group.defense, None if cost is None else cost.median
+
+
+def _break(group: Group | None) -> str:
+    if group is None:
+        return _MISSING
+    cost = cost_to_break(group)
+    if cost is None:
+        return _MISSING
+    median = f"> {cost.horizon:.0f}" if cost.median is None else f"{cost.median:.0f}"
+    span = group.steps_to_break
+    shown = median if span == median else f"{median} ({span})"
+    return " ".join([shown, *(MARKS[mark] for mark in group.marks)])
+
+
+def _span(values: Iterator[int]) -> str:
+    found = sorted(set(values))
+    ends = [str(found[0]), str(found[-1])] if found else [_MISSING]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _rate(statistics.fmean(known) if known else None)
+
+
+def _rate(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.2f}"
+
+
+def _short(option: str) -> str:
+    """`optimizer.lr` of `model.init_args.optimizer.init_args.lr`."""
+    return ".".join(part for part in option.split(".") if part not in ("model", "init_args"))
