@@ -16,13 +16,13 @@ from patcher_pl.reports.ablation import (
     Hardened,
     comparison_table,
     hardened_table,
-    rich_table,
 )
 from patcher_pl.reports.ablation_figures import ablation_figures
 from patcher_pl.reports.curves import save_figure
 from patcher_pl.reports.environment import environment, usable_cpus
 from patcher_pl.reports.grouping import CONTROL
 from patcher_pl.reports.settings import as_settings
+from patcher_pl.reports.tables import rich_table
 
 if TYPE_CHECKING:
     ConfigFile = Path
@@ -163,9 +163,10 @@ def _show(ablation: Ablation, run_dir: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # A log file has no width of its own.
-    console.print(rich_table("Estimators, mean over seeds", comparison_table(ablation.comparisons)))
+    compared, hardened = comparison_table(ablation.comparisons), hardened_table(ablation.hardened)
+    console.print(rich_table("Estimators, mean over seeds", compared, num_names=2))
     if ablation.hardened:
-        console.print(rich_table("Hardened models, over seeds", hardened_table(ablation.hardened)))
+        console.print(rich_table("Hardened models, over seeds", hardened, num_names=2))
     console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,6 @@ from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.cli.sweep import seed_options
 from patcher_pl.comparison import Contender, Selection, trial_of
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.reports.ablation import rich_table
 from patcher_pl.reports.command import run_report
 from patcher_pl.reports.comparison import (
     Comparison,
@@ -24,6 +23,7 @@ from patcher_pl.reports.comparison import (
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings
+from patcher_pl.reports.tables import rich_table
 
 if TYPE_CHECKING:
     ConfigFile = Path
@@ -239,9 +239,9 @@ def _write_report(comparison: Comparison, curves: list[Curve], run_dir: Path) ->
     if not any(curve.attack_steps for curve in curves):
         return
     results = RunDirectory(run_dir).results
-    Results(
-        curves=curves, environment=comparison.environment, settings=comparison.settings
-    ).save(results)
+    Results(curves=curves, environment=comparison.environment, settings=comparison.settings).save(
+        results
+    )
     write_reports(curves, run_dir, title="Fine-tuning attacks")
     console.print(rich_table("Comparison", comparison_rows(curves, comparison.costs)))
     console.print("\n".join(comparison_notes(curves)), highlight=False)

@@ -6,13 +6,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patcher_pl.files import write_json, write_text
-from patcher_pl.reports.tables import markdown_row
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from patcher_pl.reports.tables import markdown_table
 
 SCHEMA_VERSION = 1
 
@@ -108,7 +105,7 @@ class Ablation:
         write_text(run_dir / "comparisons.csv", _csv(Comparison, self.comparisons))
         write_text(run_dir / "hardened.csv", _csv(Hardened, self.hardened))
         tables = [comparison_table(self.comparisons), hardened_table(self.hardened)]
-        shown = [_markdown(table) for table in tables if len(table) > 1]
+        shown = [markdown_table(table, num_names=2) for table in tables if len(table) > 1]
         write_text(run_dir / "tables.md", "\n".join(shown))
 
 
@@ -189,26 +186,6 @@ def hardened_table(hardened: Sequence[Hardened]) -> list[list[str]]:
             ]
         )
     return table
-
-
-def rich_table(title: str, rows: Sequence[Sequence[str]]) -> "Table":
-    """The table for the terminal; the first row is its header."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for place, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if place < 2 else "right", overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", "---", *["---:"] * (len(rows[0]) - 2)]
-    lines = [markdown_row(row) for row in [rows[0], rule, *rows[1:]]]
-    return "\n".join(lines) + "\n"
 
 
 def _gradients_per_step(row: Comparison) -> float | None:

@@ -1,7 +1,7 @@
 """What a comparison of defenses found: `comparison.json` and its table."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.grouping import MARKS, MEANINGS, Group, Mark, group_curves
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.statistics import cost_to_break
-from patcher_pl.reports.tables import markdown_row
+from patcher_pl.reports.tables import markdown_table
 
 SCHEMA_VERSION = 1
 _MISSING = "-"
@@ -84,14 +84,15 @@ class Comparison:
     schema_version: int = SCHEMA_VERSION
 
     def save(self, run_dir: Path, curves: Sequence[Curve]) -> None:
-        """Writes `comparison.json` and, of the compared models, `comparison.md`, each atomically."""
-        write_json(run_dir / "comparison.json", asdict(self))
+        """Writes `comparison.json` and, of the compared models, `comparison.md`, each atomically.
+
+        The JSON also has `median_steps_to_break`, by attack and defense.
+        """
+        content = {**asdict(self), "median_steps_to_break": median_steps_to_break(curves)}
+        write_json(run_dir / "comparison.json", content)
         if curves:
-            rows = comparison_rows(curves, self.costs)
-            rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-            lines = [markdown_row(row) for row in (rows[0], rule, *rows[1:])]
-            text = "\n".join([*lines, "", *comparison_notes(curves)]) + "\n"
-            write_text(run_dir / "comparison.md", text)
+            table = markdown_table(comparison_rows(curves, self.costs))
+            write_text(run_dir / "comparison.md", "\n".join([table, *comparison_notes(curves), ""]))
 
 
 def trial_rows(trials: Sequence[Trial]) -> list[list[str]]:
@@ -149,11 +150,13 @@ def comparison_notes(curves: Sequence[Curve]) -> list[str]:
     return [*lines, *(f"{MARKS[mark]} {MEANINGS[mark]}." for mark in dict.fromkeys(marks))]
 
 
-def median_steps_to_break(curves: Sequence[Curve]) -> Iterator[tuple[str, str, float | None]]:
-    """Attack, defense, and the median over seeds; None where half of the seeds held."""
+def median_steps_to_break(curves: Sequence[Curve]) -> dict[str, dict[str, float | None]]:
+    """Median over seeds, by attack and defense; None where half of the seeds held."""
+    medians: dict[str, dict[str, float | None]] = {}
     for group in group_curves(curves):
         cost = cost_to_break(group)
-        yield group.attack, group.defense, None if cost is None else cost.median
+        medians.setdefault(group.attack, {})[group.label] = None if cost is None else cost.median
+    return medians
 
 
 def _break(group: Group | None) -> str:
@@ -168,7 +171,7 @@ def _break(group: Group | None) -> str:
     return " ".join([shown, *(MARKS[mark] for mark in group.marks)])
 
 
-def _span(values: Iterator[int]) -> str:
+def _span(values: Iterable[int]) -> str:
     found = sorted(set(values))
     ends = [str(found[0]), str(found[-1])] if found else [_MISSING]
     return " to ".join(dict.fromkeys(ends))

@@ -8,7 +8,7 @@ from patcher_pl.reports.costs import COST_AXES
 from patcher_pl.reports.grouping import MARKS, MEANINGS, Mark
 from patcher_pl.reports.overview import Cell, Overview
 from patcher_pl.reports.statistics import Estimate
-from patcher_pl.reports.tables import markdown_row
+from patcher_pl.reports.tables import markdown_table
 
 MISSING = "-"
 _COLUMNS: tuple[str, ...] = (
@@ -94,14 +94,12 @@ def overview_markdown(overview: Overview) -> str:
     """Attacks (or families) by defenses, with a legend."""
     rows = [
         ["attack", *map(_one_line, overview.defenses)],
-        ["---", *["---:"] * len(overview.defenses)],
         *(
             [_one_line(row.name), *(_markdown_cell(cell) for cell in row.cells)]
             for row in overview.families
         ),
     ]
-    lines = [markdown_row(row) for row in rows]
-    return "\n".join([*lines, "", *(f"- {line}" for line in legend(overview))]) + "\n"
+    return "\n".join([markdown_table(rows), *(f"- {line}" for line in legend(overview))]) + "\n"
 
 
 def overview_latex(overview: Overview) -> str:

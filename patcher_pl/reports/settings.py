@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -17,17 +18,18 @@ def as_settings(value: Any, *, for_outcome: bool = False) -> Any:
     Args:
         value: Settings.
         for_outcome: Leave out fields whose metadata are `NO_OUTCOME`, and put the digest of its
-            content in the place of a file (`Path`): equal settings then mean equal outcomes.
+            content in the place of a file (a path): equal settings then mean equal outcomes.
 
     Raises:
         TypeError: If an object shows no settings (`vars` fails): its address would be its digest.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Path):
-        if for_outcome and value.is_file():
-            return hashlib.sha256(value.read_bytes()).hexdigest()
-        return str(value)
+    if isinstance(value, os.PathLike):
+        path = Path(value)
+        if for_outcome and path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        return str(path)
     if isinstance(value, Mapping):
         return {
             str(name): as_settings(entry, for_outcome=for_outcome) for name, entry in value.items()

@@ -143,10 +143,10 @@ def to_markdown(curves: Sequence[Curve]) -> str:
     if any(_signs(group) for group in groups):
         header.append("")
         rows = [[*row, _signs(group)] for row, group in zip(rows, groups, strict=True)]
-    rule = ["---", "---", *["---:"] * (len(header) - 2)]
-    lines = [markdown_row(row) for row in [header, rule, *rows]]
     notes = _notes(curves)
-    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+    return markdown_table([header, *rows], num_names=2) + "".join(
+        f"{line}\n" for line in (["", *notes] if notes else [])
+    )
 
 
 def to_csv(curves: Sequence[Curve]) -> str:
@@ -223,6 +223,29 @@ def _notes(curves: Sequence[Curve], *, is_ranged: bool = True) -> list[str]:
         if any(mark in group.marks for group in groups):
             notes.append(f"{MARKS[mark]} {MEANINGS[mark]}.")
     return notes
+
+
+def markdown_table(rows: Sequence[Sequence[str]], num_names: int = 1) -> str:
+    """A table of finished cells in Markdown; the first row is its header.
+
+    Args:
+        rows: Cells.
+        num_names: First columns that hold names, not figures (count).
+    """
+    rule = [*["---"] * num_names, *["---:"] * (len(rows[0]) - num_names)]
+    return "\n".join(markdown_row(row) for row in (rows[0], rule, *rows[1:])) + "\n"
+
+
+def rich_table(title: str, rows: Sequence[Sequence[str]], num_names: int = 1) -> "Table":
+    """The same for the terminal."""
+    from rich.text import Text
+
+    table = _empty_table(title, [])
+    for place, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if place < num_names else "right", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def markdown_row(cells: Sequence[str]) -> str:

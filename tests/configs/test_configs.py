@@ -6,8 +6,10 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from patcher_pl import defenses
 from patcher_pl.ablation import ComparisonGrid
 from patcher_pl.cli.ablate import plan_hardening, run_ablate
+from patcher_pl.cli.compare import plan_trials, run_compare
 from patcher_pl.cli.fits import Fit
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.cli.main import function_parser
@@ -52,6 +54,8 @@ def kind(path: Path) -> str:
         return "sweep"
     if {"base", "comparison"} <= keys:
         return "ablation"
+    if {"defenses", "selection"} <= keys:
+        return "comparison"
     if {"attacks", "judge"} <= keys:
         return "red team"
     if "redteam" in keys:
@@ -100,10 +104,17 @@ def ignoring_deprecations(function):
     )(function)
 
 
+def red_team(path):
+    """The red team of a file, as `--redteam PATH` reads it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
+    return parser.instantiate(parser.parse_args(["--redteam", str(path)])).redteam
+
+
 def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
         *("fit", "strategy", "sweep", "ablation", "redteam", "red team"),
-        *("judge", "benchmark", "generation", "search"),
+        *("judge", "benchmark", "generation", "search", "comparison"),
     }
 
 
@@ -143,10 +154,7 @@ def test_a_strategy_is_built_on_top_of_every_experiment(
 
 @pytest.mark.parametrize("path", of_kind("red team"))
 def test_a_red_team_is_built_without_loading_anything(path, nothing_is_loaded):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
-    options = parser.instantiate(parser.parse_args(["--redteam", str(path)]))
-    assert isinstance(options.redteam, RedTeam)
+    assert isinstance(red_team(path), RedTeam)
 
 
 @pytest.mark.parametrize("benchmark", of_kind("benchmark"))
@@ -156,9 +164,7 @@ def test_judges_and_benchmarks_fit_into_a_red_team(judge, benchmark, nothing_is_
     content = yaml.safe_load((ROOT / "configs/fragments/redteam.yaml").read_text(encoding="utf-8"))
     content |= {"judge": str(judge), "prompts": str(benchmark), "benign_prompts": str(benchmark)}
     path = write_yaml(tmp_path / "redteam.yaml", content)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
-    team = parser.instantiate(parser.parse_args(["--redteam", str(path)])).redteam
+    team = red_team(path)
     assert isinstance(team.judge, Judge)
     assert isinstance(team.prompts, Benchmark)
     assert team.benign_prompts == team.prompts
@@ -168,12 +174,9 @@ def test_judges_and_benchmarks_fit_into_a_red_team(judge, benchmark, nothing_is_
 def test_a_red_team_takes_a_generation_preset_by_its_path(preset, tmp_path):
     path = next(path for path in CONFIGS if kind(path) == "red team")
     content = yaml.safe_load(path.read_text(encoding="utf-8")) | {"generation": str(preset)}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--redteam", type=RedTeam, sub_configs=True)
-    file = write_yaml(tmp_path / "redteam.yaml", content)
-    options = parser.instantiate(parser.parse_args(["--redteam", str(file)]))
+    team = red_team(write_yaml(tmp_path / "redteam.yaml", content))
     for name, value in yaml.safe_load(preset.read_text(encoding="utf-8")).items():
-        assert getattr(options.redteam.generation, name) == value
+        assert getattr(team.generation, name) == value
 
 
 @pytest.mark.parametrize("path", of_kind("redteam"))
@@ -224,6 +227,26 @@ def test_every_part_of_an_ablation_is_built(path, nothing_is_loaded, tmp_path):
     assert len({fit.digest for fit in fits}) == len(fits)
     for fit in [*fits, Fit.plan(tmp_path, base, options.trained)]:
         PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("path", of_kind("comparison"))
+def test_every_defense_is_in_the_comparison_and_every_trial_is_built(
+    path, nothing_is_loaded, tmp_path
+):
+    """Wrong if a space named an option that its defense does not have, minutes into the run."""
+    parser = function_parser("compare", run_compare)
+    options = parser.instantiate(parser.parse_args(["--config", str(path)]))
+    common = {"max_gradient_evaluations": options.max_gradient_evaluations, **options.options}
+    trials = plan_trials(options.defenses, options.selection, common, tmp_path)
+    trained = set()
+    for fit in (fit for fits in trials.values() for fit in fits):
+        built = PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
+        trained.add(type(built.model).__name__)
+        assert built.options.redteam.seeds == options.selection.seeds
+    assert trained == set(defenses.__all__) - {"Defense"}
+    assert len(options.seeds) == 5
+    assert len(red_team(Path(options.redteam)).cells()) >= 3
 
 
 def shortened_redteam(content, max_new_tokens=4):

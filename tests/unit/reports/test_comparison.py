@@ -1,0 +1,92 @@
+"""The table of a comparison shows what was measured, and what must be known to read it."""
+
+import json
+
+import pytest
+
+from patcher_pl.reports.comparison import (
+    Comparison,
+    Cost,
+    Trial,
+    comparison_notes,
+    comparison_rows,
+    trial_rows,
+)
+
+
+@pytest.fixture
+def costs():
+    return {
+        "sft": [Cost(gradient_evaluations=100, num_steps=100)] * 2,
+        "patcher": [
+            Cost(gradient_evaluations=100, num_steps=30),
+            Cost(gradient_evaluations=110, num_steps=33),
+        ],
+    }
+
+
+def test_one_row_per_defense_with_cost_utility_and_break_points(curve, costs):
+    spoken = {"perplexity": [2.0, 3.0, 3.0, 3.0, 3.0]}
+    curves = [
+        curve("sft", None, [0, 1, 1, 1, 1], 20, utility=spoken),
+        curve("sft", None, [0.1, 0.4, 0.9, 1, 1], 40, seed=1, utility=spoken),
+        curve("patcher", 120, [0, 0, 0, 0, 1.0], 160),
+        curve("patcher", 120, [0, 0, 0, 0, 0.2], None, seed=1, collapsed=[False] * 4 + [True]),
+        curve("patcher", 120, [0, 0, 0, 0, 0.2], None, seed=2),
+        curve("patcher", 120, [0, 1, 1], 20, attack="lora"),
+    ]
+    header, *rows = comparison_rows(curves, costs)
+    sft, patcher = (dict(zip(header, row, strict=True)) for row in rows)
+    assert sft == {
+        "defense": "SFT",
+        "gradient evaluations": "100",
+        "defender steps": "100",
+        "ASR at N=0": "0.05",
+        "benign accuracy": "1.00",
+        "perplexity": "2.00",
+        "full_adamw: breaks at": "20 (20 to 40)",
+        "lora: breaks at": "-",
+    }
+    assert patcher["gradient evaluations"] == "100 to 110"
+    assert patcher["defender steps"] == "30 to 33"
+    assert patcher["perplexity"] == "-"
+    assert patcher["full_adamw: breaks at"] == "> 160 (160 to > 160) \N{DAGGER}"
+    assert patcher["lora: breaks at"] == "20"
+    assert "collapsed" in comparison_notes(curves)[1]
+
+
+def test_trials_show_settings_outcome_and_choice():
+    options = {"model.init_args.optimizer.init_args.lr": 0.1}
+    tried = Trial(
+        defense="sft",
+        number=0,
+        options=options,
+        steps_to_break=[10, None],
+        area=0.25,
+        released_asr=0.0,
+        benign_accuracy=1.0,
+        is_chosen=True,
+    )
+    failed = Trial(defense="sft", number=1, options=options, error="see log.txt")
+    _, first, second = trial_rows([tried, failed])
+    assert first == ["sft", "optimizer.lr 0.1", "10, held", "0.25", "0.00", "1.00", "chosen"]
+    assert second == ["sft", "optimizer.lr 0.1", "-", "-", "-", "-", "see log.txt"]
+
+
+def test_files_hold_everything_and_medians(curve, costs, tmp_path):
+    curves = [
+        curve("sft", None, [0, 1, 1, 1, 1], 20),
+        curve("sft", None, [0, 0.4, 0.9, 1, 1], 40, seed=1),
+        curve("patcher", 120, [0, 0, 0, 0, 0.2], None),
+    ]
+    comparison = Comparison(trials=[], costs=costs, environment={})
+    comparison.save(tmp_path, curves)
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    medians = {"SFT": 20.0, "Patcher, k1 = 120": None}
+    assert content["median_steps_to_break"] == {"full_adamw": medians}
+    assert content["costs"]["patcher"][1] == {"gradient_evaluations": 110, "num_steps": 33}
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
+    assert lines[3].startswith(
+        "| Patcher, k1 = 120 | 100 to 110 | 30 to 33 | 0.00 | 1.00 | > 160 |"
+    )
