@@ -1,8 +1,6 @@
 """One defense of a comparison, and the settings that are tried for it."""
 
-import itertools
 import math
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,16 +45,33 @@ class Contender:
         return math.prod(len(values) for values in self.space.values())
 
     def trials(self, number: int, seed: int) -> list[dict[str, Any]]:
-        """Options of the trials: the first values, then points drawn from the space, none twice.
+        """Options of the trials: the first values, then points spread over the space, none twice.
+
+        The points are those of a scrambled Halton sequence, so that a few of them try the values of
+        every option about equally often.
 
         Raises:
             ValueError: If the space has fewer points.
+
+        References:
+            Owen, 2017, A randomized Halton algorithm in R, https://arxiv.org/abs/1706.02808.
         """
+        from scipy.stats import qmc
+
         if number > self.num_combinations:
             raise ValueError(
                 f"space: has {self.num_combinations} points for {number} trials, and every defense "
                 f"must get as many. Add values to it, or lower selection.num_trials."
             )
-        first, *others = itertools.product(*self.space.values())
-        drawn = random.Random(seed).sample(others, number - 1)
-        return [dict(zip(self.space, values, strict=True)) for values in (first, *drawn)]
+        first = tuple(0 for _ in self.space)
+        chosen = {first: None}
+        if number > 1:
+            sizes = [len(values) for values in self.space.values()]
+            sequence = qmc.Halton(d=len(sizes), rng=seed)
+            while len(chosen) < number:
+                point = qmc.scale(sequence.random(1), [0] * len(sizes), sizes)[0]
+                chosen[tuple(int(place) for place in point)] = None
+        return [
+            {name: values[at] for at, (name, values) in zip(point, self.space.items(), strict=True)}
+            for point in chosen
+        ]
