@@ -14,7 +14,7 @@ from patcher_pl.models import Lora
 from tests.defense_table import build
 from tests.tiny_runs import Rows, assert_same, fit, make_llama_exact, snapshot
 
-NUM_STEPS = 6
+NUM_STEPS = 5
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout-accumulated": ("gpt2", {"accumulate_grad_batches": 2}),
     "adapters": ("llama", {"model": {"lora": Lora(rank=2, dropout=0.1)}}),
@@ -67,23 +67,22 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, variant, rows, tmp_pat
     """
     family, options = VARIANTS[variant]
     make = partial(build, kind, request.getfixturevalue(family), scheduler=decaying, **options)
-    ends = []
 
-    def run(name: str, seed: int, steps, **trainer):
+    def run(name: str, seed: int, save_after, max_steps=NUM_STEPS, **trainer):
         seed_all(seed)
-        folder = tmp_path / name
-        save = SaveAll(folder, [*steps, NUM_STEPS])
-        # A resumed run has the seed of the data from its checkpoint.
+        save = SaveAll(tmp_path / name, save_after)
+        # A resumed run has the seed of its data from the checkpoint.
         data = rows.module(seed=7 if seed == 1 else 5)
-        end = fit(make(), data, NUM_STEPS, callbacks=[save], **trainer)
-        assert end.global_step == NUM_STEPS
-        ends.append(torch.load(save.paths[NUM_STEPS], weights_only=True))
+        fit(make(), data, max_steps, callbacks=[save], **trainer)
         return save.paths
 
-    run("whole", 1, [])
-    paths = run("saving", 1, [3, 4])
-    for step in (3, 4):
-        run(f"resumed-{step}", 99, [], ckpt_path=paths[step], weights_only=True)
+    whole = run("whole", 1, [NUM_STEPS])
+    interrupted = run("interrupted", 1, [3, 4], max_steps=4)
+    runs = [whole] + [
+        run(f"resumed-{step}", 99, [NUM_STEPS], ckpt_path=path, weights_only=True)
+        for step, path in interrupted.items()
+    ]
+    ends = [torch.load(paths[NUM_STEPS], weights_only=True) for paths in runs]
     for end in ends:
         for state in end["defense"]["random_states"]:
             del state["python"]  # Writing a checkpoint draws from it.

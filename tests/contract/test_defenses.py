@@ -31,15 +31,13 @@ def test_three_steps(make, llama, rows: Rows):
         assert sorted(logger.history[metric]) == [1, 2, 3]
         assert all(math.isfinite(value) for value in logger.history[metric].values())
     assert math.isfinite(trainer.callback_metrics["train/loss_safe"])
-    assert defense.cost.gradient_evaluations >= 3
-    assert defense.cost.tokens > 0
     assert defense.model.training
     trained = snapshot(defense.model)
     assert all(bool(value.isfinite().all()) for value in trained.values())
     assert any(not torch.equal(value, trained[name]) for name, value in start.items())
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
 def test_max_steps_counts_defender_steps_across_epochs(make, rows, accumulate):
     """An epoch has 4 batches, so that with 3 batches to a step, steps span epochs."""
     defense, data = make(accumulate_grad_batches=accumulate), rows.module()
