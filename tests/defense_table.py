@@ -28,7 +28,7 @@ class Claims:
 
     Args:
         settings: Those of a run of a few steps, beside model and optimizer. What the defense does
-            every so many steps falls due within four of them.
+            every so many steps falls due before the first, and once more before the fourth.
         evaluations: Gradient evaluations of the first four steps, of one batch each.
         needs_attack_data: Trains on harmful conversations, and does not start without.
         reads_layers: Looks for the layers of the model, and does not start where there are none.
@@ -46,10 +46,10 @@ class Claims:
 
 TABLE: dict[type[Defense], Claims] = {
     SFT: Claims(evaluations=(1, 1, 1, 1), needs_attack_data=False),
-    # Attacks by two steps before its second and its fourth step.
+    # Attacks by two steps before its first and its third step.
     Patcher: Claims(
-        settings={"attacker": ATTACKER, "refresh_every": 2, "num_sft_steps": 1},
-        evaluations=(1, 4, 2, 4),
+        settings={"attacker": ATTACKER, "refresh_every": 2, "num_sft_steps": 0},
+        evaluations=(4, 2, 4, 2),
     ),
     Booster: Claims(
         evaluations=(3, 3, 3, 3),

@@ -122,7 +122,7 @@ class SpillingError(RuntimeError):
 
 
 class Spill(Callback):
-    """Raises at one pass of the second step: where the output head is reached, or on the way back.
+    """Raises at one pass of the first step: where the output head is reached, or on the way back.
 
     Args:
         at: Which of these events (count, from 0).
@@ -151,7 +151,7 @@ class Spill(Callback):
         self.traces = traces(pl_module.model)
 
     def on_train_batch_start(self, trainer, pl_module, *_):
-        self._is_on = pl_module.global_step == 1
+        self._is_on = True
         self.weights = snapshot(pl_module.model)
 
     def on_train_batch_end(self, trainer, pl_module, *_):
@@ -166,13 +166,13 @@ def test_what_raises_midway_leaves_the_model_alone(make, claims, lora, rows):
         with pytest.MonkeyPatch.context() as patch:
             spill = Spill(at, patch)
             try:
-                fit(defense, rows.module(), 2, callbacks=[spill])
+                fit(defense, rows.module(), 1, callbacks=[spill])
             except SpillingError:
                 assert traces(defense.model) == spill.traces
                 assert_same(snapshot(defense.model), spill.weights)
             else:
                 break
-    assert at >= 2 * claims.evaluations[1]
+    assert at >= 2 * claims.evaluations[0]
 
 
 class Gradients(torch.optim.SGD):
@@ -218,12 +218,12 @@ def test_accumulated_batches_are_one_large_batch(make, claims, even, monkeypatch
         return [parameter.detach() for parameter in defense.model.parameters()]
 
     large = trained(1)
+    if claims.per_batch is not None:
+        difference = largest_difference(trained(2), large)
+        assert difference > 1e-6, "accumulation is exact, against the table"
+        return
     for num_batches in (2, 4):
-        difference = largest_difference(trained(num_batches), large)
-        if claims.per_batch is None:
-            assert difference < 1e-12
-        else:
-            assert difference > 1e-6, "accumulation is exact, against the table"
+        assert largest_difference(trained(num_batches), large) < 1e-12
 
 
 def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(
