@@ -98,7 +98,8 @@ def test_a_seed_decides_a_run(kind, gpt2, rows):
     for seed, parts in ((1, ()), (1, ("val",)), (2, ())):
         torch.manual_seed(seed)
         defense = build(kind, gpt2)
-        fit(defense, rows.module(["safe", "attack", *parts]), 4, num_sanity_val_steps=1)
+        data = rows.module(["safe", "attack", *parts])
+        fit(defense, data, 4, num_sanity_val_steps=1, val_check_interval=2)
         ends.append(snapshot(defense.model))
     assert_same(ends[0], ends[1])
     assert any(not torch.equal(value, ends[2][name]) for name, value in ends[0].items())
