@@ -29,6 +29,9 @@ def test_what_was_trained_is_exported(make, lora, llama, rows, tmp_path):
     fit(defense, rows.module(), 3)
     end = snapshot(defense.model)
     changed = {name for name, value in end.items() if not torch.equal(value, start[name])}
+    assert all(parameter.grad is None for parameter in defense.model.parameters()), (
+        "a gradient was added to what is not trained"
+    )
     trainable = {name for name, p in defense.model.named_parameters() if p.requires_grad}
     assert changed
     assert changed <= trainable
