@@ -9,11 +9,12 @@ import yaml
 from lightning import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patcher_pl.defenses import SFT
 from patcher_pl.defenses.strategies import require_supported
 from patcher_pl.errors import ConfigError
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import Lora, export_model
-from tests.defense_table import TABLE
+from tests.defense_table import TABLE, build
 from tests.tiny_runs import assert_same, fit, load, snapshot
 from tests.unit.defenses.test_refusals import fsdp1, trainer_of, two_shards
 
@@ -29,9 +30,6 @@ def test_what_was_trained_is_exported(make, lora, llama, rows, tmp_path):
     fit(defense, rows.module(), 3)
     end = snapshot(defense.model)
     changed = {name for name, value in end.items() if not torch.equal(value, start[name])}
-    assert all(parameter.grad is None for parameter in defense.model.parameters()), (
-        "a gradient was added to what is not trained"
-    )
     trainable = {name for name, p in defense.model.named_parameters() if p.requires_grad}
     assert changed
     assert changed <= trainable
@@ -126,6 +124,21 @@ def test_a_model_without_layers_is_refused_where_they_are_read(make, claims, row
     with pytest.raises(ConfigError, match=r"path: LlamaForCausalLM has no list of 9 blocks.*Use "):
         fit(defense, rows.module(), 2)
     assert defense.cost.gradient_evaluations == 0
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["every-weight", "adapters"])
+def test_it_trains_otherwise_than_sft(kind, lora, llama, rows):
+    """Wrong if what it adds went to weights that are not trained, those under adapters say."""
+    if kind is SFT:
+        pytest.skip("is SFT")
+    ends = []
+    for one in (kind, SFT):
+        torch.manual_seed(0)
+        defense = build(one, llama, model={"lora": lora})
+        fit(defense, rows.module(), 2)
+        ends.append(snapshot(defense.model))
+    ours, plain = ends
+    assert any(not torch.equal(value, plain[name]) for name, value in ours.items())
 
 
 def test_there_is_a_config_for_the_testbed(kind, make):
