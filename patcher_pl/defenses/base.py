@@ -18,7 +18,7 @@ from patcher_pl.defenses.saved_tensors import with_plain_optimizers
 from patcher_pl.defenses.strategies import require_supported, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
 from patcher_pl.losses import causal_lm_loss
-from patcher_pl.models import LanguageModel
+from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.shards import Shards
 from patcher_pl.types import Batch
 
@@ -34,8 +34,9 @@ class Defense(LightningModule):
     defense, since Lightning leaves them to the module under manual optimization. Accumulation runs
     on across epochs: every step uses exactly `accumulate_grad_batches` batches.
 
-    With `ModelParallelStrategy` (FSDP2) or `FSDPStrategy` (FSDP1) the model is sharded, and every process takes its own batch
-    of each step. A step is then the same as one process takes on all these batches together.
+    With `ModelParallelStrategy` (FSDP2) or `FSDPStrategy` (FSDP1) the model is sharded, and every
+    process takes its own batch of each step. A step is then the same as one process takes on all
+    these batches together. `require_shardable` refuses where a defense cannot do that.
 
     Args:
         language_model: The model to harden; loaded in `configure_model`.
@@ -84,6 +85,7 @@ class Defense(LightningModule):
         self._losses: dict[str, Tensor] = {}
         self._restored_random_states: list[random_state.State] = []
         self._model: PreTrainedModel | None = None
+        self._weights: Weights | None = None
 
     @abstractmethod
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
@@ -117,6 +119,14 @@ class Defense(LightningModule):
         if self._model is None:
             raise RuntimeError("The model is loaded in configure_model, which has not run yet.")
         return self._model
+
+    @property
+    def weights(self) -> Weights:
+        """Owner of what is trained: every weight, or the adapters."""
+        if self._weights is None:
+            place = self.language_model.weight_copies_on
+            self._weights = Weights(self.model, place, trained_only=True)
+        return self._weights
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -157,7 +167,7 @@ class Defense(LightningModule):
 
     def release(self) -> None:
         """Lets go of the weights, to make room; the defense is of no use to train afterwards."""
-        self._model = None
+        self._model = self._weights = None
 
     def to(self, *args: Any, **kwargs: Any) -> "Defense":  # type: ignore[override]
         """Moves the module; one whose shards wait in host memory stays there."""

@@ -11,7 +11,7 @@ from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
 from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
 from patcher_pl.losses import causal_lm_loss
-from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.models import LanguageModel
 from patcher_pl.types import Batch
 
 
@@ -69,25 +69,11 @@ class Booster(Defense):
         self._require(alpha > 0, "alpha", "> 0", alpha, "The authors use 0.1.")
         self.lam = lam
         self.alpha = alpha
-        self._weights: Weights | None = None
-
-    @property
-    def weights(self) -> Weights:
-        """Owner of what is trained."""
-        if self._weights is None:
-            place = self.language_model.weight_copies_on
-            self._weights = Weights(self.model, place, trained_only=True)
-        return self._weights
 
     def on_fit_start(self) -> None:
         """Refuses to start without harmful conversations."""
         super().on_fit_start()
         require_attack_data(self)
-
-    def release(self) -> None:
-        """Lets go of the weights."""
-        super().release()
-        self._weights = None
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds grad f(w) + lam [grad h(w) - grad h(w')]."""

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.defenses.base import Defense
+from patcher_pl.defenses.draws import seed_of
 from patcher_pl.defenses.harmful_data import next_harmful_batch, require_attack_data
-from patcher_pl.errors import ConfigError
+from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
+from patcher_pl.defenses.strategies import one_device_only
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss, maximum_mean_discrepancy
 from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.models import LanguageModel
-from patcher_pl.models.blocks import blocks_of, feed_forward_of, final_norm_of
+from patcher_pl.models.blocks import blocks_of, feed_forward_of
 from patcher_pl.types import Batch
 
 
@@ -27,8 +27,9 @@ class RepNoise(Defense):
 
     h_l is the output of the feed-forward network of layer l at the tokens of harmful answers, zero
     elsewhere, one long vector per conversation; its counterpart is noise at the same places, fresh
-    for every layer and batch (a function of the seed and the batch's place in the attack data). CE_l is the loss of the harmful answers as read from layer l through
-    the last norm and the output head, for the last layer the model's own.
+    for every layer and batch (a function of the seed and the batch's place in the attack data). CE_l
+    is the loss of the harmful answers as read from layer l through the last norm and the output head,
+    for the last layer the model's own.
 
     From the authors' code this differs in two ways: their pairs of a harmful and a harmless answer
     to one prompt are not needed, so that the tokens of an answer stand for those in which a pair
@@ -85,21 +86,23 @@ class RepNoise(Defense):
         self.beta = beta
         self.num_kernels = num_kernels
         self.kernel_factor = kernel_factor
+        self._blocks: list[nn.Module] = []
 
     def on_fit_start(self) -> None:
-        """Refuses to start without harmful conversations."""
+        """Refuses to start without harmful conversations, or a model whose layers it cannot find."""
         super().on_fit_start()
         require_attack_data(self)
+        self._blocks = blocks_of(self.model)
 
     def require_shardable(self) -> None:
         """Refuses sharded weights."""
         super().require_shardable()
-        raise ConfigError(
-            "trainer.strategy: RepNoise works on one device only, got a strategy that shards: it reads "
-            "hidden states through the output head outside of the model's forward pass, when the "
-            "weights of that are not gathered. Set `trainer.devices: 1` and no strategy, or use "
-            "Vaccine, which works sharded."
-        )
+        raise one_device_only(self, OUTSIDE_OF_FORWARD, instead="Vaccine")
+
+    def release(self) -> None:
+        """Lets go of the weights."""
+        super().release()
+        self._blocks = []
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradients of all three terms."""
@@ -119,7 +122,7 @@ class RepNoise(Defense):
 
     def _harmful_losses(self, harmful: Batch) -> tuple[Tensor, list[Tensor]]:
         """Returns the mean discrepancy from noise, and CE_l for every layer."""
-        blocks = blocks_of(self.model)
+        blocks = self._blocks
         feed_forward = [feed_forward_of(block) for block in blocks]
         with _recorded([*blocks, *feed_forward]) as outputs:
             logits = self.model(
@@ -129,15 +132,7 @@ class RepNoise(Defense):
             ).logits
             recorded = dict(outputs)
         labels = harmful["labels"]
-        norm = final_norm_of(self.model)
-        head: Any = self.model.get_output_embeddings()
-
-        def loss_from(hidden: Tensor) -> Tensor:
-            return answer_cross_entropy(head(norm(hidden)), labels)
-
-        by_layer = [
-            checkpoint(loss_from, recorded[block], use_reentrant=False) for block in blocks[:-1]
-        ]
+        by_layer = layer_losses(self.model, [recorded[block] for block in blocks[:-1]], labels)
         by_layer.append(answer_cross_entropy(logits, labels))
         is_answer = (labels != IGNORE_INDEX).unsqueeze(-1)
         generator = self._generator(labels.device)
@@ -147,9 +142,8 @@ class RepNoise(Defense):
         return torch.stack(discrepancies).mean(), by_layer
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        seed = derive_seed(getattr(data, "seed", 0), "noise", data.attack_stream().position)
-        return torch.Generator(device).manual_seed(seed)
+        position = self.trainer.datamodule.attack_stream().position  # type: ignore[attr-defined]
+        return torch.Generator(device).manual_seed(seed_of(self, "noise", position))
 
     def _from_noise(self, hidden: Tensor, is_answer: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(

@@ -3,27 +3,28 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from patcher_pl.attackers.loop import move_batch
 from patcher_pl.data import Mixture, SafetyDataModule
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
-from patcher_pl.errors import ConfigError
+from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
+from patcher_pl.defenses.strategies import one_device_only
 from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss
-from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.models import LanguageModel
+from patcher_pl.models.blocks import final_norm_of
 from patcher_pl.types import Batch
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-# What transformers calls the norm between the last layer and the output head.
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+logger = logging.getLogger(__name__)
 
 
 class Seam(Defense):
@@ -96,22 +97,13 @@ class Seam(Defense):
         self.alpha = alpha
         self.beta = beta
         self.epsilon = epsilon
-        self._weights: Weights | None = None
         self._benign_data: SafetyDataModule | None = None
-
-    @property
-    def weights(self) -> Weights:
-        """Owner of what is trained."""
-        if self._weights is None:
-            place = self.language_model.weight_copies_on
-            self._weights = Weights(self.model, place, trained_only=True)
-        return self._weights
 
     def on_fit_start(self) -> None:
         """Refuses to start without harmful conversations, or a model whose layers cannot be read."""
         super().on_fit_start()
         require_attack_data(self)
-        _final_norm(self.model)
+        final_norm_of(self.model)
         dtype = next(self.model.parameters()).dtype
         if dtype == torch.bfloat16 or "bf16" in str(self.trainer.precision):
             logger.warning(
@@ -130,17 +122,7 @@ class Seam(Defense):
     def require_shardable(self) -> None:
         """Refuses sharded weights."""
         super().require_shardable()
-        raise ConfigError(
-            "trainer.strategy: Seam works on one device only, got a strategy that shards: it reads "
-            "hidden states through the output head outside of the model's forward pass, when that "
-            "layer's weights are not gathered. Set `trainer.devices: 1` and no strategy, or use "
-            "Booster, which works sharded."
-        )
-
-    def release(self) -> None:
-        """Lets go of the weights."""
-        super().release()
-        self._weights = None
+        raise one_device_only(self, OUTSIDE_OF_FORWARD, instead="Booster")
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of the three terms."""
@@ -201,11 +183,10 @@ class _Side:
         return [after - before for after, before in zip(there, self.gradients, strict=True)]
 
 
-def layer_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def layer_cross_entropy(model: "PreTrainedModel", batch: Batch) -> Tensor:
     """Mean over the layers, embeddings included, of the cross-entropy read off each of them.
 
-    In nats per answer token. A layer is read through the final norm and the output head; the logits
-    of one layer at a time are in memory.
+    In nats per answer token.
     """
     output: Any = model(
         input_ids=batch["input_ids"],
@@ -213,34 +194,11 @@ def layer_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
         use_cache=False,
         output_hidden_states=True,
     )
-    norm, head = _final_norm(model), _plain(model).get_output_embeddings()
-
-    def loss_from(hidden: Tensor) -> Tensor:
-        return answer_cross_entropy(head(norm(hidden)), batch["labels"])
-
+    labels = batch["labels"]
     # The last hidden state of transformers has gone through the norm: it is what logits are of.
-    losses = [answer_cross_entropy(output.logits, batch["labels"])] + [
-        checkpoint(loss_from, hidden, use_reentrant=False) for hidden in output.hidden_states[:-1]
-    ]
-    return torch.stack(losses).mean()
-
-
-def _plain(model: Any) -> Any:
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _final_norm(model: nn.Module) -> nn.Module:
-    backbone = _plain(model).base_model
-    for name in _FINAL_NORMS:
-        if isinstance(norm := getattr(backbone, name, None), nn.Module):
-            return norm
-    raise ConfigError(
-        f"LanguageModel.path: Seam finds no final norm in a {type(backbone).__name__} (looked for "
-        f"{', '.join(_FINAL_NORMS)}), through which it would read the layers. Use another model, or "
-        "Booster."
-    )
+    last = answer_cross_entropy(output.logits, labels)
+    others = layer_losses(model, output.hidden_states[:-1], labels)
+    return torch.stack([last, *others]).mean()
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

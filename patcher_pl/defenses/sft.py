@@ -17,15 +17,22 @@ class SFT(Defense):
 
     As a control it gets as many gradient evaluations as the defense it is compared with.
 
+    One gradient evaluation per batch. Works on sharded weights: the gradient is a mean over batches.
+
     Args:
         language_model: The model to align.
-        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given.
+        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the
+            rate of the Patcher paper.
         scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
-        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
+        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 as in
+            the Patcher paper.
         accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
 
     Raises:
         ValueError: If a value is out of its range.
+
+    References:
+        Defaults are those of `Patcher`, https://arxiv.org/abs/2606.07970, to compare with it.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ _SHARDED = (
 
 
 def shards(trainer: Trainer) -> bool:
-    """Whether the trainer's strategy spreads the weights over processes ."""
+    """Whether the trainer's strategy spreads the weights over processes."""
     return isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
 
 
@@ -73,6 +73,21 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
             "it at `32-true` and set model.init_args.language_model.sharding.param_dtype."
         )
     defense.require_shardable()
+
+
+def one_device_only(defense: "Defense", why: str, *, instead: str) -> ConfigError:
+    """The error of a defense that cannot be trained where weights are sharded.
+
+    Args:
+        defense: Which.
+        why: What stands against it; completes "got a strategy that shards: ".
+        instead: A defense that can.
+    """
+    return ConfigError(
+        f"trainer.strategy: {type(defense).__name__} works on one device only, got a strategy that "
+        f"shards: {why}. Set `trainer.devices: 1` and no strategy, or use {instead}, which works "
+        "sharded."
+    )
 
 
 def _require_supported_fsdp1(defense: "Defense", trainer: Trainer, strategy: FSDPStrategy) -> None:

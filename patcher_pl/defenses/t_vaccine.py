@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.defenses.attack_report import log_now
 from patcher_pl.defenses.base import Defense
+from patcher_pl.defenses.draws import seed_of
 from patcher_pl.defenses.harmful_data import next_harmful_batch, require_attack_data
 from patcher_pl.defenses.perturbation import add_perturbed_gradients, norms_of, output_gradients
+from patcher_pl.defenses.strategies import one_device_only
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import attention_of, blocks_of
@@ -118,10 +119,11 @@ class TVaccine(Defense):
     def require_shardable(self) -> None:
         """Refuses sharded weights."""
         super().require_shardable()
-        raise ConfigError(
-            "trainer.strategy: TVaccine works on one device only, got a strategy that shards: every "
-            "process would draw layers of its own, and weights are gathered whether they are frozen "
-            "or not. Set `trainer.devices: 1` and no strategy, or use Vaccine, which works sharded."
+        raise one_device_only(
+            self,
+            "every process would draw layers of its own, and weights are gathered whether they are "
+            "frozen or not",
+            instead="Vaccine",
         )
 
     def release(self) -> None:
@@ -158,8 +160,7 @@ class TVaccine(Defense):
         log_now(self, {"train/loss_harmful": float(loss), **shares})
 
     def _draw(self) -> None:
-        seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
-        generator = torch.Generator().manual_seed(derive_seed(seed, "layers", self.global_step))
+        generator = torch.Generator().manual_seed(seed_of(self, "layers", self.global_step))
         # As many as are asked for, even where only some have a gradient.
         weights = torch.tensor(self.probabilities, dtype=torch.float64).clamp_min(1e-12)
         picked = torch.multinomial(weights, self.num_layers, generator=generator)

@@ -13,14 +13,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from patcher_pl.attackers.loop import finetune
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.defenses.base import Defense
+from patcher_pl.defenses.draws import seed_of
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
-from patcher_pl.errors import ConfigError, RunInterrupted
+from patcher_pl.defenses.strategies import one_device_only
+from patcher_pl.errors import RunInterrupted
 from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import answer_cross_entropy
 from patcher_pl.losses.causal_lm import IGNORE_INDEX
-from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
 from patcher_pl.types import Batch
 
@@ -127,7 +128,6 @@ class Tar(Defense):
         self.decay = decay
         self.tamper_scale = tamper_scale
         self.retain_scale = retain_scale
-        self._weights: Weights | None = None
         # In a tuple, or Lightning would train and save it.
         self._base: tuple[Any, ...] = ()
         self._attack_losses: dict[str, Tensor] = {}
@@ -136,14 +136,6 @@ class Tar(Defense):
     def num_attack_steps(self) -> int | None:
         """Steps of the adversary (K)."""
         return self.num_inner_steps
-
-    @property
-    def weights(self) -> Weights:
-        """Owner of what is trained."""
-        if self._weights is None:
-            place = self.language_model.weight_copies_on
-            self._weights = Weights(self.model, place, trained_only=True)
-        return self._weights
 
     def configure_model(self) -> None:
         """Loads the weights, and keeps a copy of them as the base model."""
@@ -164,16 +156,16 @@ class Tar(Defense):
     def require_shardable(self) -> None:
         """Refuses sharded weights."""
         super().require_shardable()
-        raise ConfigError(
-            "trainer.strategy: Tar works on one device only, got a strategy that shards: its base "
-            "model is whole, and its distances are not shared out over processes. Set "
-            "`trainer.devices: 1` and no strategy, or use Patcher, whose attacks work sharded."
+        raise one_device_only(
+            self,
+            "its base model is whole, and its distances are not shared out over processes",
+            instead="Patcher",
         )
 
     def release(self) -> None:
         """Lets go of the weights and of the base model."""
         super().release()
-        self._weights, self._base = None, ()
+        self._base = ()
 
     def before_step(self) -> None:
         """Attacks, and adds the tamper-resistance gradient to every `.grad`."""
@@ -243,9 +235,7 @@ class Tar(Defense):
 
     def _inner_lr(self) -> float:
         """Drawn by seed and step, so that a resumed run draws the same."""
-        # A rehearsal's data has no seed.
-        seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
-        draw = derive_seed(seed, "tar", "inner_lr", self.global_step)
+        draw = seed_of(self, "tar", "inner_lr", self.global_step)
         return self.inner_lrs[draw % len(self.inner_lrs)]
 
     def _tamper_loss(self, batch: Batch) -> Tensor:

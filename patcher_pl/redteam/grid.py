@@ -8,7 +8,7 @@ from patcher_pl.data.mixing import Mixture
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.variation import (
     Setting,
-    has_setting,
+    Varied,
     varied_attack,
     varied_data,
     varied_name,
@@ -16,7 +16,7 @@ from patcher_pl.redteam.variation import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class Grid(Varied):
     """Values that are tried for every attack that has such a setting; all combinations of them.
 
     An empty list leaves a setting as the attack, or the red team's data, has it.
@@ -35,17 +35,8 @@ class Grid:
         ValueError: If a list holds a value twice.
     """
 
-    lr: list[float] = field(default_factory=list)
-    num_steps: list[int] = field(default_factory=list)
-    batch_size: list[int] = field(default_factory=list)
-    schedule: list[str] = field(default_factory=list)
-    num_warmup_steps: list[int] = field(default_factory=list)
-    template: list[str] = field(default_factory=list)
-    poison_ratio: list[float] = field(default_factory=list)
-    num_examples: list[int] = field(default_factory=list)
-
     def __post_init__(self) -> None:
-        for name, values in self._lists.items():
+        for name, values in asdict(self).items():
             if len(set(values)) < len(values):
                 raise ValueError(f"Grid.{name} must hold different values, got {values}.")
 
@@ -54,11 +45,7 @@ class Grid:
 
         Leaves out shares of harmful rows that would take from an attack what it cannot do without.
         """
-        varied = {
-            name: values
-            for name, values in self._lists.items()
-            if values and has_setting(attack, name)
-        }
+        varied = self.lists_of(attack)
         for chosen in itertools.product(*varied.values()):
             settings = dict(zip(varied, chosen, strict=True))
             share = settings.get("poison_ratio")
@@ -67,10 +54,6 @@ class Grid:
                 or (share == 0 and "harmful" in attack.needed_rows)
             ):
                 yield settings
-
-    @property
-    def _lists(self) -> dict[str, list[Setting]]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.mixing import Mixture
@@ -11,7 +11,7 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.strength import mean_strength
-from patcher_pl.redteam.variation import Setting, has_setting, setting_of, varied_name
+from patcher_pl.redteam.variation import Setting, Varied, setting_of, varied_name
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ RunSettings = Callable[[Sequence[tuple[Attack, dict[str, Setting]]]], list[list[
 """Runs attacks with these settings with every seed, and returns the curves of each."""
 
 _ATTACK = "attack"
+# Searched over ranges; all other settings are chosen from a list.
+_BY_LOGARITHM = ("lr", "num_steps")
+_LINEAR = ("num_warmup_steps", "poison_ratio")
+_COUNTS = ("num_steps", "num_warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class Search(Varied):
     """Optuna's tree-structured Parzen estimator over attacks and their settings.
 
     Begins with what the grid found, so that its strongest cell is the one to beat. Trials are asked
@@ -74,14 +78,6 @@ class Search:
     """
 
     num_trials: int
-    lr: list[float] = field(default_factory=list)
-    num_steps: list[int] = field(default_factory=list)
-    batch_size: list[int] = field(default_factory=list)
-    schedule: list[str] = field(default_factory=list)
-    num_warmup_steps: list[int] = field(default_factory=list)
-    template: list[str] = field(default_factory=list)
-    poison_ratio: list[float] = field(default_factory=list)
-    num_examples: list[int] = field(default_factory=list)
     batch: int = 4
     seed: int = 0
 
@@ -89,7 +85,7 @@ class Search:
         for name in ("num_trials", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Search.{name} must be >= 1, got {getattr(self, name)}.")
-        for name in ("lr", "num_steps", "num_warmup_steps", "poison_ratio"):
+        for name in (*_BY_LOGARITHM, *_LINEAR):
             ends = getattr(self, name)
             if ends and (len(ends) != 2 or not ends[0] < ends[1]):
                 raise ValueError(
@@ -163,21 +159,17 @@ class Search:
             IntDistribution,
         )
 
-        space: dict[str, Any] = {}
-        if self.lr:
-            space["lr"] = FloatDistribution(self.lr[0], self.lr[1], log=True)
-        if self.num_steps:
-            space["num_steps"] = IntDistribution(self.num_steps[0], self.num_steps[1], log=True)
-        if self.num_warmup_steps:
-            space["num_warmup_steps"] = IntDistribution(
-                self.num_warmup_steps[0], self.num_warmup_steps[1]
-            )
-        if self.poison_ratio:
-            space["poison_ratio"] = FloatDistribution(self.poison_ratio[0], self.poison_ratio[1])
-        for name in ("batch_size", "schedule", "template", "num_examples"):
-            if choices := getattr(self, name):
-                space[name] = CategoricalDistribution(choices)
-        return {name: entry for name, entry in space.items() if has_setting(attack, name)}
+        ranges, space = (*_BY_LOGARITHM, *_LINEAR), {}
+        lists = self.lists_of(attack)
+        # Ranges first: the order decides what the sampler draws, and how trials are called.
+        for name in sorted(lists, key=lambda one: one not in ranges):
+            if name not in ranges:
+                space[name] = CategoricalDistribution(lists[name])
+                continue
+            low, high = lists[name]
+            kind: Any = IntDistribution if name in _COUNTS else FloatDistribution
+            space[name] = kind(low, high, log=name in _BY_LOGARITHM)
+        return space
 
     def _teach(
         self,

@@ -1,7 +1,7 @@
 """The settings of an attack that a grid or a search varies."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from patcher_pl.data.mixing import Mixture
@@ -11,12 +11,35 @@ Setting = float | int | str
 
 # Settings of the attacker's data; all others are the attack's own.
 DATA_SETTINGS = ("poison_ratio", "num_examples")
-ATTACK_SETTINGS = ("lr", "num_steps", "batch_size", "schedule", "num_warmup_steps", "template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Varied:
+    """One list for every setting that can be varied; an empty one leaves the setting alone.
+
+    What the lists hold, values or ends of ranges, is for subclasses to say.
+    """
+
+    lr: list[float] = field(default_factory=list)
+    num_steps: list[int] = field(default_factory=list)
+    batch_size: list[int] = field(default_factory=list)
+    schedule: list[str] = field(default_factory=list)
+    num_warmup_steps: list[int] = field(default_factory=list)
+    template: list[str] = field(default_factory=list)
+    poison_ratio: list[float] = field(default_factory=list)
+    num_examples: list[int] = field(default_factory=list)
+
+    def lists_of(self, attack: Attack) -> dict[str, list[Setting]]:
+        """The lists that are not empty and whose setting the attack has."""
+        lists = {one.name: getattr(self, one.name) for one in fields(Varied)}
+        return {
+            name: values for name, values in lists.items() if values and has_setting(attack, name)
+        }
 
 
 def has_setting(attack: Attack, name: str) -> bool:
-    """Whether varying `name` (one of the above) changes what this attack does."""
-    own = {field.name for field in fields(attack)}
+    """Whether varying `name` (a field of `Varied`) changes what this attack does."""
+    own = {one.name for one in fields(attack)}
     if name in DATA_SETTINGS:
         return attack.uses_data
     if name == "lr":

@@ -1,4 +1,7 @@
-"""If these fail, a run that was interrupted and goes on is another run than one that was not."""
+"""If these fail, a run that was interrupted and goes on is another run than one that was not.
+
+Every defense is resumed in tests/contract; here, what is interrupted within an attack.
+"""
 
 import pytest
 import torch
@@ -59,10 +62,8 @@ def assert_goes_on(make, path, rows, checkpoint, **options) -> None:
 @pytest.mark.parametrize(
     ("make", "step"),
     [
-        (make_sft, 5),
         (make_patcher, 2),  # in the first round, before any attack
         (make_patcher, 5),  # in the middle of a round, and of an epoch
-        (make_patcher, 6),  # right before an attack
         (make_lora_patcher, 5),  # draws adapters and dropout masks
     ],
 )
@@ -73,13 +74,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(llama, rows, tmp_path, make,
     fit(interrupted, rows.module(), NUM_STEPS, callbacks=[SaveAt(step, checkpoint)])
     assert interrupted.global_step == step
     assert_goes_on(make, llama, rows, checkpoint, accumulate_grad_batches=accumulate)
-
-
-def test_dropout_goes_on_where_it_was(gpt2, rows, tmp_path):
-    checkpoint = tmp_path / "step.ckpt"
-    torch.manual_seed(1)
-    fit(make_sft(gpt2), rows.module(), NUM_STEPS, callbacks=[SaveAt(5, checkpoint)])
-    assert_goes_on(make_sft, gpt2, rows, checkpoint)
 
 
 class StopInSecondAttack(Callback):

@@ -1,20 +1,16 @@
 """If these fail, defenses that work on hidden embeddings find others, or leave traces in the model."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from patcher_pl.defenses import RepNoise, TVaccine, Vaccine
 from patcher_pl.defenses.perturbation import shifted_outputs
-from patcher_pl.defenses.strategies import require_supported
 from patcher_pl.errors import ConfigError
 from patcher_pl.losses import causal_lm_loss, maximum_mean_discrepancy
 from patcher_pl.models import LanguageModel, Lora, export_model
 from patcher_pl.models.blocks import attention_of, blocks_of, feed_forward_of, final_norm_of
 from tests.families import FAMILIES, build_family
-from tests.tiny_runs import MemoryLogger, SaveAt, adamw, assert_same, fit, load, snapshot
-from tests.unit.defenses.test_refusals import fsdp1, trainer_of, two_shards
+from tests.tiny_runs import MemoryLogger, SaveAt, adamw, fit, load, snapshot
 
 
 def make(kind, path, *, language_model=None, **options):
@@ -43,7 +39,7 @@ def test_the_parts_of_a_block_are_found_in_every_family(family, tmp_path):
     assert final_norm_of(model) is (inner.ln_f if family == "gpt2" else inner.norm)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["full", "lora"])
 @KINDS
 def test_every_kind_of_model_is_trained_and_left_without_hooks(kind, family, lora, rows, tmp_path):
@@ -61,26 +57,6 @@ def test_every_kind_of_model_is_trained_and_left_without_hooks(kind, family, lor
     assert [p.requires_grad for p in defense.model.parameters()] == required
     export_model(defense.model, defense.tokenizer, tmp_path / "model")
     assert load(tmp_path / "model").state_dict().keys() == load(path).state_dict().keys()
-
-
-@KINDS
-def test_nothing_is_left_behind_when_a_pass_fails(kind, llama, rows, monkeypatch):
-    defense = make(kind, llama)
-    defense.configure_model()
-    calls = []
-
-    def fail_late(module, _, output):
-        calls.append(module)
-        if len(calls) == 2:
-            raise RuntimeError("out of potion")
-
-    last: Any = blocks_of(defense.model)[-1]
-    handle = last.mlp.register_forward_hook(fail_late)
-    with pytest.raises(RuntimeError, match="out of potion"):
-        fit(defense, rows.module(), 3)
-    handle.remove()
-    assert hooks_of(defense.model) == []
-    assert all(parameter.requires_grad for parameter in defense.model.parameters())
 
 
 def test_both_passes_drop_the_same(gpt2, rows):
@@ -156,30 +132,6 @@ def test_no_layer_is_frozen_where_that_is_not_wanted(llama, rows):
     assert all(not torch.equal(v, start[k]) for k, v in snapshot(defense.model).items())
 
 
-@KINDS
-@pytest.mark.parametrize(("model", "accumulate"), [("llama", 1), ("gpt2", 2)])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(
-    kind, model, accumulate, rows, tmp_path, request
-):
-    """Between two draws of layers, and in the middle of both data sets."""
-    path, checkpoint = request.getfixturevalue(model), tmp_path / "step.ckpt"
-    ends = []
-    for seed, callbacks, ckpt_path in (
-        (1, [SaveAt(5, checkpoint)], None),
-        (1, [], None),
-        (99, [], checkpoint),
-    ):
-        torch.manual_seed(seed)
-        ends.append(make(kind, path, accumulate_grad_batches=accumulate))
-        fit(ends[-1], rows.module(), 8, callbacks=callbacks, ckpt_path=ckpt_path, weights_only=True)
-    interrupted, whole, resumed = ends
-    assert interrupted.global_step == 5
-    assert_same(snapshot(resumed.model), snapshot(whole.model))
-    assert resumed.cost == whole.cost
-    if kind is TVaccine:
-        assert (resumed.drawn, resumed.probabilities) == (whole.drawn, whole.probabilities)
-
-
 def test_the_layers_in_use_are_those_of_the_checkpoint(llama, rows, tmp_path):
     path = tmp_path / "step.ckpt"
     first = make(TVaccine, llama, resample_every=100)
@@ -200,38 +152,9 @@ def test_identical_samples_are_no_distance_apart():
     assert maximum_mean_discrepancy(rows, rows + 3, **settings).item() > 1
 
 
-@pytest.mark.parametrize("kind", [TVaccine, RepNoise])
-def test_missing_harmful_data_is_refused_at_once(kind, llama, rows):
-    defense = make(kind, llama)
-    with pytest.raises(ConfigError, match=rf"SafetyDataModule\.attack: {kind.__name__} .*use SFT"):
-        fit(defense, rows.module(["safe"]), 1)
-    assert defense.cost.gradient_evaluations == 0
-
-
 def test_more_layers_than_there_are_are_refused(llama, rows):
     with pytest.raises(ConfigError, match=r"TVaccine\.num_layers must be <= 2, .* got 3\. Set"):
         fit(make(TVaccine, llama, num_layers=3), rows.module(), 1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "strategy", "message"),
-    [
-        (TVaccine, two_shards, r"TVaccine works on one device only.*`trainer\.devices: 1`"),
-        (RepNoise, two_shards, r"RepNoise works on one device only.*`trainer\.devices: 1`"),
-        (RepNoise, fsdp1, r"RepNoise works on one device only.*`trainer\.devices: 1`"),
-    ],
-)
-def test_strategies_that_would_be_wrong_are_refused(kind, strategy, message, llama):
-    trainer = trainer_of(strategy())
-    defense = make(kind, llama)
-    defense.trainer = trainer
-    with pytest.raises(ConfigError, match=message):
-        require_supported(defense, trainer)
-
-
-@pytest.mark.parametrize("strategy", [fsdp1, two_shards])
-def test_vaccine_is_let_through_on_shards(strategy, llama):
-    require_supported(make(Vaccine, llama), trainer_of(strategy()))
 
 
 def test_what_the_layers_are_drawn_by_is_logged(llama, rows):

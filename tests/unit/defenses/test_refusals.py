@@ -175,14 +175,6 @@ def test_attackers_elsewhere_are_refused_where_weights_are_sharded(model, tmp_pa
     assert not (tmp_path / "mailbox").exists()
 
 
-def test_patcher_without_attack_data_is_refused_at_once(model, rows):
-    """And not a thousand steps later, when the first attack is due."""
-    defense = Patcher(model, ATTACKER)
-    with pytest.raises(ConfigError, match=r"SafetyDataModule\.attack: .*or use SFT"):
-        fit(defense, rows.module(["safe"]), 1)
-    assert defense.cost.gradient_evaluations == 0
-
-
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_patcher_without_a_data_module_is_refused(model, rows):
     with pytest.raises(ConfigError, match=r"SafetyDataModule\.attack"):
