@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
-from patcher_pl.attackers.combine import COMBINATIONS, Combine
+from patcher_pl.attackers.combine import Combine
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.models.weights import Weights
 from patcher_pl.types import Batch
@@ -115,12 +115,6 @@ class ConcurrentAttacker(Attacker):
             "mailbox",
             "a directory if `launch` is false",
             "Name one that the attackers' jobs see as well.",
-        )
-        self._require(
-            self.combine in COMBINATIONS,
-            "combine",
-            f"one of {', '.join(COMBINATIONS)}",
-            "Use in_turn for the cheapest steps.",
         )
         self._require(
             self.max_failures >= 1, "max_failures", ">= 1", "Use 1 to end at the first failure."

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from patcher_pl.attackers import ConcurrentAttacker, FineTuningAttacker, Member
+from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.data import Mixture, Source
 from patcher_pl.defenses import Patcher
 from patcher_pl.defenses.base_model import BaseModel
@@ -45,12 +45,6 @@ def test_weights_of_a_retention(kind):
             kind(data=NOWHERE, **{field: -1})
     with pytest.raises(ValueError, match=r"got 0 for both\. Set `Patcher\.retain: null`"):
         kind(data=NOWHERE, weight=0)
-
-
-def test_members_can_be_drawn():
-    with pytest.raises(ValueError, match=r"combine must be one of .*, got sum"):
-        ConcurrentAttacker(population=[Member(attacker=ATTACKER)], combine="sum")  # type: ignore[arg-type]
-    ConcurrentAttacker(population=[Member(attacker=ATTACKER)], combine="at_random")
 
 
 def test_missing_benign_data_are_missed_before_the_first_step(llama, rows):
