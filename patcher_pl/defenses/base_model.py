@@ -28,9 +28,13 @@ class BaseModel:
         self._start = None if has_adapters else weights.snapshot()
 
     def place(self) -> None:
-        """Moves the copy to where copies are kept, once the model is where it is trained."""
+        """Moves the copy to where copies are kept, once the model is where it is trained.
+
+        And to the number format that it is trained in, which Lightning decides late.
+        """
         if self._start is not None:
-            self._start = self._weights.placed(self._start)
+            pairs = zip(self._weights.shards.tensors, self._start, strict=True)
+            self._start = self._weights.placed([value.to(tensor.dtype) for tensor, value in pairs])
 
     @contextmanager
     def in_place(self) -> Iterator[nn.Module]:

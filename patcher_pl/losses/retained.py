@@ -31,7 +31,9 @@ def answer_log_likelihoods(
     logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"]
 ) -> Float[Tensor, "answers vocab"]:
     """Log-likelihoods (nats) with which answer tokens are predicted, in float32 at least."""
-    chosen = logits[predicts_answers(labels)]
+    predictions, counts = logits[:, :-1], labels[:, 1:] != IGNORE_INDEX
+    # Where all count, as on the tensors without values of a rehearsal, there is nothing to leave out.
+    chosen = predictions.flatten(0, 1) if bool(counts.all()) else predictions[counts]
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
 
 

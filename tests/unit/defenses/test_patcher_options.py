@@ -77,6 +77,20 @@ def test_the_base_model_comes_and_goes(gpt2, lora, place):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_the_base_model_has_the_format_of_the_run(llama, rows, precision):
+    """The first step moves nothing but the learning rate 0: the distance is that of equal models."""
+    logger = MemoryLogger()
+    defense = Patcher(
+        *(LanguageModel(path=str(llama)), ATTACKER, adamw(0.0)),
+        num_sft_steps=1,
+        retain=KLToBase(data=rows.mixtures["val"], attacked_weight=1.0),
+    )
+    fit(defense, rows.module(), 3, logger=logger, precision=precision)
+    assert set(logger.history["train/retain_distance"].values()) == {0.0}
+    assert min(logger.history["train/retain_distance_attacked"].values()) > 0
+
+
 def test_nothing_is_retained_where_nothing_is_asked_for(llama, rows):
     """And the distance after the attack not before there is one."""
     benign = rows.mixtures["val"]
