@@ -251,10 +251,11 @@ class Patcher(Defense):
             losses, distances = [], []
             for vector in vectors:
                 with self.weights.shifted(vector):
-                    losses.append(causal_lm_loss(self.model, batch))
-                    self.backward_of(share * self.alpha / len(vectors) * losses[-1], batch)
+                    loss = causal_lm_loss(self.model, batch)
+                    self.backward_of(share * self.alpha / len(vectors) * loss, batch)
+                    losses.append(loss.detach())
                     distances += self._add_retention(kept, share / len(vectors), "attacked_weight")
-            metrics["loss_attacked"] = torch.stack(losses).mean().detach()
+            metrics["loss_attacked"] = torch.stack(losses).mean()
             if distances:
                 metrics["retain_distance_attacked"] = torch.stack(distances).mean()
         loss_safe = causal_lm_loss(self.model, batch)

@@ -64,6 +64,7 @@ class RemoteAttacks:
         self._num_spent_before = 0
         self._version = -1
         self._published_step = 0
+        self._seed = 0
         self._life = ""
         self._mailbox: Mailbox | None = None
         self._supervisor: Supervisor | None = None

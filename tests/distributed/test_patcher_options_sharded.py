@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from patcher_pl.callbacks import AtomicCheckpointIO
 from tests.distributed import patcher_options_worker as worker
 from tests.distributed import runs
 from tests.tiny_runs import make_llama_exact, snapshot
@@ -34,3 +35,16 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
             # One token seen later or earlier would do: the distances must be there to compare.
             assert max(history["train/retain_distance"].values()) > 1e-6
             assert max(history["train/retain_distance_attacked"].values()) > 1e-6
+
+        # One process goes on from a checkpoint by two, with all vectors.
+        saved = tmp_path / f"fsdp2-{kind}" / f"step-{runs.SAVED_AT:08d}.ckpt"
+        resumed = worker.make(tmp_path, kind)
+        runs.train(
+            *(resumed, tmp_path, 1, runs.NUM_STEPS),
+            ckpt_path=saved,
+            weights_only=True,
+            plugins=[AtomicCheckpointIO()],
+        )
+        for name, value in snapshot(resumed.model).items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9)
+        assert len(resumed.local.vectors) == 2
