@@ -47,7 +47,9 @@ class Subject:
         self, optimizer: Optimizer, num_steps: int, batches: "Batches"
     ) -> InnerProblem:
         """The attack of `num_steps` steps by `optimizer`."""
-        attacker = replace(self.attacker, num_steps=num_steps, optimizer=optimizer)
+        attacker = replace(
+            self.attacker, num_steps=num_steps, optimizer=optimizer, vector_steps=None
+        )
         return attacker.inner_problem(iter(batches.attack))
 
     def _stream(self, part: str, mixture: Mixture, batch_size: int, seed: int) -> BatchStream:

@@ -1,6 +1,7 @@
 """The simulated (train-time) attacker and the fine-tuning loop that every attack shares."""
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.combine import Combine, combined
 from patcher_pl.attackers.concurrent import ConcurrentAttacker, Member
 from patcher_pl.attackers.fine_tuning import FineTuningAttacker
 from patcher_pl.attackers.inner_problem import InnerProblem
@@ -9,10 +10,12 @@ from patcher_pl.attackers.loop import FinetuneStep, finetune
 __all__ = [
     "AttackOutcome",
     "Attacker",
+    "Combine",
     "ConcurrentAttacker",
     "FineTuningAttacker",
     "FinetuneStep",
     "InnerProblem",
     "Member",
+    "combined",
     "finetune",
 ]

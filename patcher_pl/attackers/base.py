@@ -19,10 +19,17 @@ class AttackOutcome:
     Args:
         vector: Attacked minus original weights, in the order of `Weights.parameters`.
         steps: What each optimizer step did.
+        earlier: Such vectors from points of the trajectory before its end, in the order of the steps.
     """
 
     vector: Sequence[Tensor]
     steps: Sequence[FinetuneStep]
+    earlier: Sequence[Sequence[Tensor]] = ()
+
+    @property
+    def vectors(self) -> list[Sequence[Tensor]]:
+        """All vectors, that of the end last."""
+        return [*self.earlier, self.vector]
 
 
 class Attacker(ABC):
@@ -38,6 +45,11 @@ class Attacker(ABC):
     def is_differentiable(self) -> bool:
         """Whether `inner_problem` exists."""
         return False
+
+    @property
+    def num_vectors(self) -> int:
+        """Attack vectors that one attack gives (count)."""
+        return 1
 
     @property
     def works_sharded(self) -> bool:

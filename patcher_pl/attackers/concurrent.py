@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.combine import Combine
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.models.weights import Weights
 from patcher_pl.types import Batch
@@ -34,6 +35,12 @@ class Member:
                 "Member.attacker must be an attacker that runs in one process, got a "
                 "ConcurrentAttacker. List its members in one population."
             )
+        if self.attacker.num_vectors > 1:
+            raise ValueError(
+                "Member.attacker must give one attack vector, as that is what a mailbox carries, got "
+                f"{self.attacker.num_vectors} (vector_steps). Set `vector_steps: null`, or use a "
+                "FineTuningAttacker without a ConcurrentAttacker."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +63,9 @@ class ConcurrentAttacker(Attacker):
             defender waits. None never waits, except for the first attack.
         lock_step: Attack exactly the theta of each refresh, while the defender waits: the run is the
             sequential one to the last bit, if it has one attacker without a `seed`.
-        combine: Whether the members' vectors are used `in_turn`, one per defender step, or in every
-            step with the `average` of their losses, which costs one gradient evaluation each.
+        combine: Whether the members' vectors are used `in_turn`, one per defender step, one per step
+            `at_random`, or all in every step with the `average` of their losses, which costs one
+            gradient evaluation each.
         anchor: What the vector starts from: the defender's weights at pick-up (`current`, as in the
             paper, so that theta + v is the attacked model) or the weights that were attacked
             (`published`, so that v is what the attack did). The same in lock step.
@@ -77,7 +85,7 @@ class ConcurrentAttacker(Attacker):
     devices: list[str] | None = None
     max_staleness: int | None = None
     lock_step: bool = False
-    combine: Literal["in_turn", "average"] = "in_turn"
+    combine: Combine = "in_turn"
     anchor: Literal["current", "published"] = "current"
     mailbox: Path | None = None
     launch: bool = True

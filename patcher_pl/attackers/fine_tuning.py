@@ -1,10 +1,10 @@
 """The simulated attacker that fine-tunes the live model in place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
 from patcher_pl.attackers.inner_problem import InnerProblem
@@ -23,6 +23,10 @@ class FineTuningAttacker(Attacker):
     of the weights. Attacks with `lora` train adapters on a merged copy of the model; their attack
     vector is the merged update.
 
+    Attack vectors from several points of the trajectory cost no attack steps, but memory: one vector
+    each, where `language_model.weight_copies_on` says, and with `lora` one more merged copy of the
+    model for as long as each is being taken.
+
     Args:
         num_steps: Optimizer steps (count, >= 1); k1 = 300 in Patcher's sequential script.
         optimizer: The attacker's optimizer; starts fresh in every attack.
@@ -30,6 +34,8 @@ class FineTuningAttacker(Attacker):
         schedule: Learning-rate curve over `num_steps`.
         num_warmup_steps: Steps of linear warm-up (count, >= 0).
         lora: Train adapters of this shape only; None trains every weight.
+        vector_steps: Steps after which an attack vector is taken (counts, increasing, the last one
+            `num_steps`); None takes the one at the end.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -44,6 +50,7 @@ class FineTuningAttacker(Attacker):
     schedule: Schedule = "constant"
     num_warmup_steps: int = 0
     lora: Lora | None = None
+    vector_steps: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -61,6 +68,13 @@ class FineTuningAttacker(Attacker):
                 "FineTuningAttacker.num_warmup_steps must be in 0..num_steps, "
                 f"got {self.num_warmup_steps} of {self.num_steps}. Use 0 for no warm-up."
             )
+        points = [0, *self._points]
+        if points[-1] != self.num_steps or any(b <= a for a, b in pairwise(points)):
+            raise ValueError(
+                "FineTuningAttacker.vector_steps must be increasing counts >= 1 that end with "
+                f"num_steps = {self.num_steps}, or null, got {self.vector_steps}. "
+                "Use null for the end of the attack alone."
+            )
 
     def attack(
         self,
@@ -73,12 +87,24 @@ class FineTuningAttacker(Attacker):
         if self.lora is not None:
             return self._attack_copy(self.lora, model, weights, batches, before_step)
         saved = weights.snapshot()
+        earlier: list[Sequence[Tensor]] = []
         try:
             with weights.trainable() as parameters:
-                steps = self._finetune(model, parameters, batches, before_step)
-            return AttackOutcome(weights.difference(saved), steps)
+                steps = self._finetune(
+                    *(model, parameters, batches, before_step),
+                    lambda: earlier.append(weights.difference(saved)),
+                )
+            return AttackOutcome(weights.difference(saved), steps, earlier)
         finally:
             weights.restore(saved)
+
+    @property
+    def num_vectors(self) -> int:
+        return len(self._points)
+
+    @property
+    def _points(self) -> list[int]:
+        return [self.num_steps] if self.vector_steps is None else self.vector_steps
 
     @property
     def is_differentiable(self) -> bool:
@@ -118,9 +144,17 @@ class FineTuningAttacker(Attacker):
         start = Weights(copy).snapshot()
         adapted = lora.attach(copy).train(model.training)
         adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        steps = self._finetune(adapted, adapters, batches, before_step)
-        attacked = Weights(adapted.merge_and_unload())
-        return AttackOutcome(weights.aligned(attacked.difference(start), attacked.names), steps)
+        earlier: list[Sequence[Tensor]] = []
+
+        def vector_of(merged: nn.Module) -> Sequence[Tensor]:
+            attacked = Weights(merged)
+            return weights.placed(weights.aligned(attacked.difference(start), attacked.names))
+
+        steps = self._finetune(
+            *(adapted, adapters, batches, before_step),
+            lambda: earlier.append(vector_of(merged_copy(adapted))),
+        )
+        return AttackOutcome(vector_of(adapted.merge_and_unload()), steps, earlier)
 
     def _finetune(
         self,
@@ -128,6 +162,7 @@ class FineTuningAttacker(Attacker):
         parameters: list[nn.Parameter],
         batches: Iterator[Batch],
         before_step: Callable[[], None],
+        at_earlier_point: Callable[[], None],
     ) -> list[FinetuneStep]:
         steps: list[FinetuneStep] = []
         taken = finetune(
@@ -143,4 +178,6 @@ class FineTuningAttacker(Attacker):
         for _ in range(self.num_steps):
             before_step()
             steps.append(next(taken))
+            if steps[-1].index in self._points[:-1]:
+                at_earlier_point()
         return steps

@@ -156,8 +156,15 @@ class PlanCLI(PatcherCLI):
             settings.accumulate_grad_batches = 1
             if "attacker" in settings:
                 attack = settings.attacker.init_args
-                attack.num_steps = attack_steps
+                # As many vectors as configured, from as many steps at least.
+                num_vectors = len(attack.get("vector_steps") or [attack_steps])
+                attack.num_steps = max(attack_steps, num_vectors)
                 attack.num_warmup_steps = 0
+                if num_vectors > 1:
+                    last = attack.num_steps
+                    attack.vector_steps = list(range(last - num_vectors + 1, last + 1))
+                elif attack.get("vector_steps"):
+                    attack.vector_steps = None
                 settings.num_sft_steps = NUM_SFT_STEPS
                 settings.refresh_every = 1
                 if settings.trust_every is not None:

@@ -168,6 +168,10 @@ class _FullBatches(LightningDataModule):
     def val_dataloader(self) -> list[Any]:
         return []
 
+    def with_safe(self, safe: Any) -> "_FullBatches":
+        """As that of `SafetyDataModule`."""
+        return self
+
     def attack_stream(self) -> "_Endless":
         """As that of `SafetyDataModule`, as far as attacks ask for it."""
         return _Endless(self._shapes.attack_batch_size, self._shapes.length)
@@ -187,6 +191,9 @@ class _Endless:
     def endless(self) -> Iterator[Batch]:
         """As that of `BatchStream`."""
         return iter(self)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As that of `BatchStream`."""
 
 
 class _InPlace(SingleDeviceStrategy):

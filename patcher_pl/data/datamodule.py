@@ -126,8 +126,15 @@ class SafetyDataModule(LightningDataModule):
 
     def with_attack(self, attack: Mixture) -> "SafetyDataModule":
         """Returns the same data with other conversations for the simulated attacker."""
+        return self._with("attack", attack)
+
+    def with_safe(self, safe: Mixture) -> "SafetyDataModule":
+        """Returns the same data with other conversations for the defender."""
+        return self._with("safe", safe)
+
+    def _with(self, part: _Part, mixture: Mixture) -> "SafetyDataModule":
         other = copy(self)
-        other._mixtures = {**self._mixtures, "attack": attack}
+        other._mixtures = {**self._mixtures, part: mixture}
         other._encoded, other._streams = {}, {}
         return other
 

@@ -1,7 +1,6 @@
 """Patcher: adversarial training against simulated fine-tuning attacks."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,21 +9,19 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from patcher_pl.attackers import Attacker, ConcurrentAttacker, InnerProblem
-from patcher_pl.defenses.attack_report import account_for_attack, checked_norm, log_now
+from patcher_pl.attackers import Attacker, Combine, ConcurrentAttacker
+from patcher_pl.attackers.combine import COMBINATIONS
+from patcher_pl.defenses.attack_report import account_for_attack, checked_norm
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.cost import Cost
+from patcher_pl.defenses.estimates import FreshEstimate, rules_for_estimates
+from patcher_pl.defenses.local_attacks import LocalAttacks
 from patcher_pl.defenses.remote_attacks import RemoteAttacks
-from patcher_pl.defenses.saved_tensors import add_vector, own_parts, read_vector
+from patcher_pl.defenses.retain_term import Kept, RetainTerm
+from patcher_pl.defenses.retention import Retention
 from patcher_pl.defenses.strategies import require_shardable_attacks
 from patcher_pl.errors import ConfigError, RunInterrupted
-from patcher_pl.hypergradients import (
-    FirstOrder,
-    Hypergradient,
-    HypergradientEstimate,
-    OuterLoss,
-    measure_trust,
-)
+from patcher_pl.hypergradients import FirstOrder, Hypergradient
 from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Weights
@@ -47,6 +44,10 @@ class Patcher(Defense):
     `refresh_every` is 1) use its estimate of d L_safe(theta_att) / d theta instead, from a fresh
     attack; the steps in between go on with v as above.
 
+    An attacker with `vector_steps` gives vectors v_1, ..., v_n from several points of its way, and
+    L_safe(theta + v) becomes their mean, or that of one of them (`combine_points`). With `retain`, a
+    distance to the model that training began with, on benign conversations, is added to the loss.
+
     With a `ConcurrentAttacker`, attacks run beside the defender instead of in between (parallel
     form), and v belongs to a theta of some steps ago.
 
@@ -59,6 +60,12 @@ class Patcher(Defense):
             paper's. Any other attacks once per batch of a step, in full precision.
         trust_every: Attack once more after every so many fresh estimates, to log the change of the
             outer loss beside the predicted one (count, >= 1). None never does.
+        combine_points: Whether the vectors of the attacker's `vector_steps` are all used in every
+            step, at one gradient evaluation each (`average`), or one per step, `in_turn` or
+            `at_random`. All are kept either way. Members of a population have `combine` for that.
+        retain: What to keep of the model that training began with, and how much; None keeps nothing.
+            Costs one gradient evaluation per batch for each weight that is not 0 (and vector), a pass
+            of the base model, and a copy of the weights unless adapters are trained.
         alpha: Weight of the attacked model's loss (in [0, 1]); the rest weighs the loss at theta.
         refresh_every: Defender steps for which an attack vector is used (k2, count, >= 1).
         num_sft_steps: Defender steps before the first attack (count, >= 0); None takes
@@ -89,6 +96,8 @@ class Patcher(Defense):
         accumulate_grad_batches: int = 1,
         hypergradient: Hypergradient | None = None,
         trust_every: int | None = None,
+        combine_points: Combine = "average",
+        retain: Retention | None = None,
     ) -> None:
         super().__init__(
             language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
@@ -118,21 +127,18 @@ class Patcher(Defense):
             trust_every,
             "Use null to save the attacks.",
         )
+        if not self.is_first_order:
+            for rule in rules_for_estimates(attacker, language_model, retain):
+                self._require(*rule)
         self._require(
-            self.is_first_order or attacker.is_differentiable,
-            "attacker",
-            "a FineTuningAttacker without lora, by AdamW or SGD, for this `hypergradient`",
-            attacker,
-            "Set `attacker.lora: null` and such an optimizer, or use FirstOrder.",
-        )
-        self._require(
-            self.is_first_order or language_model.lora is None,
-            "language_model.lora",
-            "null for this `hypergradient`",
-            language_model.lora,
-            "Train every weight or use FirstOrder.",
+            combine_points in COMBINATIONS,
+            "combine_points",
+            f"one of {', '.join(COMBINATIONS)}",
+            combine_points,
+            "Use in_turn for the cheapest steps.",
         )
         self.trust_every = trust_every
+        self.retain = retain
         self.attacker = attacker
         self.remote: RemoteAttacks | None = None
         self.alpha = alpha
@@ -141,11 +147,11 @@ class Patcher(Defense):
         self.restart_optimizer = restart_optimizer
         if isinstance(attacker, ConcurrentAttacker):
             self.remote = RemoteAttacks(attacker, refresh_every, self.num_sft_steps)
-        self.attack_vector: Sequence[Tensor] | None = None  # Of attacks in this process.
-        self._num_attacks = 0
+        self.local = LocalAttacks(self, combine_points)
+        self.num_attacks = 0
         self._weights: Weights | None = None
-        self._inner: InnerProblem | None = None
-        self._fresh: tuple[HypergradientEstimate, OuterLoss] | None = None
+        self._retain_term: RetainTerm | None = None
+        self._estimate: FreshEstimate | None = None
         # Where the random numbers and the cost were before the step that attacks.
         self._before: tuple[RandomState, Cost] | None = None
 
@@ -166,6 +172,18 @@ class Patcher(Defense):
             self._weights = Weights(self.model, self.language_model.weight_copies_on)
         return self._weights
 
+    @property
+    def attack_vector(self) -> Sequence[Tensor] | None:
+        """That of the end of the newest attack in this process."""
+        return self.local.vectors[-1] if self.local.vectors else None
+
+    def configure_model(self) -> None:
+        """Loads the weights; what is retained of them is kept before any checkpoint is read."""
+        super().configure_model()
+        is_trained_here = self._trainer is not None
+        if self.retain is not None and self._retain_term is None and is_trained_here:
+            self._retain_term = RetainTerm(self, self.weights, self.retain)
+
     def on_fit_start(self) -> None:
         """Refuses to start without data for the attacks, which may be due hours later only."""
         super().on_fit_start()
@@ -181,10 +199,11 @@ class Patcher(Defense):
             )
 
     def on_train_start(self) -> None:
-        """Moves a restored attack vector to where the weights are."""
+        """Moves restored attack vectors to where the weights are."""
         super().on_train_start()
-        if self.attack_vector is not None:
-            self.attack_vector = self.weights.placed(self.attack_vector)
+        self.local.place()
+        if self._retain_term is not None:
+            self._retain_term.open()
         if self.remote is not None:
             seed = self.trainer.datamodule.seed  # type: ignore[attr-defined]
             self.remote.open(self.model, self.weights, seed)
@@ -200,93 +219,86 @@ class Patcher(Defense):
         require_shardable_attacks(self.attacker, self.hypergradient, self.language_model.sharding)
 
     def release(self) -> None:
-        """Lets go of the weights and of the attack vector."""
+        """Lets go of the weights, the attack vectors and what is retained."""
         super().release()
-        self._weights = self.attack_vector = None
+        self._weights = self._retain_term = None
+        self.local.vectors = []
 
     def before_step(self) -> None:
         """Attacks, or picks up what was attacked elsewhere, where a new attack vector is due."""
         steps_since_sft = self.global_step - self.num_sft_steps
-        is_due = steps_since_sft >= 0 and steps_since_sft // self.refresh_every >= self._num_attacks
+        is_due = steps_since_sft >= 0 and steps_since_sft // self.refresh_every >= self.num_attacks
         if self.remote is not None:
             self._exchange(self.remote, is_due)
         elif is_due:
             device = self.weights.parameters[0].device
             self._before = RandomState.capture(device), replace(self.cost)
             if self.is_first_order:
-                self._refresh_attack_vector()
+                self._attack()
             else:
-                stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
-                self._inner = self.attacker.inner_problem(stream.endless())
-                self._count_attack()
+                self._estimate = FreshEstimate(self)
+                self.count_attack()
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of the two-term loss, or of L_safe while there is no attack yet."""
+        metrics: dict[str, Tensor] = {}
         vectors = self._active_vectors
-        if self._inner is None and not vectors:
-            loss_safe = causal_lm_loss(self.model, batch)
-            self.backward_of(share * loss_safe, batch)
-            return {"loss_safe": loss_safe.detach()}
-        if self._inner is not None:
-            loss_attacked = self._add_hypergradient(self._inner, batch, share * self.alpha)
-        else:
-            losses = []
+        if self._estimate is not None:
+            metrics["loss_attacked"] = self._add_estimate(self._estimate, batch, share * self.alpha)
+        is_attacked = bool(vectors) or self._estimate is not None
+        kept = None if self._retain_term is None else self._retain_term.next(is_attacked)
+        if self._estimate is None and vectors:
+            losses, distances = [], []
             for vector in vectors:
                 with self.weights.shifted(vector):
-                    losses.append(causal_lm_loss(self.model, batch))
-                    self.backward_of(share * self.alpha / len(vectors) * losses[-1], batch)
-            loss_attacked = torch.stack(losses).mean()
+                    loss = causal_lm_loss(self.model, batch)
+                    self.backward_of(share * self.alpha / len(vectors) * loss, batch)
+                    losses.append(loss.detach())
+                    distances += self._add_retention(kept, share / len(vectors), "attacked_weight")
+            metrics["loss_attacked"] = torch.stack(losses).mean()
+            if distances:
+                metrics["retain_distance_attacked"] = torch.stack(distances).mean()
         loss_safe = causal_lm_loss(self.model, batch)
-        self.backward_of(share * (1 - self.alpha) * loss_safe, batch)
-        gap = (loss_attacked - loss_safe).detach()
-        return {
-            "loss_safe": loss_safe.detach(),
-            "loss_attacked": loss_attacked.detach(),
-            "attack_gap": gap,
-        }
+        weight = 1 - self.alpha if is_attacked else 1.0
+        self.backward_of(share * weight * loss_safe, batch)
+        metrics["loss_safe"] = loss_safe.detach()
+        for distance in self._add_retention(kept, share, "weight"):
+            metrics["retain_distance"] = distance
+        if is_attacked:
+            metrics["attack_gap"] = metrics["loss_attacked"] - metrics["loss_safe"]
+        return metrics
 
     @property
     def _active_vectors(self) -> Sequence[Sequence[Tensor]]:
         if self.remote is not None:
             return self.remote.vectors(self.global_step)
-        return [] if self.attack_vector is None else [self.attack_vector]
+        return self.local.vectors_at(self.global_step)
 
-    def _add_hypergradient(self, inner: InnerProblem, batch: Batch, weight: float) -> Tensor:
-        """Adds `weight` times the estimate for a batch; returns the loss after the attack."""
+    def _add_retention(self, kept: Kept | None, share: float, field: str) -> list[Tensor]:
+        """Adds the gradient of the distance where the weights are now, if there is one to add."""
+        if self._retain_term is None or kept is None:
+            return []
+        return self._retain_term.add_gradient(kept, share, field)
 
-        def outer_loss(model: torch.nn.Module) -> Tensor:
-            return causal_lm_loss(model, batch)
-
+    def _add_estimate(self, estimate: FreshEstimate, batch: Batch, weight: float) -> Tensor:
         try:
-            estimate = self.hypergradient.estimate(
-                self.model, self.weights, inner, outer_loss, self._check_for_stop
-            )
+            loss, vector = estimate.add_gradient(batch, weight, self._check_for_stop)
         except RunInterrupted:
-            self._forget_step(inner)
+            self._forget_step(estimate)
             raise
-        norm = checked_norm(self.weights, estimate.attack_vector, self.global_step)
-        self.weights.shards.add_to_gradients(estimate.gradients, weight)
-        self.attack_vector = estimate.attack_vector
-        self._fresh = estimate, outer_loss
-        # Everything but the outer gradient runs over attack batches.
-        evaluations = estimate.gradient_evaluations - 1
-        num_tokens = round(evaluations * inner.num_tokens / inner.num_steps)
-        self.cost.add(num_tokens=num_tokens, gradient_evaluations=math.ceil(evaluations))
-        self.cost.add(num_tokens=int(batch["attention_mask"].sum()))
-        log_now(self, {f"hypergradient/{k}": v for k, v in estimate.diagnostics.items()})
-        log_now(self, {"attack/vector_norm": norm})
-        return torch.tensor(estimate.outer_loss, device=self.device)
+        self.local.vectors = [vector]
+        return loss
 
-    def _forget_step(self, inner: InnerProblem) -> None:
+    def _forget_step(self, estimate: FreshEstimate) -> None:
         """Goes back to where this step had not begun: the same batches will be handed out again."""
         self._forget_draws_and_cost()
-        self.trainer.datamodule.attack_stream().rewind(inner.num_steps)  # type: ignore[attr-defined]
+        self.trainer.datamodule.attack_stream().rewind(estimate.inner.num_steps)  # type: ignore[attr-defined]
         loader = self.trainer.train_dataloader
         loader.rewind(self._num_accumulated + 1)  # type: ignore[union-attr]
         self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
         self._num_accumulated, self._losses = 0, {}
-        self._num_attacks -= 1
-        self._inner = self._fresh = None
+        self.num_attacks -= 1
+        self._estimate = None
 
     def _forget_draws_and_cost(self) -> None:
         assert self._before is not None
@@ -294,45 +306,20 @@ class Patcher(Defense):
         random_state.restore()
 
     def _take_step(self) -> dict[str, Any]:
-        inner, fresh = self._inner, self._fresh
-        self._inner = self._fresh = None
-        due = self.trust_every is not None and self._num_attacks % self.trust_every == 0
-        if inner is None or fresh is None or not due:
+        estimate, self._estimate = self._estimate, None
+        due = self.trust_every is not None and self.num_attacks % self.trust_every == 0
+        if estimate is None or not due:
             return super()._take_step()
-        before = self.weights.snapshot()
-        metrics = super()._take_step()
-        estimate, outer_loss = fresh
-        trust = measure_trust(
-            *(self.model, self.weights, inner, outer_loss, estimate),
-            self.weights.difference(before),
-        )
-        self.cost.add(num_tokens=inner.num_tokens, gradient_evaluations=inner.num_steps)
-        changes = {"predicted_change": trust.predicted, "actual_change": trust.actual}
-        log_now(self, {f"hypergradient/{key}": value for key, value in changes.items()})
-        return metrics
+        return estimate.measured(super()._take_step)
 
-    def _refresh_attack_vector(self) -> None:
-        stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
-        start = stream.position
+    def _attack(self) -> None:
         try:
-            outcome = self.attacker.attack(
-                self.model, self.weights, stream.endless(), before_step=self._check_for_stop
-            )
+            self.local.attack(self._check_for_stop)
         except RunInterrupted:
-            # As if this step had never begun: both streams will hand out the same batches again.
+            # As if this step had never begun: the same batches will be handed out again.
             self._forget_draws_and_cost()
-            stream.rewind(stream.position - start)
             self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
             raise
-        self.attack_vector = outcome.vector
-        self._count_attack()
-        account_for_attack(
-            self,
-            norm=checked_norm(self.weights, outcome.vector, self.global_step),
-            losses=[step.loss for step in outcome.steps],
-            num_tokens=[step.num_tokens for step in outcome.steps],
-            number=self._num_attacks - 1,
-        )
 
     def _exchange(self, remote: RemoteAttacks, is_due: bool) -> None:
         stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
@@ -344,9 +331,9 @@ class Patcher(Defense):
             self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
             raise
         if is_due:
-            self._count_attack()
+            self.count_attack()
             # Where it would be if the attacks so far had taken their batches from it.
-            stream.load_state_dict({"position": self._num_attacks * self.attacker.num_steps})
+            stream.load_state_dict({"position": self.num_attacks * self.attacker.num_steps})
         for arrival in arrivals:
             account_for_attack(
                 self,
@@ -357,8 +344,9 @@ class Patcher(Defense):
                 tag="attack" if len(remote.slots) == 1 else f"attack_{arrival.member}",
             )
 
-    def _count_attack(self) -> None:
-        self._num_attacks += 1
+    def count_attack(self) -> None:
+        """Notes that an attack is done, or begins to be differentiated."""
+        self.num_attacks += 1
         if self.restart_optimizer:
             self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
 
@@ -367,29 +355,27 @@ class Patcher(Defense):
             raise RunInterrupted("Stopped during a simulated attack.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the attack vector, so that a run goes on within a round."""
+        """Adds the attack vectors, so that a run goes on within a round."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["defense"]["num_attacks"] = self._num_attacks
+        checkpoint["defense"]["num_attacks"] = self.num_attacks
         if self.remote is not None:
             checkpoint["defense"]["remote"] = self.remote.state(self.weights.names)
-        if self.attack_vector is not None:
-            add_vector(checkpoint, "attack_vector", self.weights, self.attack_vector)
+        self.local.add_to(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the attack vector of the run, whichever way it came about."""
+        """Goes on with the attack vectors of the run, whichever way they came about."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["defense"]
-        self._num_attacks = state["num_attacks"]
-        path = self.trainer.ckpt_path
-        vector = read_vector(checkpoint, "attack_vector", self.weights, path)
+        self.num_attacks = state["num_attacks"]
+        self.local.load(checkpoint, self.trainer.ckpt_path)
         remote = state.get("remote", {"slots": [], "num_wasted": 0})
         if self.remote is None:
             if remote["slots"]:
-                vector = own_parts(remote["slots"][0]["vector"], self.weights)
-            self.attack_vector = vector
+                self.local.take_over(remote["slots"][0]["vector"])
             return
-        if vector is not None:
-            attacked_step = self.num_sft_steps + (self._num_attacks - 1) * self.refresh_every
-            named = dict(zip(self.weights.names, vector, strict=True))
+        if self.attack_vector is not None:
+            attacked_step = self.num_sft_steps + (self.num_attacks - 1) * self.refresh_every
+            named = dict(zip(self.weights.names, self.attack_vector, strict=True))
             remote["slots"] = [{"attacked_step": attacked_step, "vector": named}]
+            self.local.vectors = []
         self.remote.load_state(remote, self.weights.names)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.attackers import ConcurrentAttacker
+from patcher_pl.attackers import ConcurrentAttacker, combined
 from patcher_pl.attackers.service import shared_state
 from patcher_pl.defenses.slots import Arrival, Clocks, Slot
 from patcher_pl.errors import ConfigError
@@ -64,6 +64,7 @@ class RemoteAttacks:
         self._num_spent_before = 0
         self._version = -1
         self._published_step = 0
+        self._seed = 0
         self._life = ""
         self._mailbox: Mailbox | None = None
         self._supervisor: Supervisor | None = None
@@ -149,9 +150,7 @@ class RemoteAttacks:
             step: Defender steps taken so far.
         """
         vectors = [slot.vector for slot in self.slots if slot.vector is not None]
-        if self.settings.combine == "average" or not vectors:
-            return vectors
-        return [vectors[step % len(vectors)]]
+        return list(combined(vectors, self.settings.combine, step=step, seed=self._seed))
 
     def staleness(self, step: int) -> int:
         """Defender steps since the oldest theta that a vector in use belongs to."""

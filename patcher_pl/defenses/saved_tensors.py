@@ -36,6 +36,27 @@ def add_vector(
     }
 
 
+def add_vectors(
+    checkpoint: dict[str, Any], key: str, weights: Weights, vectors: Sequence[Sequence[Tensor]]
+) -> None:
+    """Adds several vectors: the last as `add_vector` does, the others under numbered keys."""
+    for number, vector in enumerate(vectors[:-1]):
+        add_vector(checkpoint, f"{key}_{number}", weights, vector)
+    for vector in vectors[-1:]:
+        add_vector(checkpoint, key, weights, vector)
+
+
+def read_vectors(
+    checkpoint: dict[str, Any], key: str, weights: Weights, path: Any
+) -> list[Sequence[Tensor]]:
+    """Returns what `add_vectors` put into a checkpoint; see `read_vector`."""
+    found: list[Sequence[Tensor]] = []
+    while (vector := read_vector(checkpoint, f"{key}_{len(found)}", weights, path)) is not None:
+        found.append(vector)
+    last = read_vector(checkpoint, key, weights, path)
+    return found if last is None else [*found, last]
+
+
 def read_vector(
     checkpoint: dict[str, Any], key: str, weights: Weights, path: Any
 ) -> list[Tensor] | None:

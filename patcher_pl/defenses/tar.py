@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from patcher_pl.attackers.loop import finetune
 from patcher_pl.defenses.base import Defense
+from patcher_pl.defenses.base_model import without_adapters
 from patcher_pl.defenses.draws import seed_of
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
 from patcher_pl.defenses.strategies import one_device_only
@@ -21,6 +22,7 @@ from patcher_pl.errors import RunInterrupted
 from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import answer_cross_entropy
 from patcher_pl.losses.causal_lm import IGNORE_INDEX
+from patcher_pl.losses.retained import mean_state_distance, mean_where, outputs_of
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
 from patcher_pl.types import Batch
@@ -222,10 +224,10 @@ class Tar(Defense):
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of L_retain."""
         with self._base_model() as base, torch.no_grad():
-            kept = _forward(base, batch).hidden_states
-        output = _forward(self.model, batch)
+            kept = outputs_of(base, batch).hidden_states
+        output = outputs_of(self.model, batch)
         loss_safe = answer_cross_entropy(output.logits, batch["labels"])
-        distance = _mean_distance(output.hidden_states, kept, batch["attention_mask"])
+        distance = mean_state_distance(output.hidden_states, kept, batch["attention_mask"].bool())
         self.backward_of(share * self.retain_scale * (loss_safe + distance), batch)
         return {
             "loss_safe": loss_safe.detach(),
@@ -239,7 +241,7 @@ class Tar(Defense):
         return self.inner_lrs[draw % len(self.inner_lrs)]
 
     def _tamper_loss(self, batch: Batch) -> Tensor:
-        return negative_entropy(_forward(self.model, batch).logits, batch["labels"])
+        return negative_entropy(outputs_of(self.model, batch).logits, batch["labels"])
 
     @contextmanager
     def _base_model(self) -> Iterator[nn.Module]:
@@ -247,13 +249,8 @@ class Tar(Defense):
         if self._base:
             yield self._base[0]
             return
-        adapted: Any = self.model
-        with adapted.disable_adapter():
-            adapted.eval()
-            try:
-                yield adapted
-            finally:
-                adapted.train()
+        with without_adapters(self.model) as model:
+            yield model
 
 
 def negative_entropy(
@@ -265,24 +262,4 @@ def negative_entropy(
         predictions = predictions.float()
     log_likelihoods = predictions.log_softmax(-1)
     entropies = -(log_likelihoods.exp() * log_likelihoods).sum(-1)
-    return -_mean_where(labels[:, 1:] != IGNORE_INDEX, entropies)
-
-
-def _forward(model: nn.Module, batch: Batch) -> Any:
-    return model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        output_hidden_states=True,
-    )
-
-
-def _mean_distance(ours: Sequence[Tensor], kept: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Mean ||h - h_base||_2 over the tokens, padding excluded, and over embeddings and layers."""
-    pairs = zip(ours, kept, strict=True)
-    distances = [_mean_where(mask.bool(), (h - base).norm(dim=-1)) for h, base in pairs]
-    return torch.stack(distances).mean()
-
-
-def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
-    return (values * chosen).sum() / chosen.sum()
+    return -mean_where(labels[:, 1:] != IGNORE_INDEX, entropies)

@@ -96,20 +96,22 @@ class Weights:
             RuntimeError: If the weights are shifted already, or a sharded model is between a forward
                 pass and its backward pass, here or at the end of the block.
         """
-        if self._shifted:
-            raise RuntimeError("Weights.shifted must not be entered twice; leave the first block.")
-        self.shards.require_no_open_pass("Weights.shifted")
-        saved = self._save_into_buffer()
-        self._shifted = True
-        try:
+        with self._put_back_after("Weights.shifted"):
             with self.shards.changing() as tensors:
                 for tensor, change in zip(tensors, vector, strict=True):
                     tensor.add_(change.to(tensor.device, non_blocking=True))
             yield
-            self.shards.require_no_open_pass("The end of Weights.shifted")
-        finally:
-            self.restore(saved)
-            self._shifted = False
+
+    @contextmanager
+    def replaced(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Puts other values in place of the weights for the length of the block; see `shifted`.
+
+        Raises:
+            RuntimeError: As `shifted` does.
+        """
+        with self._put_back_after("Weights.replaced"):
+            self.restore(values)
+            yield
 
     @contextmanager
     def trainable(self) -> Iterator[list[nn.Parameter]]:
@@ -132,6 +134,20 @@ class Weights:
             for parameter, required, gradient in before:
                 parameter.requires_grad_(required)
                 parameter.grad = gradient
+
+    @contextmanager
+    def _put_back_after(self, action: str) -> Iterator[None]:
+        if self._shifted:
+            raise RuntimeError(f"{action} must not be entered twice; leave the first block.")
+        self.shards.require_no_open_pass(action)
+        saved = self._save_into_buffer()
+        self._shifted = True
+        try:
+            yield
+            self.shards.require_no_open_pass(f"The end of {action}")
+        finally:
+            self.restore(saved)
+            self._shifted = False
 
     def _place(self, tensor: Tensor) -> torch.device:
         return tensor.device if self._copies_on == "model" else torch.device("cpu")

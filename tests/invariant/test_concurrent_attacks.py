@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.callbacks import ConcurrencyMonitor
 from patcher_pl.defenses import Patcher, remote_attacks
+from patcher_pl.defenses.retention import KLToBase
 from patcher_pl.errors import RunInterrupted
 from patcher_pl.mailbox import wait_for
 from patcher_pl.models import LanguageModel, Lora
@@ -67,6 +68,20 @@ def test_lock_step_is_the_sequential_run(
     pairs = zip(vector, sequential.attack_vector, strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     assert beside.remote.num_wasted == 0
+
+
+def test_what_is_retained_in_lock_step_is_what_is_in_the_sequential_run(gpt2, rows, tmp_path):
+    """Wrong if the attacked model, or one that was published, stood for the base model."""
+    retain = KLToBase(data=rows.mixtures["val"], weight=0.5, attacked_weight=0.5)
+    sequential = make(gpt2, ATTACKER, retain=retain)
+    history = run(sequential, rows.module())
+    remote = concurrent(tmp_path / "mailbox", lock_step=True)
+    beside = make(gpt2, remote, retain=retain)
+    with attackers_at_work(remote, gpt2, rows):
+        history_beside = run(beside, rows.module())
+    assert_same(snapshot(beside.model), snapshot(sequential.model))
+    assert losses(history_beside) == losses(history)
+    assert max(history["train/retain_distance_attacked"].values()) > 0
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.defenses import SFT, Patcher
+from patcher_pl.defenses.retention import KLToBase, RepresentationDistance
 from patcher_pl.errors import CheckpointError, RunInterrupted
 from patcher_pl.hypergradients import Adjoint
 from patcher_pl.hypergradients.trajectories import FullState
@@ -43,6 +44,18 @@ def make_lora_patcher(path, **options):
     return make_patcher(path, attacker, lora=Lora(rank=2, dropout=0.1), **options)
 
 
+def make_points_patcher(path, combine="at_random", lora=None, **options):
+    attacker = FineTuningAttacker(
+        num_steps=3, optimizer=AdamW(lr=1e-3), vector_steps=[1, 2, 3], lora=lora
+    )
+    adapters = options.pop("language_lora", None)
+    return make_patcher(path, attacker, lora=adapters, combine_points=combine, **options)
+
+
+def make_averaging_patcher(path, **options):
+    return make_points_patcher(path, "average", Lora(rank=2), **options)
+
+
 def assert_goes_on(make, path, rows, checkpoint, **options) -> None:
     """A run that goes on from `checkpoint` ends as one that was never interrupted."""
     torch.manual_seed(1)
@@ -54,8 +67,9 @@ def assert_goes_on(make, path, rows, checkpoint, **options) -> None:
     assert_same(snapshot(resumed.model), snapshot(whole.model))
     assert resumed.cost == whole.cost
     if isinstance(whole, Patcher):
-        pairs = zip(resumed.attack_vector, whole.attack_vector, strict=True)
-        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+        assert len(resumed.local.vectors) == len(whole.local.vectors)
+        for ours, theirs in zip(resumed.local.vectors, whole.local.vectors, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -65,6 +79,8 @@ def assert_goes_on(make, path, rows, checkpoint, **options) -> None:
         (make_patcher, 2),  # in the first round, before any attack
         (make_patcher, 5),  # in the middle of a round, and of an epoch
         (make_lora_patcher, 5),  # draws adapters and dropout masks
+        (make_points_patcher, 5),  # has three vectors, and draws one
+        (make_averaging_patcher, 5),
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(llama, rows, tmp_path, make, step, accumulate):
@@ -74,6 +90,31 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(llama, rows, tmp_path, make,
     fit(interrupted, rows.module(), NUM_STEPS, callbacks=[SaveAt(step, checkpoint)])
     assert interrupted.global_step == step
     assert_goes_on(make, llama, rows, checkpoint, accumulate_grad_batches=accumulate)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, dropout=0.1)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("strategy", "step"), [(KLToBase, 2), (KLToBase, 5), (RepresentationDistance, 5)]
+)
+def test_what_is_retained_is_the_model_before_the_interruption(
+    gpt2, rows, tmp_path, strategy, step, lora
+):
+    """Wrong if the base model were that of the checkpoint, or benign batches began anew."""
+    checkpoint = tmp_path / "step.ckpt"
+    retain = strategy(data=rows.mixtures["val"], weight=0.5, attacked_weight=0.5)
+
+    def make(path, **options):
+        return make_points_patcher(
+            *(path, "in_turn"),
+            language_lora=lora,
+            retain=retain,
+            accumulate_grad_batches=2,
+            **options,
+        )
+
+    torch.manual_seed(1)
+    fit(make(gpt2), rows.module(), NUM_STEPS, callbacks=[SaveAt(step, checkpoint)])
+    assert_goes_on(make, gpt2, rows, checkpoint)
 
 
 class StopInSecondAttack(Callback):
@@ -108,17 +149,22 @@ class StopInSecondAttack(Callback):
 def test_a_run_stopped_in_an_attack_repeats_the_attack(model, rows, tmp_path, accumulate, request):
     """Both streams, and the generator, must hand out again what the cancelled step had taken."""
     path, checkpoint = request.getfixturevalue(model), tmp_path / "step.ckpt"
+    points = [2, 3] if accumulate == 2 else None
+    retain = KLToBase(data=rows.mixtures["val"]) if accumulate == 2 else None
+
+    def make_attacker():
+        return FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3), vector_steps=points)
+
     torch.manual_seed(1)
-    attacker = FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3))
-    interrupted = make_patcher(path, attacker, accumulate_grad_batches=accumulate)
+    interrupted = make_patcher(
+        path, make_attacker(), accumulate_grad_batches=accumulate, retain=retain
+    )
     with pytest.raises(RunInterrupted):
         fit(interrupted, rows.module(), NUM_STEPS, callbacks=[StopInSecondAttack(checkpoint)])
     assert interrupted.global_step == 6
 
     def make(path, **options):
-        return make_patcher(
-            path, FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3)), **options
-        )
+        return make_patcher(path, make_attacker(), retain=retain, **options)
 
     assert_goes_on(make, path, rows, checkpoint, accumulate_grad_batches=accumulate)
 
@@ -163,6 +209,7 @@ def test_a_run_stopped_in_an_estimate_repeats_it(model, rows, tmp_path, accumula
             *(LanguageModel(path=str(path)), attacker, adamw(), decaying),
             refresh_every=2,
             hypergradient=Adjoint(store=FullState()),
+            retain=KLToBase(data=rows.mixtures["val"]),
             **options,
         )
 
