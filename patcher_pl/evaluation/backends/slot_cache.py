@@ -1,0 +1,110 @@
+"""A key-value cache whose rows come and go: every row has a slot, filled from the left."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+Pair = tuple[Tensor, Tensor]
+# Columns that are added when the slots are full; growing copies them.
+GROWTH = 128
+
+
+class SlotCache(Cache):
+    """Cache for decoding steps of one token, in which rows are as long as they are.
+
+    A row's next token goes behind its own last one, not behind the longest row's. What is behind a
+    row's end is zero or left over from earlier rows; the attention mask of the caller hides it.
+
+    Args:
+        num_layers: Layers of the model that keep keys and values (count).
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.slots: list[_SlotLayer] = [_SlotLayer() for _ in range(num_layers)]
+        super().__init__(layers=list(self.slots))
+        self.num_rows = 0
+
+    def append(self, filled: Cache) -> None:
+        """Takes over the rows of `filled`, behind those that are there."""
+        for slot, layer in zip(self.slots, filled.layers, strict=True):
+            assert layer.keys is not None
+            assert layer.values is not None
+            slot.append(self.num_rows, layer.keys, layer.values)
+            num_new = layer.keys.shape[0]
+        self.num_rows += num_new
+
+    def keep(
+        self, num_rows: int, sources: Int[Tensor, " moved"], gaps: Int[Tensor, " moved"]
+    ) -> None:
+        """Moves rows from `sources` to `gaps`; the first `num_rows` rows are left."""
+        for slot in self.slots:
+            slot.move(sources, gaps)
+        self.num_rows = num_rows
+
+    def aim(self, columns: Int[Tensor, " rows"], width: int) -> None:
+        """The next step writes to these columns, one per row, and reads the first `width`."""
+        rows = torch.arange(self.num_rows, device=columns.device)
+        for slot in self.slots:
+            slot.aim(rows, columns, width)
+
+
+class _SlotLayer(DynamicLayer):
+    """Keys and values by slot: (slots, heads, columns, width of a head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 0
+
+    def append(
+        self,
+        num_rows: int,
+        keys: Float[Tensor, "new heads time key"],
+        values: Float[Tensor, "new heads time value"],
+    ) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = (
+                states.new_zeros(0, *states.shape[1:]) for states in (keys, values)
+            )
+        self._grow(num_rows + keys.shape[0], keys.shape[2])
+        length = keys.shape[2]
+        for slots, states in zip(self._pair(), (keys, values), strict=True):
+            slots[num_rows : num_rows + len(states), :, :length] = states
+            # Hidden, but what is not finite would show through the mask.
+            slots[num_rows : num_rows + len(states), :, length:] = 0
+
+    def move(self, sources: Tensor, gaps: Tensor) -> None:
+        for slots in self._pair():
+            slots[gaps] = slots[sources]
+
+    def aim(self, rows: Tensor, columns: Tensor, width: int) -> None:
+        self.rows, self.columns, self.width = rows, columns, width
+        self._grow(len(rows), width)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        for slots, states in zip(self._pair(), (key_states, value_states), strict=True):
+            slots[self.rows, :, self.columns] = states[:, :, 0]
+        keys, values = self._pair()
+        return keys[: len(self.rows), :, : self.width], values[: len(self.rows), :, : self.width]
+
+    def get_seq_length(self) -> int:
+        # What the masks are made from: the token of this step is the last column.
+        return max(self.width - 1, 0)
+
+    def _pair(self) -> Pair:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def _grow(self, num_rows: int, width: int) -> None:
+        keys, values = self._pair()
+        rows, columns = max(num_rows - len(keys), 0), max(width - keys.shape[2], 0)
+        if columns:
+            columns = -(-columns // GROWTH) * GROWTH
+        if rows or columns:
+            missing = (0, 0, 0, columns, 0, 0, 0, rows)
+            self.keys = torch.nn.functional.pad(keys, missing)
+            self.values = torch.nn.functional.pad(values, missing)
