@@ -87,7 +87,7 @@ class _Batch:
         self._forward = _Forward(model)
         self._choose = TokenChoice(decoding)
         self._pad_id = decoding.pad_id
-        self._cache = SlotCache(len(DynamicCache(config=model.config).layers))
+        self._cache = SlotCache(len(DynamicCache(config=model.config).layers), size, columns)
         # By row: its newest token, which the model has not read, the column of the cache where that
         # will be, and its place in the text.
         device = next(model.parameters()).device

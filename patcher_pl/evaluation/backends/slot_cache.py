@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 Pair = tuple[Tensor, Tensor]
@@ -20,10 +21,12 @@ class SlotCache(Cache):
 
     Args:
         num_layers: Layers of the model that keep keys and values (count).
+        num_rows: Most rows at a time (count).
+        num_columns: Longest row (tokens).
     """
 
-    def __init__(self, num_layers: int) -> None:
-        self.slots: list[_SlotLayer] = [_SlotLayer() for _ in range(num_layers)]
+    def __init__(self, num_layers: int, num_rows: int, num_columns: int) -> None:
+        self.slots = [_SlotLayer(num_rows, num_columns) for _ in range(num_layers)]
         super().__init__(layers=list(self.slots))
         self.num_rows = 0
 
@@ -54,8 +57,9 @@ class SlotCache(Cache):
 class _SlotLayer(DynamicLayer):
     """Keys and values by slot: (slots, heads, columns, width of a head)."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int, num_columns: int) -> None:
         super().__init__()
+        self._num_rows, self._num_columns = num_rows, num_columns
         self.width = 0
 
     def append(
@@ -67,14 +71,15 @@ class _SlotLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values = (
-                states.new_zeros(0, *states.shape[1:]) for states in (keys, values)
+                states.new_zeros(self._num_rows, states.shape[1], 0, states.shape[3])
+                for states in (keys, values)
             )
-        self._grow(num_rows + keys.shape[0], keys.shape[2])
-        length = keys.shape[2]
+        self._reserve(keys.shape[2])
+        new, length = slice(num_rows, num_rows + len(keys)), keys.shape[2]
         for slots, states in zip(self._pair(), (keys, values), strict=True):
-            slots[num_rows : num_rows + len(states), :, :length] = states
+            slots[new, :, :length] = states
             # Hidden, but what is not finite would show through the mask.
-            slots[num_rows : num_rows + len(states), :, length:] = 0
+            slots[new, :, length:] = 0
 
     def move(self, sources: Tensor, gaps: Tensor) -> None:
         for slots in self._pair():
@@ -82,7 +87,7 @@ class _SlotLayer(DynamicLayer):
 
     def aim(self, rows: Tensor, columns: Tensor, width: int) -> None:
         self.rows, self.columns, self.width = rows, columns, width
-        self._grow(len(rows), width)
+        self._reserve(width)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         for slots, states in zip(self._pair(), (key_states, value_states), strict=True):
@@ -99,12 +104,9 @@ class _SlotLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
-    def _grow(self, num_rows: int, width: int) -> None:
+    def _reserve(self, width: int) -> None:
         keys, values = self._pair()
-        rows, columns = max(num_rows - len(keys), 0), max(width - keys.shape[2], 0)
-        if columns:
-            columns = -(-columns // GROWTH) * GROWTH
-        if rows or columns:
-            missing = (0, 0, 0, columns, 0, 0, 0, rows)
-            self.keys = torch.nn.functional.pad(keys, missing)
-            self.values = torch.nn.functional.pad(values, missing)
+        if width > keys.shape[2]:
+            columns = min(-(-width // GROWTH) * GROWTH, self._num_columns)
+            missing = (0, 0, 0, columns - keys.shape[2])
+            self.keys, self.values = pad(keys, missing), pad(values, missing)
