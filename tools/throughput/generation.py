@@ -99,7 +99,7 @@ def measure(
 
     Returns:
         `ratios.generation` (plain / ours, wall-clock, median of the rounds) and
-        `ratios.generation_cpu` (CPU time), tokens and prompts per second, peak GPU memory in MiB, and
+        `ratios.generation_cpu` (CPU time), tokens and prompts per second, peak memory in MiB (of a GPU), and
         `same_answers`: the share of prompts that both sides answer alike.
     """
     shape = SHAPES[shape] if isinstance(shape, str) else shape
@@ -113,7 +113,7 @@ def measure(
     handle = stops.attach(model)
     answers: dict[str, list[list[int]]] = {}
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    peaks: dict[str, float] = {}
+    peaks: dict[str, float | None] = {}
     for number in range(-1, num_rounds):
         for side, ask in sides.items():
             asked = prompts[:batch_size] if number < 0 else prompts
@@ -197,7 +197,7 @@ def _until_stop(tokens: list[int]) -> list[int]:
 def _result(
     answers: dict[str, list[list[int]]],
     times: dict[str, list[tuple[float, float]]],
-    peaks: dict[str, float],
+    peaks: dict[str, float | None],
 ) -> dict[str, Any]:
     pairs = list(zip(times["plain"], times["ours"], strict=True))
     tokens = sum(map(len, answers["plain"]))
@@ -227,8 +227,8 @@ def _reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak_mib(device: str) -> float:
-    return torch.cuda.max_memory_allocated() / MIB if device.startswith("cuda") else float("nan")
+def _peak_mib(device: str) -> float | None:
+    return torch.cuda.max_memory_allocated() / MIB if device.startswith("cuda") else None
 
 
 def main() -> None:

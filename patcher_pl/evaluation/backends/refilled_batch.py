@@ -163,7 +163,9 @@ class _Forward:
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
-        self._cache = cache_argument(model)
+        cache_name = cache_argument(model)
+        assert cache_name is not None
+        self._cache_name = cache_name
         takes = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
@@ -175,5 +177,5 @@ class _Forward:
         cache: Cache,
     ) -> Float[Tensor, "rows vocab"]:
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
-        arguments |= {"position_ids": positions, self._cache: cache, **self._options}
+        arguments |= {"position_ids": positions, self._cache_name: cache, **self._options}
         return self.model(**arguments, use_cache=True, return_dict=True).logits[:, -1]

@@ -32,12 +32,10 @@ class SlotCache(Cache):
 
     def append(self, filled: Cache) -> None:
         """Takes over the rows of `filled`, behind those that are there."""
-        for slot, layer in zip(self.slots, filled.layers, strict=True):
-            assert layer.keys is not None
-            assert layer.values is not None
+        layers: list[Any] = filled.layers
+        for slot, layer in zip(self.slots, layers, strict=True):
             slot.append(self.num_rows, layer.keys, layer.values)
-            num_new = layer.keys.shape[0]
-        self.num_rows += num_new
+        self.num_rows += len(layers[0].keys)
 
     def keep(
         self, num_rows: int, sources: Int[Tensor, " moved"], gaps: Int[Tensor, " moved"]
