@@ -1,6 +1,7 @@
 """A batch that loses and gains rows must answer as if every prompt were asked alone."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -92,9 +93,17 @@ def _until_stop(answer):
 
 def test_penalties_count_what_the_row_itself_said(model, prompts):
     """Wrong if a row were penalized for padding, or for what its place said before."""
-    expected = [one_by_one(model, prompt, penalty=1.7) for prompt in prompts]
-    assert expected != [one_by_one(model, prompt) for prompt in prompts]
-    assert continued(model, prompts, decoding(repetition_penalty=1.7)) == expected
+    generator = torch.Generator().manual_seed(0)
+    # As long as one another: what an earlier row left lies where a new one will be read.
+    asked = [*prompts, *torch.randint(0, 250, (16, 4), generator=generator).tolist()]
+    settings = {"stops": STOPS[:12], "steps": 24, "penalty": 3.0}
+    expected = [one_by_one(model, prompt, **settings) for prompt in asked]
+    unpenalized = [one_by_one(model, prompt, **settings | {"penalty": 1.0}) for prompt in asked]
+    assert expected != unpenalized
+    # The worst case for padding: its token is what answers want.
+    wanted = Counter(token for answer in expected for token in set(answer)).most_common(1)[0][0]
+    options = {"stop_ids": STOPS[:12], "max_new_tokens": 24, "pad_id": wanted, "batch_size": 3}
+    assert continued(model, asked, decoding(repetition_penalty=3.0, **options)) == expected
 
 
 def test_no_row_is_computed_for_nothing(model, prompts):
