@@ -35,12 +35,13 @@ class HuggingFace(Backend):
             from patcher_pl.evaluation.backends.refilled_batch import continued
 
             return continued(bare, prompts, decoding)
-        return _continued_by_generate(bare, prompts, decoding)
+        return continued_by_generate(bare, prompts, decoding)
 
 
-def _continued_by_generate(
+def continued_by_generate(
     model: "PreTrainedModel", prompts: Sequence[list[int]], decoding: Decoding
 ) -> list[list[int]]:
+    """As `Backend.continuations`, through `generate` of transformers; similar lengths share a batch."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, list[int]] = {}
     own_settings = model.generation_config

@@ -33,18 +33,24 @@ def can_refill(model: Any) -> bool:
         isinstance(model, PreTrainedModel)
         and isinstance(model, GenerationMixin)
         and not model.is_remote_code()
-        and all(
-            getattr(type(model), name) is vars(GenerationMixin)[name] for name in _STOCK_METHODS
-        )
+        and all(_is_stock(model, name) for name in _STOCK_METHODS)
         and set(inspect.signature(model.forward).parameters) >= _ARGUMENTS
         and cache_argument(model) is not None
         and not model.config.is_encoder_decoder
         and model.config._attn_implementation in ("sdpa", "eager")
         and not getattr(model.config, "alibi", False)
+        and not model._is_stateful
         and _remembers_keys_and_values_only(model)
         and len({parameter.device for parameter in model.parameters()}) == 1
         and not is_sharded(model)
     )
+
+
+def _is_stock(model: Any, name: str) -> bool:
+    from transformers import GenerationMixin
+
+    # Methods that a later release no longer has decide nothing.
+    return getattr(type(model), name, None) is getattr(GenerationMixin, name, None)
 
 
 def cache_argument(model: Any) -> str | None:
@@ -56,7 +62,5 @@ def cache_argument(model: Any) -> str | None:
 def _remembers_keys_and_values_only(model: Any) -> bool:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    if model._is_stateful or not model._supports_default_dynamic_cache():
-        return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

@@ -15,7 +15,7 @@ class Generate(HuggingFace):
     """Answers through transformers alone, batch by batch."""
 
     def continuations(self, model, prompts, decoding):
-        return hugging_face._continued_by_generate(model, prompts, decoding)
+        return hugging_face.continued_by_generate(model, prompts, decoding)
 
 
 def test_answers_are_those_of_generate(quick_testbed):

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from patcher_pl.evaluation.backends import Decoding, HuggingFace
-from patcher_pl.evaluation.backends.hugging_face import _continued_by_generate
+from patcher_pl.evaluation.backends.hugging_face import continued_by_generate
 from patcher_pl.evaluation.backends.refillable import can_refill
 from patcher_pl.evaluation.backends.refilled_batch import continued
 from patcher_pl.evaluation.backends.slot_cache import SlotCache
@@ -81,7 +81,7 @@ def test_answers_are_those_of_generate(name, attention, prompts, tmp_path):
     directory = build_family(name, tmp_path / name)
     model = lively(AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention))
     assert can_refill(model)
-    plain = _continued_by_generate(model, prompts, decoding())
+    plain = continued_by_generate(model, prompts, decoding())
     ended = [_until_stop(answer) for answer in plain]
     assert HuggingFace().continuations(model, prompts, decoding()) == ended
 
@@ -152,7 +152,7 @@ def test_a_sampler_draws_as_generate_does(model, prompts, rules):
     with seeded(3, CPU):
         found = continued(model, prompts, sampling)
     with seeded(3, CPU):
-        expected = _continued_by_generate(model, prompts, sampling)
+        expected = continued_by_generate(model, prompts, sampling)
     assert found == expected
 
 
