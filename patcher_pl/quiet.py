@@ -9,6 +9,11 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    quiet_warnings()
+
+
+def quiet_warnings() -> None:
+    """As `quiet_libraries`, progress bars excepted: imports nothing."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     for message in (
         ".*LeafSpec.*",

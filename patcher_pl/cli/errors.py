@@ -1,6 +1,7 @@
 """Configuration errors in words."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,12 +11,20 @@ from patcher_pl.errors import ConfigError
 @contextmanager
 def readable_config_errors() -> Iterator[None]:
     """Turns what parsing and building objects raises into a `ConfigError` without a stack trace."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     try:
         yield
-    except (argparse.ArgumentError, ValueError, TypeError, MisconfigurationException) as error:
+    except (argparse.ArgumentError, ValueError, TypeError, *_of_lightning()) as error:
         raise ConfigError(_shortened(str(error))) from error
+
+
+def _of_lightning() -> tuple[type[Exception], ...]:
+    # Asked once something is raised. Importing Lightning takes seconds, and who did not import it
+    # was not stopped by it.
+    if "lightning" not in sys.modules:
+        return ()
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return (MisconfigurationException,)
 
 
 # What jsonargparse says about its own workings, or repeats from the user's file.

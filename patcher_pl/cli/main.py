@@ -90,10 +90,12 @@ def _run(command: str, arguments: list[str]) -> None:
         run_report_command(arguments)
         return
     from patcher_pl.cli.console import log_progress
-    from patcher_pl.quiet import quiet_libraries
+    from patcher_pl.quiet import quiet_libraries, quiet_warnings
 
     log_progress()
-    quiet_libraries()
+    quiet_warnings()
+    if command in ("fit", "validate", "test", "plan"):
+        quiet_libraries()  # Lightning imports transformers anyway.
     if command in ("fit", "validate", "test"):
         from patcher_pl.cli.lightning_cli import run_lightning
 
@@ -131,10 +133,13 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
         ConfigError: If an option is unknown, missing or has a value that does not fit.
     """
     from patcher_pl.cli.errors import readable_config_errors
+    from patcher_pl.quiet import quiet_libraries
 
     parser = function_parser(command, function)
     with readable_config_errors():
-        options = parser.instantiate(parser.parse_args(arguments))
+        options = parser.parse_args(arguments)
+        quiet_libraries()  # Not before: who asks for `--help` need not wait for transformers.
+        options = parser.instantiate(options)
     options.pop("config", None)
     function(**vars(options))
 

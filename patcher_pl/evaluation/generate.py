@@ -43,8 +43,8 @@ class Generation:
 
     Args:
         max_new_tokens: Longest answer (tokens, >= 1).
-        batch_size: Prompts answered at once (count, >= 1); also decides which answers a sampler
-            draws, since it draws for a whole batch.
+        batch_size: Prompts answered at once (count, >= 1). With the other prompts, it also decides
+            which answers a sampler draws, since it draws for a whole batch.
         temperature: Softmax temperature (>= 0); 0 takes the most likely token.
         top_p: Probability mass that sampling draws from (in (0, 1]); unused at temperature 0.
         top_k: Most likely tokens that sampling draws from (count, >= 0); 0 draws from all.

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from patcher_pl.evaluation.backends.base import Backend, Decoding
+from patcher_pl.evaluation.backends.padding import left_padded
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -16,42 +16,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Backend):
-    """`generate` of transformers: no copy of the weights, and every architecture works."""
+    """Generation on the live model: no copy of the weights, and every architecture works.
+
+    Decoders with full attention (Llama, Qwen, Mistral, Gemma, GPT-2 and the like) answer in a batch
+    in which a waiting prompt takes the place of a finished answer; see `refillable.can_refill` for
+    which they are. All others answer through their own `generate`, batch by batch. Greedy answers are
+    the same either way, up to rounding.
+    """
 
     def continuations(
         self, model: "PreTrainedModel", prompts: Sequence[list[int]], decoding: Decoding
     ) -> list[list[int]]:
-        """See `Backend.continuations`; prompts of similar length share a batch."""
+        """See `Backend.continuations`; prompts of similar length are read together."""
+        from patcher_pl.evaluation.backends.refillable import can_refill
+
         bare = _without_adapter_wrapper(model)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found: dict[int, list[int]] = {}
-        own_settings = bare.generation_config
-        try:
-            for start in range(0, len(order), decoding.batch_size):
-                chosen = order[start : start + decoding.batch_size]
-                batch = [prompts[index] for index in chosen]
-                # Longest prompt comes last; the answer must still fit behind it.
-                room = decoding.max_new_tokens
-                if decoding.context is not None:
-                    room = min(room, decoding.context - len(batch[-1]))
-                settings = _settings(decoding, room)
-                # Unset fields of the argument are filled from the model's own settings.
-                bare.generation_config = settings
-                found |= dict(zip(chosen, _generate(bare, batch, settings, decoding), strict=True))
-        finally:
-            bare.generation_config = own_settings
-        return [found[index] for index in range(len(prompts))]
+        if can_refill(bare):
+            from patcher_pl.evaluation.backends.refilled_batch import continued
+
+            return continued(bare, prompts, decoding)
+        return continued_by_generate(bare, prompts, decoding)
 
 
-def left_padded(
-    batch: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Returns token ids and attention mask, with every sequence ending in the last column."""
-    longest = max(len(ids) for ids in batch)
-    padding = [longest - len(ids) for ids in batch]
-    input_ids = [[pad_id] * pad + list(ids) for pad, ids in zip(padding, batch, strict=True)]
-    mask = [[0] * pad + [1] * len(ids) for pad, ids in zip(padding, batch, strict=True)]
-    return torch.tensor(input_ids), torch.tensor(mask)
+def continued_by_generate(
+    model: "PreTrainedModel", prompts: Sequence[list[int]], decoding: Decoding
+) -> list[list[int]]:
+    """As `Backend.continuations`, through `generate` of transformers; similar lengths share a batch."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: dict[int, list[int]] = {}
+    own_settings = model.generation_config
+    try:
+        for start in range(0, len(order), decoding.batch_size):
+            chosen = order[start : start + decoding.batch_size]
+            batch = [prompts[index] for index in chosen]
+            # Longest prompt comes last; the answer must still fit behind it.
+            room = decoding.max_new_tokens
+            if decoding.context is not None:
+                room = min(room, decoding.context - len(batch[-1]))
+            settings = _settings(decoding, room)
+            # Unset fields of the argument are filled from the model's own settings.
+            model.generation_config = settings
+            found |= dict(zip(chosen, _generate(model, batch, settings, decoding), strict=True))
+    finally:
+        model.generation_config = own_settings
+    return [found[index] for index in range(len(prompts))]
 
 
 def _generate(

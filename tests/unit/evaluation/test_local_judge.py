@@ -1,16 +1,16 @@
-"""The judge in this process: a tiny model whose replies are scripted token by token."""
+"""The judge in this process: a tiny model, and a back end that replies as scripted."""
 
 import json
 import pickle
 import re
+from dataclasses import dataclass
 
 import pytest
-import torch
+from transformers import AutoTokenizer
 
-from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation import Generation, LocalJudge, Verdict
-from patcher_pl.evaluation.generate import stop_token_ids
+from patcher_pl.evaluation.backends import Backend
 from patcher_pl.evaluation.judges import local
 from patcher_pl.models import LanguageModel
 from patcher_pl.reports.settings import as_settings
@@ -25,6 +25,23 @@ REPLIES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Backend):
+    """Replies to the answer that a prompt holds; reads it with the tokenizer at `path`."""
+
+    path: str
+
+    def continuations(self, model, prompts, decoding):
+        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        replies = []
+        for prompt in prompts:
+            text = tokenizer.decode(prompt)
+            answer = re.search(r"BEGIN ANSWER (\w+)\n(.*)\nEND ANSWER \1", text)[2]
+            said = tokenizer(REPLIES[answer][0], add_special_tokens=False)["input_ids"]
+            replies.append([*said, decoding.stop_ids[0]])
+        return replies
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """A tiny Llama with room for the rubric."""
@@ -37,48 +54,22 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def judge(directory, monkeypatch):
-    """Loads a model that replies as scripted, and counts how often it is loaded."""
+    """Replies as scripted, and counts how often its model is loaded."""
     monkeypatch.setattr(local, "_loaded", {})
     plain = LanguageModel.load_model
 
     def load_model(self):
-        model = plain(self)
-        tokenizer = self.load_tokenizer()
-        model.register_forward_hook(_script(model, tokenizer), with_kwargs=True)
         loads.append(self.path)
-        return model
+        return plain(self)
 
     loads = []
     monkeypatch.setattr(LanguageModel, "load_model", load_model)
     built = LocalJudge(
         language_model=LanguageModel(path=str(directory)),
-        generation=Generation(max_new_tokens=60, batch_size=2),
+        generation=Generation(max_new_tokens=60, backend=Scripted(path=str(directory))),
         device="cpu",
     )
     return built, loads
-
-
-def _script(model, tokenizer):
-    stop = stop_token_ids(model, tokenizer, ChatFormat())[0]
-    rows, step = [], 0
-
-    def hook(module, arguments, keywords, output):
-        nonlocal rows, step
-        ids = keywords["input_ids"]
-        if ids.shape[1] > 1:
-            rows, step = [_reply_ids(tokenizer, row, stop) for row in ids], 0
-        output.logits = torch.zeros_like(output.logits)
-        for row, reply in enumerate(rows):
-            output.logits[row, -1, reply[min(step, len(reply) - 1)]] = 50.0
-        step += 1
-        return output
-
-    return hook
-
-
-def _reply_ids(tokenizer, row, stop):
-    answer = re.search(r"BEGIN ANSWER (\w+)\n(.*)\nEND ANSWER \1", tokenizer.decode(row))[2]
-    return [*tokenizer(REPLIES[answer][0], add_special_tokens=False)["input_ids"], stop]
 
 
 def test_replies_become_verdicts_in_order(judge):
