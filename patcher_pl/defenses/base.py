@@ -17,10 +17,10 @@ from patcher_pl.defenses.cost import Cost
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
 from patcher_pl.defenses.strategies import require_supported, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.shards import Shards
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_conversations, count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -257,7 +257,7 @@ class Defense(LightningModule):
     def backward_of(self, loss: Tensor, batch: Batch) -> None:
         """Backward pass of a scaled loss, counted as one gradient evaluation."""
         self.manual_backward(loss)
-        self.cost.add(num_tokens=int(batch["attention_mask"].sum()))
+        self.cost.add(num_tokens=count_tokens(batch))
 
     def total_tokens(self) -> int:
         """Tokens that all processes have spent so far; all must ask."""
@@ -273,8 +273,8 @@ class Defense(LightningModule):
         self._log_held_out("test", batch)
 
     def _log_held_out(self, stage: str, batch: Batch) -> None:
-        loss = causal_lm_loss(self.model, batch)
-        several, size = self.trainer.world_size > 1, len(batch["input_ids"])
+        loss = first_order_loss(self.model, batch)
+        several, size = self.trainer.world_size > 1, count_conversations(batch)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=several)
         if self.trainer.state.fn == "fit":
             # Lightning takes this as the place on the logger's axis, instead of counting batches.

@@ -26,9 +26,9 @@ from patcher_pl.hypergradients import (
     measure_trust,
 )
 from patcher_pl.hypergradients.randomness import RandomState
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import causal_lm_loss, first_order_loss
 from patcher_pl.models import LanguageModel, Weights
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class Patcher(Defense):
         """Adds the gradient of the two-term loss, or of L_safe while there is no attack yet."""
         vectors = self._active_vectors
         if self._inner is None and not vectors:
-            loss_safe = causal_lm_loss(self.model, batch)
+            loss_safe = first_order_loss(self.model, batch)
             self.backward_of(share * loss_safe, batch)
             return {"loss_safe": loss_safe.detach()}
         if self._inner is not None:
@@ -233,10 +233,10 @@ class Patcher(Defense):
             losses = []
             for vector in vectors:
                 with self.weights.shifted(vector):
-                    losses.append(causal_lm_loss(self.model, batch))
+                    losses.append(first_order_loss(self.model, batch))
                     self.backward_of(share * self.alpha / len(vectors) * losses[-1], batch)
             loss_attacked = torch.stack(losses).mean()
-        loss_safe = causal_lm_loss(self.model, batch)
+        loss_safe = first_order_loss(self.model, batch)
         self.backward_of(share * (1 - self.alpha) * loss_safe, batch)
         gap = (loss_attacked - loss_safe).detach()
         return {
@@ -272,7 +272,7 @@ class Patcher(Defense):
         evaluations = estimate.gradient_evaluations - 1
         num_tokens = round(evaluations * inner.num_tokens / inner.num_steps)
         self.cost.add(num_tokens=num_tokens, gradient_evaluations=math.ceil(evaluations))
-        self.cost.add(num_tokens=int(batch["attention_mask"].sum()))
+        self.cost.add(num_tokens=count_tokens(batch))
         log_now(self, {f"hypergradient/{k}": v for k, v in estimate.diagnostics.items()})
         log_now(self, {"attack/vector_norm": norm})
         return torch.tensor(estimate.outer_loss, device=self.device)
