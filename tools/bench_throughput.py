@@ -1,7 +1,7 @@
-"""Training throughput and memory of this package against the loop that one would write by hand.
+r"""Training throughput and memory of this package against the loop that one would write by hand.
 
     python tools/bench_throughput.py --out bench.json
-    python tools/bench_throughput.py --device cuda --shape qwen2.5-1.5b --dtype bfloat16 \\
+    python tools/bench_throughput.py --device cuda --shape qwen2.5-1.5b --dtype bfloat16 \
         --attn flash_attention_2 --liger --out bench.json
 
 *defender step*: two forward-backward passes, alpha L(theta + v) + (1 - alpha) L(theta), clipping and

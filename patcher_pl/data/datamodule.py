@@ -1,12 +1,14 @@
 """The data of a run: what the defender, the simulated attacker and validation are fed."""
 
 import os
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, Trainer
 
+from patcher_pl.data.chat import Encoded
 from patcher_pl.data.collate import EncodedSet, encode_all
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.seeds import derive_seed
@@ -92,6 +94,11 @@ class SafetyDataModule(LightningDataModule):
     def batch_sizes(self) -> tuple[int, int]:
         """Conversations per batch, of the defender and of its attacker."""
         return self._batch_size, self._attack_batch_size
+
+    @property
+    def safe_examples(self) -> Sequence[Encoded]:
+        """D_safe as tokens, in the order in which it was drawn."""
+        return self._encode("safe").examples
 
     @property
     def has_attack(self) -> bool:

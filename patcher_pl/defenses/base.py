@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from patcher_pl.defenses import random_state
 from patcher_pl.defenses.cost import Cost
+from patcher_pl.defenses.packing import require_packable
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
 from patcher_pl.defenses.strategies import require_supported, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
@@ -48,6 +49,9 @@ class Defense(LightningModule):
     Raises:
         ValueError: If a value is out of its range.
     """
+
+    supports_packing: ClassVar[bool] = False
+    """Whether packed batches (see `Batch`) mean the same to it as padded ones."""
 
     def __init__(
         self,
@@ -182,6 +186,7 @@ class Defense(LightningModule):
     def on_fit_start(self) -> None:
         """Refuses what this version cannot do right, before any compute is spent."""
         require_supported(self, self.trainer)
+        require_packable(self, self.trainer)
         self.model.train()
 
     def on_train_start(self) -> None:

@@ -75,6 +75,8 @@ class Patcher(Defense):
         Patcher, https://arxiv.org/abs/2606.07970; defaults from its sequential run script.
     """
 
+    supports_packing = True
+
     def __init__(
         self,
         language_model: LanguageModel,

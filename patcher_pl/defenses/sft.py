@@ -28,6 +28,8 @@ class SFT(Defense):
         ValueError: If a value is out of its range.
     """
 
+    supports_packing = True
+
     def __init__(
         self,
         language_model: LanguageModel,
