@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Logits that are worked on at once (count). Their log-probabilities are all there is beside the
 # logits, in float32; smaller chunks cost more launches than they save.
@@ -25,8 +24,9 @@ def lean_cross_entropy(
     Half precision is summed up in float32, a few rows at a time.
 
     Raises:
-        RuntimeError: From autograd, if the gradient is to be differentiated (forward or backward)
-            or taken twice, or if the logits were saved for another backward pass.
+        RuntimeError: In the backward pass, if the gradient is to be differentiated or was taken
+            before, or if the logits were saved for another backward pass. In the forward pass, under
+            forward-mode or functional derivatives.
 
     References:
         Hsu et al., 2024, Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
@@ -46,8 +46,13 @@ class _LeanCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        # `once_differentiable` would say nothing where `grad_output` is a constant, as it mostly is.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lean_cross_entropy has no second derivative, and its gradient was asked for with "
+                "create_graph. Use causal_lm_loss."
+            )
         # In place: autograd refuses to unpack it a second time.
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grad_output / len(gradient)), None
