@@ -116,7 +116,9 @@ class Campaign:
                 subject.key(cell), _reason(failure), family=cell.family, varied=cell.varied
             )
         if material.packing and material.rows:
-            prompts = [self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]]
+            prompts = [
+                self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]
+            ]
             require_packing(model, prompts, next(model.parameters()).device, "redteam.packing")
         error = None
         with seeded(cell.seed, next(model.parameters()).device):
