@@ -84,7 +84,8 @@ def _packed_predictions(
     selects = keeps_logits(model)
     if selects:
         inputs["logits_to_keep"] = kept
-    logits = model(**inputs).logits[0]
+    # Not `[0]`, whose backward pass fills a second buffer of that size.
+    logits = model(**inputs).logits.squeeze(0)
     if not selects:
         logits = logits[kept]
     if raised and logits.dtype in _HALF:
