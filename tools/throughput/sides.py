@@ -19,6 +19,7 @@ from patcher_pl.data import BatchStream
 from patcher_pl.data.chat import Encoded
 from patcher_pl.defenses import Patcher
 from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.models.acceleration import accelerated
 from patcher_pl.optim import AdamW
 from patcher_pl.types import Batch, count_tokens
 from tools.throughput.plain_loop import PlainSteps
@@ -121,9 +122,14 @@ class Setting:
         run = self._fit if part == "defender" else self._attack
         run(num_steps, after_step)
 
+    @property
+    def _built(self) -> "_Built":
+        ways = {"compile": self.compile, "liger": self.liger}
+        return _Built(path="built here", setting=self, **ways)
+
     def _fit(self, num_steps: int, after_step: AfterStep) -> None:
         defense = Patcher(
-            _Built(path="built here", setting=self),
+            self._built,
             _Given(setting=self),
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR, fused=True),
             refresh_every=num_steps + 1,
@@ -146,7 +152,7 @@ class Setting:
             trainer.fit(defense, _Stream(self))
 
     def _attack(self, num_steps: int, after_step: AfterStep) -> None:
-        model = _Built(path="built here", setting=self).load_model().train()
+        model = self._built.load_model().train()
         for step in finetune(
             model,
             model.parameters(),
@@ -165,7 +171,9 @@ class _Built(LanguageModel):
     setting: Setting
 
     def load_model(self) -> "PreTrainedModel":
-        return self.adapted(self.setting.build())
+        return accelerated(
+            self.adapted(self.setting.build()), compile_=self.compile, liger=self.liger
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
