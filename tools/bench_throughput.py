@@ -15,7 +15,11 @@ Blocks of steps of both sides alternate in one process; a ratio is the median ov
 wall-clock and by CPU time. Memory comes from a process per side: on a CPU (Linux) the highest resident
 set, and that above the level before the model is built; on a GPU what the allocator held at most.
 
-The last line is JSON. `--profile` writes torch's profile of our defender steps instead.
+On a GPU the report has the model FLOPs utilization too: operations that the mathematics needs (no
+padding, logits of answer tokens only) by the peak rate in `patcher_pl/planning/hardware.py`.
+
+The last line is JSON. `--profile FOLDER` profiles our steps instead: a table, and a trace for
+chrome://tracing.
 """
 
 import argparse
@@ -78,8 +82,12 @@ def run_job(job: dict[str, Any]) -> None:
             block=options.block,
             num_warmup=options.warmup,
         )
-    else:
+    elif work["kind"] == "memory":
         found = training.measure_memory(work["part"], work["side"], setting, options.memory_steps)
+    else:
+        folder = Path(work["folder"])
+        print(training.profile(work["part"], setting, options.block, folder / work["part"]))
+        found = {}
     Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -133,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--warmup", type=int, default=3, help="steps before")
     made.add_argument("--memory_steps", type=int, default=12, help="steps for the peak memory")
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--profile", type=Path, metavar="FOLDER", help="profile instead")
     made.add_argument("--out", type=Path)
     made.add_argument("--job", help=argparse.SUPPRESS)
     return made
@@ -144,6 +153,11 @@ def main() -> None:
     if options.job is not None:
         run_job(json.loads(options.job))
         return
+    if options.profile is not None:
+        for part in (part for part in options.only if part in TRAINING):
+            folder = str(options.profile.resolve())
+            in_own_process({"kind": "profile", "part": part, "folder": folder}, options)
+        return
     from importlib import import_module
 
     from patcher_pl.reports.environment import environment
@@ -154,7 +168,7 @@ def main() -> None:
             found[part] = training_results(part, options)
         else:
             found[part] = import_module(OTHER_PARTS[part]).measure(options)
-    shown = {k: v for k, v in vars(options).items() if k not in ("job", "out")}
+    shown = {k: v for k, v in vars(options).items() if k not in ("job", "out", "profile")}
     report = {
         "ratios": ratios(found),
         "measured": found,

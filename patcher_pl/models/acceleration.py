@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 _LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def accelerated(
-    model: "PreTrainedModel", *, compile_: bool, liger: bool
-) -> "PreTrainedModel":
+def accelerated(model: "PreTrainedModel", *, compile_: bool, liger: bool) -> "PreTrainedModel":
     """Returns the model, changed in place; names in its state dict stay as they are.
 
     Args:

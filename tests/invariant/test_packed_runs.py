@@ -105,9 +105,7 @@ def test_models_that_cannot_are_refused_before_training(tmp_path, rows):
     source = build_family("qwen2", tmp_path / "qwen2")
     tokenizer = AutoTokenizer.from_pretrained(source)
     vocabulary = AutoConfig.from_pretrained(source).vocab_size
-    config = MambaConfig(
-        vocab_size=vocabulary, hidden_size=16, num_hidden_layers=1, state_size=4
-    )
+    config = MambaConfig(vocab_size=vocabulary, hidden_size=16, num_hidden_layers=1, state_size=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
     tokenizer.save_pretrained(tmp_path / "mamba")
     defense = SFT(LanguageModel(path=str(tmp_path / "mamba")), optimizer=sgd())

@@ -99,6 +99,25 @@ class Setting:
         """Tokens of the first batches, padding excluded."""
         return [count_tokens(batch) for batch in self.rows(num_steps)]
 
+    def flops_per_token(self, num_steps: int) -> float:
+        """Floating-point operations of a forward and a backward pass, per token.
+
+        6 per weight of the layers and token, and per weight of the vocabulary and answer token (no
+        other logits matter); 6 per layer, unit and pair of tokens that attend, which are half of the
+        squares of the lengths.
+        """
+        shape, batches = SHAPES[self.shape], self.rows(num_steps)
+        head = shape.vocab_size * shape.hidden_size
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in shape.build().parameters()) - head
+        width = shape.num_hidden_layers * shape.hidden_size
+        total = 0
+        for batch in batches:
+            lengths = (batch["position_ids"] + 1)[0].double()  # As many tokens as each attends to.
+            total += 6 * weights * len(lengths) + 6 * head * len(batch["logits_to_keep"])
+            total += 12 * width * float(lengths.sum())
+        return total / sum(count_tokens(batch) for batch in batches)
+
     def plain(self, part: str) -> PlainSteps:
         """The plain loop of a part, before its first step."""
         model = self.build()
@@ -142,6 +161,7 @@ class Setting:
                 devices=1,
                 max_steps=num_steps,
                 logger=TensorBoardLogger(folder),
+                log_every_n_steps=min(50, len(self.stream(packing=True))),
                 callbacks=[_AfterStep(after_step)],
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -204,6 +224,9 @@ class _Stream(LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         return self._stream
+
+    def val_dataloader(self) -> list[Any]:
+        return []
 
     def attack_stream(self) -> BatchStream:
         return self._stream

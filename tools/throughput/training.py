@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from patcher_pl.planning.hardware import GPUS
 from tools.throughput.sides import Setting
 
 MIB = 2**20
@@ -98,39 +99,67 @@ def measure_speed(
         rates = [n / s for n, s in zip(per_block, clock.wall_s[side], strict=True)]
         result[f"{side}_tokens_per_second"] = statistics.median(rates)
     result["loss_difference"] = max(differences)
+    passes = 2 if part == "defender" else 1
+    result["model_flops_per_token"] = flops = passes * setting.flops_per_token(num_steps)
+    gpu = peak_flops(setting)
+    if gpu is not None:
+        for side in ("ours", "plain"):
+            result[f"{side}_mfu"] = flops * result[f"{side}_tokens_per_second"] / gpu
     result["losses"] = clock.losses
     return result
+
+
+def peak_flops(setting: Setting) -> float | None:
+    """Peak rate of the GPU that is used, by its name in `patcher_pl.planning.hardware`."""
+    if not setting.device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(setting.device)
+    memory_gib = torch.cuda.get_device_properties(setting.device).total_memory / 2**30
+    named = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name.split("-")[0]]
+    closest = min(named, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
+    return None if closest is None else closest.peak_flops(setting.dtype)
 
 
 def measure_memory(part: str, side: str, setting: Setting, num_steps: int) -> dict[str, Any]:
     """Peak memory of one side; run it in a process of its own.
 
-    On a CPU (Linux), the resident peak while steps are taken, and that above the level just before
-    the first one, at which model and attack vector are there but no gradient. The first step of
-    either side is taken to warm up, on one short batch less than the peak needs. On a GPU, what the
+    On a CPU (Linux), the highest resident set of the process, and that above the level before the
+    model was built: weights, attack vector, gradients, moments and activations. On a GPU, what the
     allocator held at most.
     """
-    seen: dict[str, float] = {}
     is_gpu = setting.device.startswith("cuda")
-
-    def after_step(_: float) -> None:
-        if "peak_mib" not in seen:
-            seen["peak_mib"] = 0.0
-        seen["peak_mib"] = max(
-            seen["peak_mib"],
-            torch.cuda.max_memory_allocated() / MIB if is_gpu else _status("VmHWM"),
-        )
-
     gc.collect()
     before = 0.0 if is_gpu else _status("VmRSS")
     run = setting.run_ours if side == "ours" else setting.run_plain
-    run(part, num_steps, after_step)
-    return {
-        "part": part,
-        "side": side,
-        "peak_mib": seen["peak_mib"],
-        "above_start_mib": seen["peak_mib"] - before,
-    }
+    run(part, num_steps, lambda _: None)
+    peak = torch.cuda.max_memory_allocated() / MIB if is_gpu else _status("VmHWM")
+    return {"part": part, "side": side, "peak_mib": peak, "above_start_mib": peak - before}
+
+
+def profile(part: str, setting: Setting, num_steps: int, folder: Path) -> str:
+    """Profiles our steps; writes `trace.json` into `folder` and returns a table of operators."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    is_gpu = setting.device.startswith("cuda")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
+    profiler = torch_profile(activities=activities)
+    num_warmup, taken = 2, iter(range(1, num_steps + 3))
+
+    def after_step(_: float) -> None:
+        step = next(taken)
+        if step == num_warmup:
+            profiler.start()
+        elif step == num_warmup + num_steps:
+            profiler.stop()
+
+    setting.run_ours(part, num_warmup + num_steps, after_step)
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    order = "self_cuda_time_total" if is_gpu else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=40)
+    (folder / "operators.txt").write_text(table + "\n", encoding="utf-8")
+    return table
 
 
 def _status(name: str) -> float:
