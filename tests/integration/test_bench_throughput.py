@@ -37,6 +37,7 @@ def test_both_sides_take_the_same_steps(part):
 
 def test_losses_that_differ_would_be_seen(monkeypatch):
     """As they do where one side attacks with another vector."""
+    monkeypatch.setattr("tools.throughput.sides.LR", 1e-3)
     setting = Setting(shape="tiny", num_conversations=40)
     plain = setting.plain("defender")
     plain.attack_vector = [1000 * change for change in plain.attack_vector]
