@@ -79,6 +79,6 @@ def count_tokens(batch: Batch) -> int:
 
 def count_conversations(batch: Batch) -> int:
     """Conversations of a batch."""
-    if is_packed(batch):
+    if "position_ids" in batch:
         return int((batch["position_ids"] == 0).sum())
     return len(batch["input_ids"])

@@ -71,6 +71,7 @@ def _packed_predictions(
     model: nn.Module, batch: Batch, *, raised: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Logits of the answer tokens and the tokens themselves, both in order."""
+    assert "position_ids" in batch and "logits_to_keep" in batch
     kept = batch["logits_to_keep"]
     if not len(kept):
         raise ValueError(_NO_ANSWER.format("causal_lm_loss"))

@@ -46,7 +46,7 @@ class _LeanCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         # `once_differentiable` would say nothing where `grad_output` is a constant, as it mostly is.
         if torch.is_grad_enabled():
             raise RuntimeError(

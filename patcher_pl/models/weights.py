@@ -62,7 +62,7 @@ class Weights:
     def restore(self, saved: Sequence[Tensor]) -> None:
         """Puts saved weights back, bit for bit."""
         with self.shards.changing() as tensors:
-            torch._foreach_copy_(tensors, list(saved))
+            torch._foreach_copy_(tensors, list(saved))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def difference(self, saved: Sequence[Tensor]) -> Vector:
@@ -160,11 +160,11 @@ class Weights:
     def _overwritten(self, vector: Sequence[Tensor]) -> Iterator[None]:
         saved = self._shift_space()
         with torch.no_grad():
-            torch._foreach_copy_(saved, self.shards.tensors)
+            torch._foreach_copy_(saved, self.shards.tensors)  # type: ignore[attr-defined]
         try:
             with self.shards.changing() as tensors:
                 if self._copies_on == "model":
-                    torch._foreach_add_(tensors, list(vector))
+                    torch._foreach_add_(tensors, list(vector))  # type: ignore[attr-defined]
                 else:  # One at a time, so that they need no space beside the model.
                     for tensor, change in zip(tensors, vector, strict=True):
                         tensor.add_(change.to(tensor.device, non_blocking=True))

@@ -113,6 +113,7 @@ class Setting:
         width = shape.num_hidden_layers * shape.hidden_size
         total = 0
         for batch in batches:
+            assert "position_ids" in batch and "logits_to_keep" in batch
             lengths = (batch["position_ids"] + 1)[0].double()  # As many tokens as each attends to.
             total += 6 * weights * len(lengths) + 6 * head * len(batch["logits_to_keep"])
             total += 12 * width * float(lengths.sum())
@@ -143,8 +144,7 @@ class Setting:
 
     @property
     def _built(self) -> "_Built":
-        ways = {"compile": self.compile, "liger": self.liger}
-        return _Built(path="built here", setting=self, **ways)
+        return _Built(path="built here", setting=self, compile=self.compile, liger=self.liger)
 
     def _fit(self, num_steps: int, after_step: AfterStep) -> None:
         defense = Patcher(
