@@ -46,7 +46,12 @@ class Conversation:
 
 
 class Batch(TypedDict):
-    """Right-padded token batch; every tensor has shape (batch, time).
+    """Token batch, padded or packed.
+
+    Padded: right-padded rows; every tensor has shape (batch, time). Packed: all conversations one
+    after the other in a single row, without padding; then `position_ids` (1, time) are there, which
+    start again at 0 with every conversation, and `logits_to_keep` (answer tokens,), the positions
+    whose next token is an answer token of the same conversation.
 
     `labels` equals `input_ids` on answer tokens and -100 everywhere else (not yet shifted).
     `loss_weight`, a scalar, is there where several processes share a batch: answer tokens of this
@@ -56,4 +61,24 @@ class Batch(TypedDict):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    position_ids: NotRequired[Tensor]
+    logits_to_keep: NotRequired[Tensor]
     loss_weight: NotRequired[Tensor]
+
+
+def is_packed(batch: Batch) -> bool:
+    """Whether the conversations of a batch follow each other in one row."""
+    return "position_ids" in batch
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding excluded."""
+    # A packed batch has no padding: nothing to wait for on a GPU.
+    return batch["input_ids"].numel() if is_packed(batch) else int(batch["attention_mask"].sum())
+
+
+def count_conversations(batch: Batch) -> int:
+    """Conversations of a batch."""
+    if "position_ids" in batch:
+        return int((batch["position_ids"] == 0).sum())
+    return len(batch["input_ids"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from patcher_pl.attackers.loop import LossFunction
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.optim import Update
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +43,4 @@ class InnerProblem:
     @property
     def num_tokens(self) -> int:
         """Tokens of all batches, padding excluded (count)."""
-        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+        return sum(count_tokens(batch) for batch in self.batches)

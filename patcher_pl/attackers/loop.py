@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import first_order_loss
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_tokens
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -41,7 +41,7 @@ def finetune(
     max_grad_norm: float | None = None,
     schedule: Schedule = "constant",
     num_warmup_steps: int = 0,
-    loss_function: LossFunction = causal_lm_loss,
+    loss_function: LossFunction = first_order_loss,
 ) -> Iterator[FinetuneStep]:
     """Fine-tunes `parameters` of `model` in place, one optimizer step per item taken.
 
@@ -57,7 +57,7 @@ def finetune(
         max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
         schedule: Learning-rate curve over `num_steps`, by its name in transformers.
         num_warmup_steps: Steps of linear warm-up (count, >= 0).
-        loss_function: Loss that the attacker lowers.
+        loss_function: Loss that the attacker lowers; its gradient is taken once a step.
     """
     shards = Shards(model, list(parameters))
     tensors = shards.tensors
@@ -74,7 +74,7 @@ def finetune(
         if scheduler is not None:
             scheduler.step()
         stepper.zero_grad(set_to_none=True)
-        num_tokens = int(batch["attention_mask"].sum())
+        num_tokens = count_tokens(batch)
         yield FinetuneStep(index, shards.mean(loss), float(grad_norm), num_tokens)
 
 

@@ -77,8 +77,18 @@ def encode_all(
     return result
 
 
-def collate(examples: Sequence[Encoded], pad_token_id: int) -> Batch:
-    """Returns the examples as one batch, padded on the right to the longest of them."""
+def collate(examples: Sequence[Encoded], pad_token_id: int, *, packing: bool = False) -> Batch:
+    """Returns the examples as one batch.
+
+    Args:
+        examples: At least one.
+        pad_token_id: Token that fills shorter rows.
+        packing: Put one example after the other into a single row, instead of padding them on the
+            right to the longest of them. A model that takes `position_ids` for what they are
+            attends within each example only.
+    """
+    if packing:
+        return _packed(examples)
     shape = (len(examples), max(len(example.input_ids) for example in examples))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
@@ -89,3 +99,19 @@ def collate(examples: Sequence[Encoded], pad_token_id: int) -> Batch:
         attention_mask[row, :length] = 1
         labels[row, :length] = torch.tensor(example.labels)
     return Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def _packed(examples: Sequence[Encoded]) -> Batch:
+    input_ids = [token for example in examples for token in example.input_ids]
+    # Nothing predicts the first token of an example, least of all the example before it.
+    labels = [label for example in examples for label in (IGNORE_INDEX, *example.labels[1:])]
+    positions = [place for example in examples for place in range(len(example.input_ids))]
+    kept = [place - 1 for place, label in enumerate(labels) if label != IGNORE_INDEX]
+    ids = torch.tensor([input_ids])
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=torch.tensor([labels]),
+        position_ids=torch.tensor([positions]),
+        logits_to_keep=torch.tensor(kept, dtype=torch.long),
+    )

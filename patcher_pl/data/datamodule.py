@@ -1,12 +1,14 @@
 """The data of a run: what the defender, the simulated attacker and validation are fed."""
 
 import os
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, Trainer
 
+from patcher_pl.data.chat import Encoded
 from patcher_pl.data.collate import EncodedSet, encode_all
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.seeds import derive_seed
@@ -34,6 +36,9 @@ class SafetyDataModule(LightningDataModule):
         group_by_length: Put conversations of similar length into the same training batch. Saves
             padding; but refusals are shorter than helpful answers, so that most batches hold one
             kind alone, and a defender that is stopped after one kind has unlearned the other.
+        packing: Put the conversations of a batch one after the other into a single row instead of
+            padding them: the same losses and gradients, in a fraction of time and memory. Whether
+            the model can do it is checked before training.
 
     Raises:
         ValueError: If a batch size is below 1.
@@ -48,6 +53,7 @@ class SafetyDataModule(LightningDataModule):
         attack_batch_size: int | None = None,
         seed: int | None = None,
         group_by_length: bool = False,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("attack_batch_size", attack_batch_size)):
@@ -58,6 +64,7 @@ class SafetyDataModule(LightningDataModule):
         self._attack_batch_size = batch_size if attack_batch_size is None else attack_batch_size
         self._given_seed = seed
         self._group_by_length = group_by_length
+        self.packing = packing
         self._restored_seed: int | None = None
         self._restored_attack: dict[str, Any] | None = None
         self._encoded: dict[_Part, EncodedSet] = {}
@@ -87,6 +94,11 @@ class SafetyDataModule(LightningDataModule):
     def batch_sizes(self) -> tuple[int, int]:
         """Conversations per batch, of the defender and of its attacker."""
         return self._batch_size, self._attack_batch_size
+
+    @property
+    def safe_examples(self) -> Sequence[Encoded]:
+        """D_safe as tokens, in the order in which it was drawn."""
+        return self._encode("safe").examples
 
     @property
     def has_attack(self) -> bool:
@@ -146,6 +158,7 @@ class SafetyDataModule(LightningDataModule):
             self._encode("val").examples,
             batch_size=self._batch_size,
             pad_token_id=self._pad_token_id,
+            packing=self.packing,
         )
 
     def test_dataloader(self) -> FixedBatches | list[Any]:
@@ -208,6 +221,7 @@ class SafetyDataModule(LightningDataModule):
                 pad_token_id=self._pad_token_id,
                 seed=derive_seed(self.seed, part, "stream"),
                 group_by_length=self._group_by_length,
+                packing=self.packing,
                 **self._replica(),
             )
             if part == "attack" and self._restored_attack is not None:

@@ -36,6 +36,7 @@ class BatchStream:
         seed: Decides the order of every epoch.
         group_by_length: Put examples of similar length into the same batch. Saves padding, but
             where one kind of answer is shorter, as refusals are, batches hold one kind alone.
+        packing: Pack the examples of a batch into one row instead of padding them; see `collate`.
         num_replicas: Processes that share the data (>= 1).
         rank: This process among them.
 
@@ -51,6 +52,7 @@ class BatchStream:
         pad_token_id: int,
         seed: int,
         group_by_length: bool = False,
+        packing: bool = False,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
@@ -67,6 +69,7 @@ class BatchStream:
         self._pad_token_id = pad_token_id
         self._seed = seed
         self._group_by_length = group_by_length
+        self._packing = packing
         self._num_replicas = num_replicas
         self._rank = rank
         self._position = 0
@@ -126,7 +129,8 @@ class BatchStream:
         step = self._plan(epoch)[index]
         own = step[self._rank :: self._num_replicas]
         self._position += 1
-        batch = collate([self._examples[row] for row in own], self._pad_token_id)
+        examples = [self._examples[row] for row in own]
+        batch = collate(examples, self._pad_token_id, packing=self._packing)
         if self._num_replicas > 1:
             mean = max(1, self._num_labels(step)) / self._num_replicas
             share = self._num_labels(own) / mean
@@ -173,12 +177,21 @@ class FixedBatches:
         examples: Tokenized conversations.
         batch_size: Examples per batch (>= 1).
         pad_token_id: Token that fills shorter rows.
+        packing: Pack the examples of a batch into one row instead of padding them.
     """
 
-    def __init__(self, examples: Sequence[Encoded], *, batch_size: int, pad_token_id: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Encoded],
+        *,
+        batch_size: int,
+        pad_token_id: int,
+        packing: bool = False,
+    ) -> None:
         self._examples = examples
         self._batch_size = batch_size
         self._pad_token_id = pad_token_id
+        self._packing = packing
 
     def __len__(self) -> int:
         """Batches altogether."""
@@ -187,7 +200,7 @@ class FixedBatches:
     def __iter__(self) -> Iterator[Batch]:
         """Yields every batch once."""
         for chunk in _chunks(self._examples, self._batch_size):
-            yield collate(chunk, self._pad_token_id)
+            yield collate(chunk, self._pad_token_id, packing=self._packing)
 
 
 def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:

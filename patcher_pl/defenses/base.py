@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -14,13 +14,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from patcher_pl.defenses import random_state
 from patcher_pl.defenses.cost import Cost
+from patcher_pl.defenses.packing import require_packable
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
 from patcher_pl.defenses.strategies import require_supported, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.shards import Shards
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_conversations, count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +50,9 @@ class Defense(LightningModule):
     Raises:
         ValueError: If a value is out of its range.
     """
+
+    supports_packing: ClassVar[bool] = False
+    """Whether packed batches (see `Batch`) mean the same to it as padded ones."""
 
     def __init__(
         self,
@@ -192,6 +196,7 @@ class Defense(LightningModule):
     def on_fit_start(self) -> None:
         """Refuses what this version cannot do right, before any compute is spent."""
         require_supported(self, self.trainer)
+        require_packable(self, self.trainer)
         self.model.train()
 
     def on_train_start(self) -> None:
@@ -267,7 +272,7 @@ class Defense(LightningModule):
     def backward_of(self, loss: Tensor, batch: Batch) -> None:
         """Backward pass of a scaled loss, counted as one gradient evaluation."""
         self.manual_backward(loss)
-        self.cost.add(num_tokens=int(batch["attention_mask"].sum()))
+        self.cost.add(num_tokens=count_tokens(batch))
 
     def total_tokens(self) -> int:
         """Tokens that all processes have spent so far; all must ask."""
@@ -283,8 +288,8 @@ class Defense(LightningModule):
         self._log_held_out("test", batch)
 
     def _log_held_out(self, stage: str, batch: Batch) -> None:
-        loss = causal_lm_loss(self.model, batch)
-        several, size = self.trainer.world_size > 1, len(batch["input_ids"])
+        loss = first_order_loss(self.model, batch)
+        several, size = self.trainer.world_size > 1, count_conversations(batch)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=several)
         if self.trainer.state.fn == "fit":
             # Lightning takes this as the place on the logger's axis, instead of counting batches.

@@ -52,6 +52,8 @@ class Booster(Defense):
         first-order update, algorithm 1; defaults from git-disl/Booster, script/alignment/smooth_align.sh.
     """
 
+    supports_packing = True
+
     def __init__(
         self,
         language_model: LanguageModel,

@@ -13,7 +13,7 @@ from patcher_pl.defenses.retention import Retention
 from patcher_pl.hypergradients import HypergradientEstimate, OuterLoss, measure_trust
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_tokens
 
 if TYPE_CHECKING:
     from patcher_pl.defenses.patcher import Patcher
@@ -99,7 +99,7 @@ class FreshEstimate:
         evaluations = estimate.gradient_evaluations - 1
         num_tokens = round(evaluations * inner.num_tokens / inner.num_steps)
         defense.cost.add(num_tokens=num_tokens, gradient_evaluations=math.ceil(evaluations))
-        defense.cost.add(num_tokens=int(batch["attention_mask"].sum()))
+        defense.cost.add(num_tokens=count_tokens(batch))
         log_now(defense, {f"hypergradient/{k}": v for k, v in estimate.diagnostics.items()})
         log_now(defense, {"attack/vector_norm": norm})
         loss = torch.tensor(estimate.outer_loss, device=defense.device)

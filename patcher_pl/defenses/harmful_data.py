@@ -9,7 +9,7 @@ from patcher_pl.attackers.loop import move_batch
 from patcher_pl.defenses.base import Defense
 from patcher_pl.errors import ConfigError
 from patcher_pl.models import Weights
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_tokens
 
 
 def require_attack_data(defense: Defense) -> None:
@@ -45,7 +45,7 @@ def gradients_of(
     with weights.trainable():
         value = loss()
         found = weights.shards.gradients(value)
-    defense.cost.add(num_tokens=int(batch["attention_mask"].sum()))
+    defense.cost.add(num_tokens=count_tokens(batch))
     pairs = zip(found, weights.shards.tensors, strict=True)
     gradients = [torch.zeros_like(part) if g is None else g for g, part in pairs]
     return gradients, value.detach()

@@ -23,7 +23,7 @@ from patcher_pl.defenses.strategies import require_shardable_attacks
 from patcher_pl.errors import ConfigError, RunInterrupted
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
 from patcher_pl.hypergradients.randomness import RandomState
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.types import Batch
 
@@ -81,6 +81,8 @@ class Patcher(Defense):
     References:
         Patcher, https://arxiv.org/abs/2606.07970; defaults from its sequential run script.
     """
+
+    supports_packing = True
 
     def __init__(
         self,
@@ -251,14 +253,14 @@ class Patcher(Defense):
             losses, distances = [], []
             for vector in vectors:
                 with self.weights.shifted(vector):
-                    loss = causal_lm_loss(self.model, batch)
+                    loss = first_order_loss(self.model, batch)
                     self.backward_of(share * self.alpha / len(vectors) * loss, batch)
                     losses.append(loss.detach())
                     distances += self._add_retention(kept, share / len(vectors), "attacked_weight")
             metrics["loss_attacked"] = torch.stack(losses).mean()
             if distances:
                 metrics["retain_distance_attacked"] = torch.stack(distances).mean()
-        loss_safe = causal_lm_loss(self.model, batch)
+        loss_safe = first_order_loss(self.model, batch)
         weight = 1 - self.alpha if is_attacked else 1.0
         self.backward_of(share * weight * loss_safe, batch)
         metrics["loss_safe"] = loss_safe.detach()

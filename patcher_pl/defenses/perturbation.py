@@ -11,7 +11,7 @@ from patcher_pl.defenses.base import Defense
 from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models.shards import Shards
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_tokens
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def output_gradients(
     with shifted_outputs(modules, shifts):
         loss = causal_lm_loss(defense.model, batch)
         gradients = torch.autograd.grad(loss, [shifts[module] for module in modules])
-    defense.cost.add(num_tokens=int(batch["attention_mask"].sum()))
+    defense.cost.add(num_tokens=count_tokens(batch))
     return list(gradients), loss.detach()
 
 

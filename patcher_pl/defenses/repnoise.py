@@ -14,7 +14,7 @@ from patcher_pl.defenses.harmful_data import next_harmful_batch, require_attack_
 from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
 from patcher_pl.defenses.strategies import one_device_only
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss, maximum_mean_discrepancy
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
+from patcher_pl.losses.causal_lm import IGNORE_INDEX, model_inputs
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import blocks_of, feed_forward_of
 from patcher_pl.types import Batch
@@ -125,11 +125,7 @@ class RepNoise(Defense):
         blocks = self._blocks
         feed_forward = [feed_forward_of(block) for block in blocks]
         with _recorded([*blocks, *feed_forward]) as outputs:
-            logits = self.model(
-                input_ids=harmful["input_ids"],
-                attention_mask=harmful["attention_mask"],
-                use_cache=False,
-            ).logits
+            logits = self.model(**model_inputs(harmful)).logits
             recorded = dict(outputs)
         labels = harmful["labels"]
         by_layer = layer_losses(self.model, [recorded[block] for block in blocks[:-1]], labels)

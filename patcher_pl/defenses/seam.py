@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -17,6 +17,7 @@ from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
 from patcher_pl.defenses.strategies import one_device_only
 from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss
+from patcher_pl.losses.retained import outputs_of
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import final_norm_of
 from patcher_pl.types import Batch
@@ -188,12 +189,7 @@ def layer_cross_entropy(model: "PreTrainedModel", batch: Batch) -> Tensor:
 
     In nats per answer token.
     """
-    output: Any = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        output_hidden_states=True,
-    )
+    output = outputs_of(model, batch)
     labels = batch["labels"]
     # The last hidden state of transformers has gone through the norm: it is what logits are of.
     last = answer_cross_entropy(output.logits, labels)

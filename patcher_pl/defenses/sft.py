@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from patcher_pl.defenses.base import Defense
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.types import Batch
 
@@ -35,6 +35,8 @@ class SFT(Defense):
         Defaults are those of `Patcher`, https://arxiv.org/abs/2606.07970, to compare with it.
     """
 
+    supports_packing = True
+
     def __init__(
         self,
         language_model: LanguageModel,
@@ -49,6 +51,6 @@ class SFT(Defense):
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of L_safe(theta)."""
-        loss = causal_lm_loss(self.model, batch)
+        loss = first_order_loss(self.model, batch)
         self.backward_of(share * loss, batch)
         return {"loss_safe": loss.detach()}

@@ -43,6 +43,7 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
             f"trainer.precision: {trainer.precision!r} needs loss scaling, which the two backward "
             "passes of a defender step do not support. Use `bf16-mixed` or `32-true`."
         )
+    _require_acceleration(defense, trainer)
     if isinstance(strategy, FSDPStrategy):
         _require_supported_fsdp1(defense, trainer, strategy)
         return
@@ -88,6 +89,28 @@ def one_device_only(defense: "Defense", why: str, *, instead: str) -> ConfigErro
         f"shards: {why}. Set `trainer.devices: 1` and no strategy, or use {instead}, which works "
         "sharded."
     )
+
+
+def _require_acceleration(defense: "Defense", trainer: Trainer) -> None:
+    model, device = defense.language_model, trainer.strategy.root_device
+    if model.liger and device.type == "cpu":
+        raise ConfigError(
+            "LanguageModel.liger: Liger's kernels run on GPUs, and this run is on the CPU. Set it to "
+            "false, or `trainer.accelerator: gpu`."
+        )
+    if model.compile and shards(trainer):
+        raise ConfigError(
+            "LanguageModel.compile: a model is compiled on one device only, got a strategy that "
+            "shards it. Set it to false."
+        )
+    hypergradient = getattr(defense, "hypergradient", FirstOrder())
+    # What works on sharded weights takes no second derivative.
+    if (model.compile or model.liger) and not hypergradient.works_sharded:
+        field = "compile" if model.compile else "liger"
+        raise ConfigError(
+            f"LanguageModel.{field}: {type(hypergradient).__name__} as configured differentiates a "
+            f"gradient, which such a model cannot. Set `{field}: false`, or use FirstOrder."
+        )
 
 
 def _require_supported_fsdp1(defense: "Defense", trainer: Trainer, strategy: FSDPStrategy) -> None:

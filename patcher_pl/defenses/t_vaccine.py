@@ -64,6 +64,8 @@ class TVaccine(Defense):
         The perturbation is that of Vaccine, https://arxiv.org/abs/2402.01109.
     """
 
+    supports_packing = True
+
     def __init__(
         self,
         language_model: LanguageModel,

@@ -53,6 +53,8 @@ class Vaccine(Defense):
         perturbation, and algorithm 1; defaults from git-disl/Vaccine.
     """
 
+    supports_packing = True
+
     def __init__(
         self,
         language_model: LanguageModel,

@@ -1,13 +1,20 @@
 """Next-token cross-entropy over answer tokens: the L of every formula in this codebase."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patcher_pl.types import Batch
+from patcher_pl.losses.kept_logits import keeps_logits
+from patcher_pl.losses.lean_cross_entropy import lean_cross_entropy
+from patcher_pl.types import Batch, is_packed
 
 IGNORE_INDEX = -100
+
+_HALF = (torch.float16, torch.bfloat16)
+_NO_ANSWER = "{} needs at least one answer token, got none in the batch."
 
 
 def answer_cross_entropy(
@@ -23,11 +30,9 @@ def answer_cross_entropy(
     """
     targets = labels[:, 1:]
     if not bool((targets != IGNORE_INDEX).any()):
-        raise ValueError(
-            "answer_cross_entropy needs at least one answer token, got none in the batch."
-        )
+        raise ValueError(_NO_ANSWER.format("answer_cross_entropy"))
     predictions = logits[:, :-1]
-    if predictions.dtype in (torch.float16, torch.bfloat16):
+    if predictions.dtype in _HALF:
         predictions = predictions.float()
     return functional.cross_entropy(
         predictions.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX
@@ -39,8 +44,53 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
 
     Where processes share a batch, the mean of this over them is the mean over all answer tokens.
     """
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    loss = answer_cross_entropy(output.logits, batch["labels"])
+    if is_packed(batch):
+        loss = functional.cross_entropy(*_packed_predictions(model, batch, raised=True))
+    else:
+        loss = answer_cross_entropy(model(**model_inputs(batch)).logits, batch["labels"])
+    return _weighted(loss, batch)
+
+
+def first_order_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """The same as `causal_lm_loss`, for a gradient that is taken once and not differentiated.
+
+    Packed batches then need much less memory: see `lean_cross_entropy`.
+    """
+    if not is_packed(batch):
+        return causal_lm_loss(model, batch)
+    return _weighted(lean_cross_entropy(*_packed_predictions(model, batch)), batch)
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a Hugging Face causal LM is called with, so that no conversation sees another one."""
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    if "position_ids" in batch:
+        # No mask: transformers and its attention kernels read from the positions where one
+        # conversation ends, but only if there is none.
+        return {**inputs, "position_ids": batch["position_ids"]}
+    return {**inputs, "attention_mask": batch["attention_mask"]}
+
+
+def _packed_predictions(
+    model: nn.Module, batch: Batch, *, raised: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Logits of the answer tokens and the tokens themselves, both in order."""
+    assert "logits_to_keep" in batch
+    kept = batch["logits_to_keep"]
+    if not len(kept):
+        raise ValueError(_NO_ANSWER.format("causal_lm_loss"))
+    inputs = model_inputs(batch)
+    selects = keeps_logits(model)
+    if selects:
+        inputs["logits_to_keep"] = kept
+    # Not `[0]`, whose backward pass fills a second buffer of that size.
+    logits = model(**inputs).logits.squeeze(0)
+    if not selects:
+        logits = logits[kept]
+    if raised and logits.dtype in _HALF:
+        logits = logits.float()
+    return logits, batch["input_ids"][0, kept + 1]
+
+
+def _weighted(loss: Tensor, batch: Batch) -> Tensor:
     return loss * batch["loss_weight"] if "loss_weight" in batch else loss

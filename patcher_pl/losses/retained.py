@@ -8,18 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
+from patcher_pl.losses.causal_lm import IGNORE_INDEX, model_inputs
 from patcher_pl.types import Batch
 
 
 def outputs_of(model: nn.Module, batch: Batch, *, hidden_states: bool = True) -> Any:
     """Forward pass of a Hugging Face causal LM: logits and, if asked for, hidden states."""
-    return model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        output_hidden_states=hidden_states,
-    )
+    return model(**model_inputs(batch), output_hidden_states=hidden_states)
 
 
 def predicts_answers(labels: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError
 from patcher_pl.files import write_atomically
+from patcher_pl.models.acceleration import accelerated
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
 from patcher_pl.models.weights import Place
@@ -30,6 +31,10 @@ class LanguageModel:
         attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...);
             None takes the model's default.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Compile the model with torch (`dynamic`: batches differ in length). On one device,
+            for gradients that are taken once.
+        liger: Take Liger's Triton kernels for norms, rotations and MLPs, on GPUs; needs
+            `patcher-pl[gpu]`. For gradients that are taken once.
         lora: Train low-rank adapters only; None trains every parameter.
         sharding: How the model is spread where the trainer's strategy shards it.
         weight_copies_on: Where attack vector and saved weights are kept: beside the `model`, or in
@@ -38,7 +43,8 @@ class LanguageModel:
         trust_remote_code: Run code that comes with the checkpoint. Off: it could do anything.
 
     Raises:
-        ConfigError: When loading, if there is no such model or it is no causal LM.
+        ConfigError: When loading, if there is no such model, it is no causal LM, or `liger` cannot
+            be had.
     """
 
     path: str
@@ -46,6 +52,8 @@ class LanguageModel:
     dtype: DtypeName = "float32"
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
+    liger: bool = False
     lora: Lora | None = None
     sharding: Sharding = field(default_factory=Sharding)
     weight_copies_on: Place = "model"
@@ -62,7 +70,7 @@ class LanguageModel:
             )
         except (OSError, ValueError, ImportError) as error:
             raise self._loading_failed("model", error) from error
-        return self.adapted(model)
+        return accelerated(self.adapted(model), compile_=self.compile, liger=self.liger)
 
     def adapted(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Switches checkpointing on and attaches adapters, as far as asked for."""
@@ -97,7 +105,7 @@ class LanguageModel:
             )
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
-        return model
+        return accelerated(model, compile_=False, liger=self.liger)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Loads the tokenizer, with a pad token (the end-of-text token where there is none)."""

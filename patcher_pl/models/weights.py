@@ -1,7 +1,8 @@
 """The one owner of a live model's weights while an attack shifts them back and forth."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -62,8 +63,7 @@ class Weights:
     def restore(self, saved: Sequence[Tensor]) -> None:
         """Puts saved weights back, bit for bit."""
         with self.shards.changing() as tensors:
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
+            torch._foreach_copy_(tensors, list(saved))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def difference(self, saved: Sequence[Tensor]) -> Vector:
@@ -89,28 +89,27 @@ class Weights:
     def shifted(self, vector: Sequence[Tensor]) -> Iterator[None]:
         """Moves the weights by `vector` for the length of the block, then restores them exactly.
 
-        Restores from saved tensors: adding and then subtracting would drift in low precision. The
-        space for them is kept for the next time.
+        Adding and then subtracting would drift in low precision. Whole weights are left alone: the
+        parameters get other memory, which holds weights plus vector, and then their own back. Where
+        FSDP shards them, or copies lie elsewhere, they are saved, changed in place and copied back.
+        The space for one more set of weights is kept for the next time.
 
         Raises:
             RuntimeError: If the weights are shifted already, or a sharded model is between a forward
                 pass and its backward pass, here or at the end of the block.
         """
-        with self._put_back_after("Weights.shifted"):
-            with self.shards.changing() as tensors:
-                for tensor, change in zip(tensors, vector, strict=True):
-                    tensor.add_(change.to(tensor.device, non_blocking=True))
+        place = partial(self._swapped, vector) if self._swaps else partial(self._moved, vector)
+        with self._elsewhere("Weights.shifted", place):
             yield
 
     @contextmanager
     def replaced(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Puts other values in place of the weights for the length of the block; see `shifted`.
+        """Puts other values in place of the weights for the length of the block, then restores them.
 
         Raises:
             RuntimeError: As `shifted` does.
         """
-        with self._put_back_after("Weights.replaced"):
-            self.restore(values)
+        with self._elsewhere("Weights.replaced", partial(self._overwritten, values)):
             yield
 
     @contextmanager
@@ -136,29 +135,84 @@ class Weights:
                 parameter.grad = gradient
 
     @contextmanager
-    def _put_back_after(self, action: str) -> Iterator[None]:
+    def _elsewhere(
+        self, action: str, place: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[None]:
         if self._shifted:
             raise RuntimeError(f"{action} must not be entered twice; leave the first block.")
         self.shards.require_no_open_pass(action)
-        saved = self._save_into_buffer()
         self._shifted = True
         try:
-            yield
-            self.shards.require_no_open_pass(f"The end of {action}")
+            with place():
+                yield
+                self.shards.require_no_open_pass(f"The end of {action}")
         finally:
-            self.restore(saved)
             self._shifted = False
+
+    @property
+    def _swaps(self) -> bool:
+        """Whether parameters may point to other memory: they are whole, and so are the copies."""
+        return not self.shards.is_sharded and all(
+            self._place(tensor) == tensor.device for tensor in self.parameters
+        )
 
     def _place(self, tensor: Tensor) -> torch.device:
         return tensor.device if self._copies_on == "model" else torch.device("cpu")
 
-    @torch.no_grad()
-    def _save_into_buffer(self) -> Vector:
-        if self._buffer is None:
-            self._buffer = [
-                torch.empty_like(tensor, device=self._place(tensor))
-                for tensor in self.shards.tensors
-            ]
-        for space, tensor in zip(self._buffer, self.shards.tensors, strict=True):
-            space.copy_(tensor)
+    @contextmanager
+    def _swapped(self, vector: Sequence[Tensor]) -> Iterator[None]:
+        space = self._shift_space()
+        own = [parameter.data for parameter in self.parameters]
+        with torch.no_grad():
+            for sum_, tensor, change in zip(space, own, vector, strict=True):
+                torch.add(tensor, change.to(tensor.device, non_blocking=True), out=sum_)
+        try:
+            self._point_to(space)
+            yield
+        finally:
+            self._point_to(own)
+
+    def _point_to(self, tensors: Sequence[Tensor]) -> None:
+        with self.shards.changing():
+            for parameter, tensor in zip(self.parameters, tensors, strict=True):
+                parameter.data = tensor
+        # For autograd this is a change in place: a backward pass of what was computed before fails.
+        torch.autograd.graph.increment_version(self.parameters)
+
+    @contextmanager
+    def _moved(self, vector: Sequence[Tensor]) -> Iterator[None]:
+        with self._saved():
+            with self.shards.changing() as tensors:
+                if self._copies_on == "model":
+                    torch._foreach_add_(tensors, list(vector))  # type: ignore[attr-defined]
+                else:  # One at a time, so that they need no space beside the model.
+                    for tensor, change in zip(tensors, vector, strict=True):
+                        tensor.add_(change.to(tensor.device, non_blocking=True))
+            yield
+
+    @contextmanager
+    def _overwritten(self, values: Sequence[Tensor]) -> Iterator[None]:
+        with self._saved():
+            self.restore(values)
+            yield
+
+    @contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Puts the weights back at the end of the block."""
+        saved = self._shift_space()
+        with torch.no_grad():
+            torch._foreach_copy_(saved, self.shards.tensors)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self.restore(saved)
+
+    def _shift_space(self) -> Vector:
+        """Memory for one set of weights, kept for the next time."""
+        like = [(tensor, self._place(tensor)) for tensor in self.shards.tensors]
+        if self._buffer is None or any(
+            (space.device, space.dtype) != (place, tensor.dtype)
+            for space, (tensor, place) in zip(self._buffer, like, strict=True)
+        ):
+            self._buffer = [torch.empty_like(tensor, device=place) for tensor, place in like]
         return self._buffer

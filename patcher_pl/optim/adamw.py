@@ -36,6 +36,8 @@ class AdamW(Optimizer):
         eps: Added to the root of the second moment (> 0).
         weight_decay: Decoupled decay per unit of lr (>= 0).
         eps_root: Added to the second moment within the root (>= 0); None as explained above.
+        fused: Let `build` take torch's fused kernel: the same update in one pass over the memory,
+            with other rounding. Not together with an `eps_root` above 0.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -49,6 +51,7 @@ class AdamW(Optimizer):
     eps: float = 1e-8
     weight_decay: float = 0.01
     eps_root: float | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
         self._require(self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
@@ -58,6 +61,8 @@ class AdamW(Optimizer):
         self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
         root_holds = self.eps_root is None or self.eps_root >= 0
         self._require(root_holds, "eps_root", ">= 0 or null", "Use 0 for torch's AdamW.")
+        fusible = not (self.fused and self.eps_root)
+        self._require(fusible, "fused", "false with an `eps_root`", "Torch has no such kernel.")
 
     @property
     def num_slots(self) -> int:
@@ -67,13 +72,18 @@ class AdamW(Optimizer):
         if self.eps_root:
             return TorchAdapter(parameters, self)
         return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            parameters,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=self.fused or None,
         )
 
     def differentiable(self) -> Self:
         if self.eps_root is not None:
             return self
-        return replace(self, eps_root=DIFFERENTIABLE_EPS_ROOT)
+        return replace(self, eps_root=DIFFERENTIABLE_EPS_ROOT, fused=False)
 
     def _step_one_(
         self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float

@@ -92,6 +92,7 @@ class UnloadedModel(LanguageModel):
         # The kernels of `flash_attention_2` need values; `sdpa` keeps as much for the way back.
         if settings["attn_implementation"] not in (None, "sdpa", "eager"):
             settings["attn_implementation"] = "sdpa"
+        settings |= {"compile": False, "liger": False}
         return cls(**settings, architecture=architecture)
 
     def load_model(self) -> "PreTrainedModel":

@@ -23,7 +23,7 @@ from patcher_pl.planning.tracker import Tracker
 # Where tensors of a part come into being.
 _SITES = (
     (Weights, "snapshot", Part.SAVED_WEIGHTS),
-    (Weights, "_save_into_buffer", Part.SAVED_WEIGHTS),
+    (Weights, "_shift_space", Part.SAVED_WEIGHTS),
     (Weights, "difference", Part.ATTACK_VECTOR),
     (Optimizer, "init", Part.ATTACKER_OPTIMIZER),
     (Shelf, "put", Part.TRAJECTORY),

@@ -1,6 +1,7 @@
 """Runs the cells of a red team against models that share a tokenizer and a chat format."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.models.lora import merged_copy
+from patcher_pl.models.packing import require_packing
 from patcher_pl.redteam.examiner import Examination, Examiner
 from patcher_pl.redteam.grid import Cell
 from patcher_pl.redteam.material import AttackMaterial
@@ -54,6 +56,7 @@ class Campaign:
         min_coherence: Share of coherent answers to harmful prompts below which a model counts as
             collapsed.
         max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
+        packing: Whether the attacks' training batches are packed.
     """
 
     examiner: Examiner
@@ -63,6 +66,7 @@ class Campaign:
     num_samples: int
     min_coherence: float
     max_judge_error_rate: float
+    packing: bool = False
     _drawn: list[tuple[Mixture, int, list[Conversation]]] = field(default_factory=list)
 
     def material(self, cell: Cell) -> AttackMaterial:
@@ -74,11 +78,11 @@ class Campaign:
         """
         for data, seed, rows in self._drawn:
             if (data, seed) == (cell.data, cell.seed):
-                return AttackMaterial(self.tokenizer, self.chat, rows, cell.seed)
+                return self._material(rows, cell.seed)
         rows = cell.data.draw(cell.seed) if cell.attack.uses_data else []
         if cell.attack.uses_data:
             self._drawn.append((cell.data, cell.seed, rows))
-        return AttackMaterial(self.tokenizer, self.chat, rows, cell.seed)
+        return self._material(rows, cell.seed)
 
     def run(self, model: "PreTrainedModel", cell: Cell, subject: Subject) -> Curve:
         """Attacks a copy of `model`; torch's random generators are put back.
@@ -92,8 +96,8 @@ class Campaign:
 
         Raises:
             DataError: If the attack's data cannot be used.
-            ConfigError: If the tokenizer has no pad token, or the judge cannot work at all (a key
-                that its server refuses).
+            ConfigError: If the tokenizer has no pad token, the judge cannot work at all (a key
+                that its server refuses), or the model cannot take packed batches and shall.
         """
         record = Record(
             self.examiner.harmful,
@@ -111,6 +115,11 @@ class Campaign:
             return record.curve(
                 subject.key(cell), _reason(failure), family=cell.family, varied=cell.varied
             )
+        if material.packing and material.rows:
+            prompts = [
+                self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]
+            ]
+            require_packing(model, prompts, next(model.parameters()).device, "redteam.packing")
         error = None
         with seeded(cell.seed, next(model.parameters()).device):
             try:
@@ -135,6 +144,9 @@ class Campaign:
         for concern in record.concerns():
             logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
         return record.curve(subject.key(cell), error, family=cell.family, varied=cell.varied)
+
+    def _material(self, rows: Sequence[Conversation], seed: int) -> AttackMaterial:
+        return AttackMaterial(self.tokenizer, self.chat, rows, seed, self.packing)
 
     def _examined(self, model: Any, cell: Cell, material: AttackMaterial) -> Examination:
         try:

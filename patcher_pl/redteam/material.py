@@ -26,6 +26,7 @@ class AttackMaterial:
         chat: How conversations become tokens.
         rows: What this seed has drawn of the attacker's data, in training order.
         seed: For randomness that torch's global generator does not cover.
+        packing: Whether training batches are packed into one row each instead of padded.
 
     Raises:
         ConfigError: If the tokenizer has no pad token.
@@ -35,6 +36,7 @@ class AttackMaterial:
     chat: ChatFormat
     rows: Sequence[Conversation]
     seed: int
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokenizer.pad_token_id, int):
@@ -74,4 +76,5 @@ class AttackMaterial:
             batch_size=batch_size,
             pad_token_id=pad_token_id,
             seed=self.seed,
+            packing=self.packing,
         ).endless()

@@ -46,6 +46,8 @@ class RedTeam:
             model that forgets its tasks may still have shown whether it answers harmful prompts.
         max_judge_error_rate: Share of the answers to harmful prompts that the judge may fail on
             (in [0, 1]); above it at any measurement, the curve is marked as not to be trusted.
+        packing: Train attacks on packed batches instead of padded ones: the same gradients, but for
+            rounding, in a fraction of time and memory. Whether the model can is checked first.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -65,6 +67,7 @@ class RedTeam:
     second_judge: Judge | None = None
     min_coherence: float = 0.5
     max_judge_error_rate: float = 0.05
+    packing: bool = False
 
     def __post_init__(self) -> None:
         names = [attack.name for attack in self.attacks]
@@ -123,6 +126,7 @@ class RedTeam:
             self.num_samples,
             self.min_coherence,
             self.max_judge_error_rate,
+            self.packing,
         )
 
     def run(

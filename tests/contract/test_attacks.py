@@ -136,10 +136,16 @@ def answers(attack: Attack, model, material: AttackMaterial) -> list[str]:
     return [answer.text for answer in found]
 
 
-def attacked(attack: Attack, subject, seed: int = 0, between: Callable[..., Any] | None = None):
+def attacked(
+    attack: Attack,
+    subject,
+    seed: int = 0,
+    between: Callable[..., Any] | None = None,
+    packing: bool = False,
+):
     """Points and weights of an attack on a copy; `between` is called at every point."""
     model, tokenizer = copy.deepcopy(subject[0]), subject[1]
-    material = AttackMaterial(tokenizer, CHAT, ROWS, seed)
+    material = AttackMaterial(tokenizer, CHAT, ROWS, seed, packing)
     points = []
     with seeded(seed, torch.device("cpu")):
         for point in attack.run(model, material):
@@ -153,6 +159,21 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(
         torch.equal(value, second[name]) for name, value in first.items()
     )
+
+
+@EACH
+def test_packed_rows_attack_as_padded_ones(kind, subject):
+    """Losses of every stretch of steps, and the tokens that they cost; without dropout."""
+    model = copy.deepcopy(subject[0])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    (padded, _), (packed, _) = (
+        attacked(make(kind), (model, subject[1]), packing=packing) for packing in (False, True)
+    )
+    for ours, theirs in zip(packed, padded, strict=True):
+        assert (ours.steps, ours.num_tokens) == (theirs.steps, theirs.num_tokens)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-2, nan_ok=True)
 
 
 @EACH

@@ -113,8 +113,9 @@ def patcher_trains_and_resumes(folder: Path) -> None:
 
 
 def sft_trains(folder: Path) -> None:
+    """On packed batches; one process has padded ones."""
     defense = make_sft(folder)
-    train(defense, folder)
+    train(defense, folder, packing=True)
     weights = whole(defense.model)
     if RANK == 0:
         torch.save(weights, folder / "sft.pt")

@@ -29,9 +29,9 @@ ESTIMATORS = {
 }
 
 
-def build_optimizer(parameters: Any) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     # Where gradients are round-off, the usual eps would turn that into a step.
-    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-6, weight_decay=0.1)
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-6, weight_decay=0.1, **options)
 
 
 def make_attacker() -> FineTuningAttacker:
@@ -86,9 +86,9 @@ def train(defense: Any, folder: Path, num_processes: int, num_steps: int, **opti
     if num_processes > 1:
         strategy = ModelParallelStrategy(data_parallel_size=num_processes, tensor_parallel_size=1)
         several |= {"strategy": strategy, "use_distributed_sampler": False}
-    size = 4 // num_processes
+    size, packing = 4 // num_processes, options.pop("packing", False)
     data = Rows(folder / f"rows-{os.environ.get('RANK', 'alone')}").module(
-        ("safe", "attack", "val"), batch_size=size
+        ("safe", "attack", "val"), batch_size=size, packing=packing
     )
     return fit(
         defense,

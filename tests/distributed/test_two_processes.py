@@ -130,6 +130,11 @@ def test_ways_that_change_nothing(folder, run):
     assert_close(read(folder / "alone.pt")[0], read(folder / f"{run}.pt"))
 
 
+def test_packed_batches_and_fused_optimizers_change_nothing(folder):
+    """But for the rounding of torch's fused kernel, whose constants are float32."""
+    assert_close(read(folder / "alone.pt")[0], read(folder / "packed.pt"), tolerance=1e-6)
+
+
 def test_one_process_goes_on_from_a_checkpoint_by_two(folder, exact, tmp_path):
     saved = folder / "by-two" / CHECKPOINT
     resumed = runs.make_patcher(folder / "llama")

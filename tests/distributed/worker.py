@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def recomputing_changes_nothing(folder: Path) -> None:
     weights = whole(defense.model)
     if RANK == 0:
         torch.save(weights, folder / "recomputed.pt")
+
+
+def packing_changes_nothing(folder: Path) -> None:
+    """Every process packs its own conversations; fused optimizers step on shards."""
+    defense = runs.make_patcher(
+        folder / "llama",
+        attacker=replace(runs.make_attacker(), optimizer=replace(runs.ADAMW, fused=True)),
+        optimizer=lambda parameters: runs.build_optimizer(parameters, fused=True),
+    )
+    runs.train(defense, folder, 2, runs.NUM_STEPS, packing=True)
+    weights = whole(defense.model)
+    if RANK == 0:
+        torch.save(weights, folder / "packed.pt")
 
 
 def hypergradients_by_differences(folder: Path) -> None:
@@ -282,6 +296,7 @@ SCENARIOS = (
     a_signal_stops_both,
     a_full_disk_leaves_the_checkpoint_before,
     recomputing_changes_nothing,
+    packing_changes_nothing,
 )
 
 

@@ -115,6 +115,53 @@ def test_a_shift_is_undone_when_the_block_raises(llama):
         pass
 
 
+def test_a_shift_copies_no_weight(llama):
+    """On one device the parameters change places with their shifted copies, and back."""
+    model = load(llama)
+    weights = Weights(model)
+    ones = [torch.ones_like(parameter) for parameter in weights.parameters]
+    before = [parameter.data_ptr() for parameter in weights.parameters]
+    used = []
+    for _ in range(2):
+        with weights.shifted(ones):
+            used.append([parameter.data_ptr() for parameter in weights.parameters])
+        assert [parameter.data_ptr() for parameter in weights.parameters] == before
+    assert used[0] == used[1]
+    assert not set(used[0]) & set(before)
+
+
+@pytest.mark.parametrize("place", ["model", "host"])
+def test_tied_weights_stay_tied(llama, place):
+    model = load(llama)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    weights, before = Weights(model, place), snapshot(model)
+    ones = [torch.ones_like(parameter) for parameter in weights.parameters]
+    with weights.shifted(ones):
+        assert torch.equal(model.lm_head.weight, before["lm_head.weight"] + 1)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("inside", ["forward", "backward"])
+def test_a_shift_between_forward_and_backward_is_noticed(llama, rows, inside):
+    """The gradient would be that of one set of weights at another, without a sign."""
+    safe, _ = batches_for(rows, llama)
+    model, batch = load(llama), next(safe)
+    weights = Weights(model)
+    ones = [torch.ones_like(parameter) for parameter in weights.parameters]
+    loss = causal_lm_loss(model, batch)
+    with weights.shifted(ones):
+        if inside == "forward":
+            loss = causal_lm_loss(model, batch)
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+    if inside == "forward":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_a_shift_within_a_shift_is_refused(llama):
     model = load(llama)
     weights, before = Weights(model), snapshot(model)

@@ -60,6 +60,16 @@ QWEN_1_5B = Shape(
     num_key_value_heads=2,
 )
 
+# For tests of the benchmark itself.
+TINY = Shape(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+
 
 def answer_lengths(num: int, seed: int) -> list[int]:
     """Answer tokens per conversation: log-normal, median 60, a tail that is cut at 512."""

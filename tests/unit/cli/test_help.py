@@ -26,6 +26,7 @@ SPARED = {
     ("redteam", "--help"): NEVER | OF_LIGHTNING,
     ("sweep", "--help"): NEVER | OF_LIGHTNING,
     ("ablate", "--help"): NEVER | OF_LIGHTNING,
+    ("compare", "--help"): NEVER | OF_LIGHTNING,
     (*PRINTED, "--print_config"): NEVER | {"transformers.modeling_utils"},
 }
 

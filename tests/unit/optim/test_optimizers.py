@@ -40,6 +40,20 @@ def test_adamw_has_the_defaults_of_torch():
     assert ours == theirs
 
 
+def test_a_fused_adamw_is_the_same_algorithm():
+    settings = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.2}
+    fused = AdamW(**settings, fused=True)
+    assert fused.build([torch.nn.Parameter(torch.zeros(1))]).defaults["fused"] is True
+    torch.testing.assert_close(run(fused), run(AdamW(**settings)), rtol=1e-6, atol=0)
+    assert fused.differentiable() == AdamW(**settings).differentiable(), "has no such kernel"
+
+
+def test_a_fused_adamw_has_no_eps_root():
+    with pytest.raises(ValueError, match=r"AdamW\.fused must be false with an `eps_root`"):
+        AdamW(lr=0.1, eps_root=1e-10, fused=True)
+    AdamW(lr=0.1, eps_root=0.0, fused=True)
+
+
 def test_sgd_is_the_heavy_ball_method():
     lr, momentum, decay = 0.1, 0.7, 0.2
     theta, velocity = [1.0, -2.0, 0.5], [0.0] * 3

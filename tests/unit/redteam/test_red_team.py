@@ -59,6 +59,27 @@ def test_an_attack_teaches_the_model_and_the_curve_shows_when(model, tokenizer, 
     assert last[0].score == 5
 
 
+def test_packed_attacks_teach_as_much(model, tokenizer, red_team):
+    (padded,), (packed,) = (
+        replace(red_team, packing=packing).run(model, tokenizer, CHAT, defense="sft")
+        for packing in (False, True)
+    )
+    assert packed.error is None
+    assert (packed.asr, packed.attack_tokens) == (padded.asr, padded.attack_tokens)
+
+
+def test_a_model_that_cannot_be_packed_stops_the_red_team(model, tokenizer, red_team, monkeypatch):
+    """Every attack would train on something else than it says."""
+    forward = model.forward
+
+    def blind(*args, position_ids=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", blind)
+    with pytest.raises(ConfigError, match=r"redteam\.packing: LlamaForCausalLM .* mixes"):
+        replace(red_team, packing=True).run(model, tokenizer, CHAT, defense="sft")
+
+
 def test_the_model_and_the_generators_stay_as_they_were(model, tokenizer, red_team):
     """Wrong if a probe inside a training run changed the run."""
     model.train()

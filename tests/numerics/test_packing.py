@@ -1,0 +1,151 @@
+"""If these fail, packed batches train on something else than padded ones, or nobody notices it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from patcher_pl.data import Encoded, collate
+from patcher_pl.errors import ConfigError
+from patcher_pl.losses import causal_lm_loss, first_order_loss
+from patcher_pl.losses.kept_logits import keeps_logits
+from patcher_pl.models import Lora
+from patcher_pl.models.packing import require_packing
+from tests.families import FAMILIES, build_family
+
+CPU = torch.device("cpu")
+# Norms, rotations and eager attention round to float32 on the way, whatever the model is in.
+EXACT = {"rtol": 1e-5, "atol": 1e-7}
+
+
+def conversation(prompt: int, answer: int, seed: int) -> Encoded:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 100, (prompt + answer,), generator=generator).tolist()
+    return Encoded(ids, [-100] * prompt + ids[prompt:])
+
+
+EXAMPLES = [conversation(3, 4, 0), conversation(9, 2, 1), conversation(2, 13, 2)]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request, tmp_path_factory) -> Path:
+    return build_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def load(path: Path, attention: str = "sdpa"):
+    """A model of the family, in float64, whose attention matters."""
+    config = AutoConfig.from_pretrained(path)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model.double().eval()
+
+
+def gradients(model, loss) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("loss_function", [causal_lm_loss, first_order_loss])
+def test_losses_and_gradients_are_those_of_padded_batches(family, attention, loss_function):
+    model = load(family, attention)
+    assert keeps_logits(model)
+    padded, packed = (collate(EXAMPLES, 0, packing=packing) for packing in (False, True))
+    expected, loss = causal_lm_loss(model, padded), loss_function(model, packed)
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
+    for ours, theirs in zip(gradients(model, loss), gradients(model, expected), strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_adapters_train_on_packed_batches_too(family):
+    model = Lora(rank=2).attach(load(family))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    assert keeps_logits(model)
+    padded, packed = (collate(EXAMPLES, 0, packing=packing) for packing in (False, True))
+    expected, loss = causal_lm_loss(model, padded), first_order_loss(model, packed)
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
+    for ours, theirs in zip(gradients(model, loss), gradients(model, expected), strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def answer_only(examples: list[Encoded], chosen: int) -> list[Encoded]:
+    """The same conversations, of which one alone is trained on."""
+    return [
+        one if index == chosen else Encoded(one.input_ids, [-100] * len(one.labels))
+        for index, one in enumerate(examples)
+    ]
+
+
+def test_conversations_do_not_see_each_other(family):
+    """The second one's gradients must not depend on what the first one says."""
+    model = load(family)
+    others = [conversation(3, 4, 10), *EXAMPLES[1:]]
+    found = []
+    for examples in (EXAMPLES, others):
+        batch = collate(answer_only(examples, 1), 0, packing=True)
+        found.append(gradients(model, first_order_loss(model, batch)))
+        # One long conversation, as if positions were not reset.
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).unsqueeze(0)
+        found.append(gradients(model, first_order_loss(model, batch)))
+    first, first_mixed, second, second_mixed = found
+    for ours, theirs in zip(first, second, strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+    mixed = zip(first_mixed, second_mixed, strict=True)
+    assert not all(torch.allclose(ours, theirs, rtol=1e-3) for ours, theirs in mixed)
+
+
+def test_what_no_model_predicts_is_not_trained_on():
+    """The first token of a conversation stands behind the end of another one."""
+    batch = collate([Encoded([5, 6], [5, 6]), Encoded([7, 8], [7, 8])], 0, packing=True)
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8]]
+    assert batch["logits_to_keep"].tolist() == [0, 2]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]
+
+
+def test_models_that_keep_conversations_apart_are_let_through(family):
+    model = load(family).train()
+    require_packing(model, [one.input_ids for one in EXAMPLES], CPU, "data.packing")
+    require_packing(model, [EXAMPLES[0].input_ids], CPU, "data.packing")
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "reason"),
+    [
+        ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 2}, "takes no position_ids"),
+        (
+            "MambaConfig",
+            {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+            "takes no position_ids",
+        ),
+    ],
+)
+def test_models_without_positions_are_refused(kind, sizes, reason):
+    import transformers
+
+    config = getattr(transformers, kind)(vocab_size=100, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError, match=rf"data\.packing: {kind[:5]}.*{reason}"):
+        require_packing(model, [one.input_ids for one in EXAMPLES], CPU, "data.packing")
+
+
+def test_models_that_mix_conversations_up_are_found_out(tmp_path):
+    """With random weights, whose attention hardly matters."""
+    path = build_family("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    forward = model.forward
+
+    def without_restarts(*args, position_ids, **kwargs):
+        positions = torch.arange(position_ids.shape[1]).unsqueeze(0)
+        return forward(*args, position_ids=positions, **kwargs)
+
+    model.forward = without_restarts
+    with pytest.raises(ConfigError, match=r"data\.packing: LlamaFor.* mixes packed conv.* by \d"):
+        require_packing(model, [one.input_ids for one in EXAMPLES], CPU, "data.packing")
