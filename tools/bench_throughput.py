@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     """Command line."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--only", nargs="+", choices=PARTS, default=list(TRAINING))
-    made.add_argument("--shape", default="miniature", help="miniature, qwen2.5-1.5b or tiny")
+    made.add_argument("--shape", default="miniature", choices=("miniature", "qwen2.5-1.5b", "tiny"))
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     made.add_argument("--device", default="cpu")
     made.add_argument("--attn", help="attention of transformers, for both sides")
