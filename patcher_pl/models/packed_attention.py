@@ -36,8 +36,11 @@ def packed_sdpa(
     lengths = _lengths(attention_mask) if options.get("position_bias") is None else None
     if lengths is None or key.shape[2] != query.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *part, None, **options)[0] for part in parts]
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs = [
+        sdpa_attention_forward(module, one, keys[index], values[index], None, **options)[0]
+        for index, one in enumerate(queries)
+    ]
     return torch.cat(outputs, dim=1), None
 
 
