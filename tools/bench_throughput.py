@@ -69,6 +69,7 @@ def run_job(job: dict[str, Any]) -> None:
         dtype=options.dtype,
         device=options.device,
         attn=options.attn,
+        our_attn=options.our_attn,
         compile=options.compile,
         liger=options.liger,
         batch_size=options.batch_size,
@@ -128,16 +129,17 @@ def parser() -> argparse.ArgumentParser:
     """Command line."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--only", nargs="+", choices=PARTS, default=list(TRAINING))
-    made.add_argument("--shape", default="miniature", help="miniature, qwen2.5-1.5b or tiny")
+    made.add_argument("--shape", default="miniature", choices=("miniature", "qwen2.5-1.5b", "tiny"))
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     made.add_argument("--device", default="cpu")
     made.add_argument("--attn", help="attention of transformers, for both sides")
+    made.add_argument("--our_attn", help="another for our side; packed_sdpa unless --attn is given")
     made.add_argument("--compile", action="store_true", help="compile the model of our side")
     made.add_argument("--liger", action="store_true", help="Liger's kernels on our side")
     made.add_argument("--batch_size", type=int, default=4, help="conversations per batch")
     made.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
-    made.add_argument("--rounds", type=int, default=10, help="blocks of each side")
-    made.add_argument("--block", type=int, default=3, help="steps of a block")
+    made.add_argument("--rounds", type=int, default=8, help="blocks of each side")
+    made.add_argument("--block", type=int, default=6, help="steps of a block")
     made.add_argument("--warmup", type=int, default=3, help="steps before")
     made.add_argument("--memory_steps", type=int, default=12, help="steps for the peak memory")
     made.add_argument("--seed", type=int, default=0)
@@ -153,6 +155,8 @@ def main() -> None:
     if options.job is not None:
         run_job(json.loads(options.job))
         return
+    if options.attn is None and options.our_attn is None:
+        options.our_attn = "packed_sdpa"
     if options.profile is not None:
         for part in (part for part in options.only if part in TRAINING):
             folder = str(options.profile.resolve())

@@ -92,8 +92,10 @@ def one_device_only(defense: "Defense", why: str, *, instead: str) -> ConfigErro
 
 
 def _require_acceleration(defense: "Defense", trainer: Trainer) -> None:
-    model, device = defense.language_model, trainer.strategy.root_device
-    if model.liger and device.type == "cpu":
+    model = defense.language_model
+    if not (model.compile or model.liger):
+        return
+    if model.liger and trainer.strategy.root_device.type == "cpu":
         raise ConfigError(
             "LanguageModel.liger: Liger's kernels run on GPUs, and this run is on the CPU. Set it to "
             "false, or `trainer.accelerator: gpu`."
@@ -105,7 +107,7 @@ def _require_acceleration(defense: "Defense", trainer: Trainer) -> None:
         )
     hypergradient = getattr(defense, "hypergradient", FirstOrder())
     # What works on sharded weights takes no second derivative.
-    if (model.compile or model.liger) and not hypergradient.works_sharded:
+    if not hypergradient.works_sharded:
         field = "compile" if model.compile else "liger"
         raise ConfigError(
             f"LanguageModel.{field}: {type(hypergradient).__name__} as configured differentiates a "

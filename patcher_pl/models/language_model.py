@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError
 from patcher_pl.files import write_atomically
+from patcher_pl.models import packed_attention
 from patcher_pl.models.acceleration import accelerated
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
@@ -28,8 +29,9 @@ class LanguageModel:
         path: Hub id, local directory, or `testbed` (built on first use, then cached).
         chat: How conversations become tokens; training, attacks and generation share it.
         dtype: Number format of the weights.
-        attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...);
-            None takes the model's default.
+        attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...), or
+            `packed_sdpa`: `sdpa`, but conversations of packed batches one at a time. None takes the
+            model's default.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model with torch (`dynamic`: batches differ in length). On one device,
             for gradients that are taken once.
@@ -150,6 +152,8 @@ class LanguageModel:
 
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         if self.attn_implementation is not None:
+            if self.attn_implementation == packed_attention.NAME:
+                packed_attention.register()
             options["attn_implementation"] = self.attn_implementation
         return options
 

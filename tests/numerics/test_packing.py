@@ -10,7 +10,7 @@ from patcher_pl.data import Encoded, collate
 from patcher_pl.errors import ConfigError
 from patcher_pl.losses import causal_lm_loss, first_order_loss
 from patcher_pl.losses.kept_logits import keeps_logits
-from patcher_pl.models import Lora
+from patcher_pl.models import LanguageModel, Lora, packed_attention
 from patcher_pl.models.packing import require_packing
 from tests.families import FAMILIES, build_family
 
@@ -35,6 +35,7 @@ def family(request, tmp_path_factory) -> Path:
 
 def load(path: Path, attention: str = "sdpa"):
     """A model of the family, in float64, whose attention matters."""
+    packed_attention.register()
     config = AutoConfig.from_pretrained(path)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -49,7 +50,7 @@ def gradients(model, loss) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "packed_sdpa"])
 @pytest.mark.parametrize("loss_function", [causal_lm_loss, first_order_loss])
 def test_losses_and_gradients_are_those_of_padded_batches(family, attention, loss_function):
     model = load(family, attention)
@@ -149,3 +150,44 @@ def test_models_that_mix_conversations_up_are_found_out(tmp_path):
     model.forward = without_restarts
     with pytest.raises(ConfigError, match=r"data\.packing: LlamaFor.* mixes packed conv.* by \d"):
         require_packing(model, [one.input_ids for one in EXAMPLES], CPU, "data.packing")
+
+
+def test_packed_attention_looks_at_one_conversation_at_a_time(tmp_path, monkeypatch):
+    """Through the setting; padded batches, and a window that is no longer causal alone, as before."""
+    from transformers.integrations import sdpa_attention
+
+    path = build_family("mistral", tmp_path)
+    model = LanguageModel(path=str(path), attn_implementation="packed_sdpa").load_model()
+    lengths, inner = [], sdpa_attention.sdpa_attention_forward
+
+    def watched(module, query, *rest, **options):
+        lengths.append(query.shape[2])
+        return inner(module, query, *rest, **options)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", watched)
+    own = [len(one.input_ids) for one in EXAMPLES]
+    for packing, expected in ((True, own), (False, [max(own)])):
+        lengths.clear()
+        causal_lm_loss(model, collate(EXAMPLES, 0, packing=packing))
+        assert lengths == 2 * expected
+    plain = LanguageModel(path=str(path), attn_implementation="sdpa").load_model()
+    packed = collate(EXAMPLES, 0, packing=True)
+    for one in (model, plain):
+        one.config.sliding_window = one.model.config.sliding_window = 4
+    lengths.clear()
+    torch.testing.assert_close(causal_lm_loss(model, packed), causal_lm_loss(plain, packed))
+    assert set(lengths) == {sum(own)}
+
+
+@pytest.mark.parametrize("kind", ["window", "bidirectional", "padded", "float"])
+def test_other_masks_are_left_to_sdpa(kind):
+    """The shortcut must not be taken where it would attend to more, or less."""
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask = {
+        "window": causal & ~causal.tril(-2),
+        "bidirectional": torch.ones(5, 5, dtype=torch.bool),
+        "padded": causal & (torch.arange(5) > 0),
+        "float": causal.float(),
+    }[kind]
+    assert packed_attention._lengths(mask[None, None]) is None
+    assert packed_attention._lengths(causal[None, None]) == [5]

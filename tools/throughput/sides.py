@@ -18,7 +18,7 @@ from patcher_pl.attackers.loop import FinetuneStep, finetune
 from patcher_pl.data import BatchStream
 from patcher_pl.data.chat import Encoded
 from patcher_pl.defenses import Patcher
-from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.models import LanguageModel, Weights, packed_attention
 from patcher_pl.models.acceleration import accelerated
 from patcher_pl.optim import AdamW
 from patcher_pl.types import Batch, count_tokens
@@ -42,6 +42,7 @@ class Setting:
         dtype: Name of torch's number format.
         device: As torch names it.
         attn: Attention of transformers; None takes its default. Both sides get it.
+        our_attn: Another one for our side; None takes the same.
         compile: Whether our side compiles its model.
         liger: Whether our side takes Liger's kernels.
         batch_size: Conversations per batch (count).
@@ -53,6 +54,7 @@ class Setting:
     dtype: str = "float32"
     device: str = "cpu"
     attn: str | None = None
+    our_attn: str | None = None
     compile: bool = False
     liger: bool = False
     batch_size: int = 4
@@ -191,9 +193,11 @@ class _Built(LanguageModel):
     setting: Setting
 
     def load_model(self) -> "PreTrainedModel":
-        return accelerated(
-            self.adapted(self.setting.build()), compile_=self.compile, liger=self.liger
-        )
+        model = self.setting.build()
+        if self.setting.our_attn is not None:
+            packed_attention.register()
+            model.set_attn_implementation(self.setting.our_attn)
+        return accelerated(self.adapted(model), compile_=self.compile, liger=self.liger)
 
 
 @dataclass(frozen=True, kw_only=True)
