@@ -1,4 +1,4 @@
-r"""Training throughput and memory of this package against the loop that one would write by hand.
+r"""Throughput and memory of this package against the loops that one would write by hand.
 
     python tools/bench_throughput.py --out bench.json
     python tools/bench_throughput.py --device cuda --shape qwen2.5-1.5b --dtype bfloat16 \
@@ -10,6 +10,9 @@ AdamW on all weights; here `finetune`, the loop of simulated attackers and of th
 train the same random model on the same conversations in the same batches (`tools/throughput/workload.py`)
 and must agree in every loss; tokens are those of conversations, padding excluded. The plain loop is
 `tools/throughput/plain_loop.py`.
+
+*generation*: greedy answers, the package's back end against `generate` on padded batches. *startup*: what
+commands take to say what they can do, against `import lightning`.
 
 Blocks of steps of both sides alternate in one process; a ratio is the median over the pairs of blocks, by
 wall-clock and by CPU time. Memory comes from a process per side: on a CPU (Linux) the highest resident
@@ -35,8 +38,6 @@ sys.path.insert(0, str(ROOT))
 
 PARTS = ("defender", "attacker", "generation", "startup")
 TRAINING = PARTS[:2]
-# Parts that stand on their own: `measure(options) -> dict` in a module of tools/throughput.
-OTHER_PARTS = {"generation": "tools.throughput.generation", "startup": "tools.throughput.startup"}
 LOSS_TOLERANCE = 1e-5
 
 
@@ -58,7 +59,7 @@ def run_job(job: dict[str, Any]) -> None:
 
     import torch
 
-    from tools.throughput import training
+    from tools.throughput import generation, training
     from tools.throughput.sides import Setting
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -85,6 +86,14 @@ def run_job(job: dict[str, Any]) -> None:
         )
     elif work["kind"] == "memory":
         found = training.measure_memory(work["part"], work["side"], setting, options.memory_steps)
+    elif work["kind"] == "generation":
+        found = generation.measure(
+            shape=options.shape,
+            device=options.device,
+            dtype=options.dtype,
+            num_prompts=options.prompts,
+            seed=options.seed,
+        )
     else:
         folder = Path(work["folder"])
         print(training.profile(work["part"], setting, options.block, folder / work["part"]))
@@ -111,6 +120,31 @@ def training_results(part: str, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def generation_results(options: argparse.Namespace) -> dict[str, Any]:
+    """Answers per second."""
+    result = in_own_process({"kind": "generation"}, options)
+    print(
+        f"generation  {result['ratios']['generation']:5.2f} times the tokens per second "
+        f"({result['ratios']['generation_cpu']:.2f} by CPU time): "
+        f"{result['ours']['tokens_per_s']:.0f} against {result['plain']['tokens_per_s']:.0f};  "
+        f"{result['same_answers']:.0%} of the answers are the same",
+        flush=True,
+    )
+    if options.dtype == "float32" and result["same_answers"] < 1:
+        raise SystemExit("generation: the answers differ.")
+    return result
+
+
+def startup_results() -> dict[str, Any]:
+    """Start of commands, in processes of their own."""
+    from tools.throughput.startup import measure
+
+    result = measure()
+    shown = [f"{name} {ratio:.2f}" for name, ratio in result["ratios"].items()]
+    print("startup     times `import lightning`: " + ", ".join(shown), flush=True)
+    return result
+
+
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The figures in one place; above 1 in favor of this package, memory below 1."""
     summary: dict[str, float] = {}
@@ -120,7 +154,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
         for name in ("peak", "above_start"):
             ours, plain = (found[part][f"{side}_{name}_mib"] for side in ("ours", "plain"))
             summary[f"{name}_memory_{part}"] = ours / plain
-    for part in (part for part in OTHER_PARTS if part in found):
+    for part in (part for part in PARTS if part in found):
         summary |= found[part].get("ratios", {})
     return summary
 
@@ -128,7 +162,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 def parser() -> argparse.ArgumentParser:
     """Command line."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--only", nargs="+", choices=PARTS, default=list(TRAINING))
+    made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     made.add_argument("--shape", default="miniature", choices=("miniature", "qwen2.5-1.5b", "tiny"))
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     made.add_argument("--device", default="cpu")
@@ -141,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=8, help="blocks of each side")
     made.add_argument("--block", type=int, default=6, help="steps of a block")
     made.add_argument("--warmup", type=int, default=3, help="steps before")
+    made.add_argument("--prompts", type=int, default=128, help="prompts that are answered")
     made.add_argument("--memory_steps", type=int, default=12, help="steps for the peak memory")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--profile", type=Path, metavar="FOLDER", help="profile instead")
@@ -162,16 +197,16 @@ def main() -> None:
             folder = str(options.profile.resolve())
             in_own_process({"kind": "profile", "part": part, "folder": folder}, options)
         return
-    from importlib import import_module
-
     from patcher_pl.reports.environment import environment
 
     found: dict[str, dict[str, Any]] = {}
     for part in options.only:
         if part in TRAINING:
             found[part] = training_results(part, options)
+        elif part == "generation":
+            found[part] = generation_results(options)
         else:
-            found[part] = import_module(OTHER_PARTS[part]).measure(options)
+            found[part] = startup_results()
     shown = {k: v for k, v in vars(options).items() if k not in ("job", "out", "profile")}
     report = {
         "ratios": ratios(found),

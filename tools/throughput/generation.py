@@ -5,12 +5,9 @@ the order of the data, pads each batch on the left and calls `generate` of trans
 and its stop token. A model with random weights would never stop, so a hook makes this one end every
 answer where it is planned to, whoever asks; what it says until then is its own choice.
 
-    python -m tools.throughput.generation --num_rounds 3
-    python -m tools.throughput.generation --shape qwen2.5-1.5b --device cuda --dtype bfloat16
+    python tools/bench_throughput.py --only generation
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,9 +20,8 @@ from patcher_pl.evaluation.backends import Decoding, HuggingFace
 from patcher_pl.evaluation.backends.padding import left_padded
 from tools.throughput.workload import (
     END_ID,
-    MINIATURE,
     PAD_ID,
-    QWEN_1_5B,
+    SHAPES,
     Shape,
     answer_lengths,
     prompt_lengths,
@@ -34,7 +30,6 @@ from tools.throughput.workload import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPES = {"miniature": MINIATURE, "qwen2.5-1.5b": QWEN_1_5B}
 MIB = 2**20
 
 
@@ -229,21 +224,3 @@ def _reset_peak(device: str) -> None:
 
 def _peak_mib(device: str) -> float | None:
     return torch.cuda.max_memory_allocated() / MIB if device.startswith("cuda") else None
-
-
-def main() -> None:
-    """Prints what `measure` returns as JSON; the options are its arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", choices=SHAPES, default="miniature")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--num_prompts", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--num_rounds", type=int, default=3)
-    parser.add_argument("--longest", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    print(json.dumps(measure(**vars(parser.parse_args())), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -23,12 +23,11 @@ from patcher_pl.models.acceleration import accelerated
 from patcher_pl.optim import AdamW
 from patcher_pl.types import Batch, count_tokens
 from tools.throughput.plain_loop import PlainSteps
-from tools.throughput.workload import MINIATURE, PAD_ID, QWEN_1_5B, TINY, conversations
+from tools.throughput.workload import PAD_ID, SHAPES, conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPES = {"miniature": MINIATURE, "qwen2.5-1.5b": QWEN_1_5B, "tiny": TINY}
 LR, VECTOR_SCALE, MAX_GRAD_NORM = 1e-5, 1e-3, 1.0
 AfterStep = Callable[[float], None]
 

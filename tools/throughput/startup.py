@@ -1,10 +1,8 @@
 """How long commands take to say what they can do, against importing Lightning alone.
 
-python -m tools.throughput.startup --num_rounds 7
+python tools/bench_throughput.py --only startup
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -74,14 +72,3 @@ def _start(arguments: Sequence[str]) -> tuple[float, float]:
     wall, after = time.perf_counter() - began, os.times()
     user = after.children_user - before.children_user
     return wall, user + after.children_system - before.children_system
-
-
-def main() -> None:
-    """Prints what `measure` returns as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--num_rounds", type=int, default=5)
-    print(json.dumps(measure(num_rounds=parser.parse_args().num_rounds), indent=2))
-
-
-if __name__ == "__main__":
-    main()

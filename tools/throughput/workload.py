@@ -70,6 +70,8 @@ TINY = Shape(
     num_key_value_heads=1,
 )
 
+SHAPES = {"miniature": MINIATURE, "qwen2.5-1.5b": QWEN_1_5B, "tiny": TINY}
+
 
 def answer_lengths(num: int, seed: int) -> list[int]:
     """Answer tokens per conversation: log-normal, median 60, a tail that is cut at 512."""
