@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from patcher_pl.evaluation.isolation import evaluating
 from patcher_pl.models import Weights
 
 
@@ -57,14 +58,3 @@ def without_adapters(model: Any) -> Iterator[nn.Module]:
     """Lends a `peft` model without what its adapters add to it, in evaluation mode."""
     with model.disable_adapter(), evaluating(model):
         yield model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off for the length of the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

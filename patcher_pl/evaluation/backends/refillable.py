@@ -13,6 +13,7 @@ _STOCK_METHODS = (
     "_update_model_kwargs_for_generation",
     "_sample",
 )
+_ATTENTION = ("sdpa", "eager", "packed_sdpa")
 _ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
 
@@ -21,7 +22,7 @@ def can_refill(model: Any) -> bool:
 
     It can where a token depends on nothing but token ids, mask and positions, and where all that is
     remembered are the keys and values of full attention: decoders that leave `generate` and the
-    inputs of a step to transformers, take `position_ids`, attend with `sdpa` or `eager` and without
+    inputs of a step to transformers, take `position_ids`, attend with `sdpa`, `packed_sdpa` or `eager` and without
     ALiBi, and lie on one device. It cannot for sliding windows, state-space and hybrid models,
     encoder-decoders, compiled, sharded or spread models, and for code that a checkpoint brings.
     """
@@ -37,7 +38,7 @@ def can_refill(model: Any) -> bool:
         and set(inspect.signature(model.forward).parameters) >= _ARGUMENTS
         and cache_argument(model) is not None
         and not model.config.is_encoder_decoder
-        and model.config._attn_implementation in ("sdpa", "eager")
+        and model.config._attn_implementation in _ATTENTION
         and not getattr(model.config, "alibi", False)
         and not model._is_stateful
         and _remembers_keys_and_values_only(model)

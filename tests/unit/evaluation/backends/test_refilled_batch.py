@@ -14,6 +14,7 @@ from patcher_pl.evaluation.backends.refillable import can_refill
 from patcher_pl.evaluation.backends.refilled_batch import continued
 from patcher_pl.evaluation.backends.slot_cache import SlotCache
 from patcher_pl.evaluation.isolation import seeded
+from patcher_pl.models import packed_attention
 from tests.families import FAMILIES, build_family
 
 STOPS = list(range(3, 40))
@@ -75,10 +76,11 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, prompts, batch_size):
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "packed_sdpa", "eager"])
 def test_answers_are_those_of_generate(name, attention, prompts, tmp_path):
     """Wrong if faster answers were other answers, in a supported family."""
     directory = build_family(name, tmp_path / name)
+    packed_attention.register()
     model = lively(AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention))
     assert can_refill(model)
     plain = continued_by_generate(model, prompts, decoding())
