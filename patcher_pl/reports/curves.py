@@ -205,9 +205,11 @@ def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
     positive = [step for step in steps if step > 0]
     if len(positive) >= 3 and positive[-1] >= 8 * positive[0]:
         axis.set_xscale("symlog", base=2, linthresh=positive[0])
+        # Ten labels fit beside each other.
+        gap = max(1.3, 2 ** ((math.log2(positive[-1] / positive[0]) + 1) / 10))
         kept = [positive[-1]]
         for step in reversed(positive[:-1]):
-            if kept[-1] >= 1.3 * step:
+            if kept[-1] >= gap * step:
                 kept.append(step)
         ticks = [*([0] if steps[0] == 0 else []), *kept[::-1]]
     else:
