@@ -236,6 +236,10 @@ def _write_report(comparison: Comparison, curves: list[Curve], run_dir: Path) ->
     if not console.is_terminal:
         console = Console(width=180)  # A log file has no width of its own.
     console.print(rich_table("Search of settings", trial_rows(comparison.trials)))
+    for trial in comparison.trials:
+        if trial.error is not None:
+            said = f"{trial.defense}, trial {trial.number}: {trial.error}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
     if not any(curve.attack_steps for curve in curves):
         return
     results = RunDirectory(run_dir).results

@@ -96,13 +96,13 @@ class Comparison:
 
 
 def trial_rows(trials: Sequence[Trial]) -> list[list[str]]:
-    """Header and one row per trial; the chosen one of each defense is marked."""
+    """Header and one row per trial; the chosen one of each defense, and failed ones, are marked."""
     header = ["defense", "settings", "breaks at", "area", "ASR at N=0", "benign accuracy", ""]
     table = [header]
     for trial in trials:
         options = ", ".join(f"{_short(name)} {value}" for name, value in trial.options.items())
         if trial.error is not None:
-            table.append([trial.defense, options, *[_MISSING] * 4, trial.error])
+            table.append([trial.defense, options, *[_MISSING] * 4, "failed"])
             continue
         reached = ", ".join("held" if n is None else str(n) for n in trial.steps_to_break)
         figures = [trial.area, trial.released_asr, trial.benign_accuracy]

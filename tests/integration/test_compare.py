@@ -87,7 +87,7 @@ def test_a_trial_that_fails_is_passed_over(folder):
     first, second = json.loads((folder / "run" / "comparison.json").read_text())["trials"]
     assert "trial-0/seed-9/log.txt" in first["error"]
     assert second["is_chosen"]
-    assert "log.txt" in said.out
+    assert f"sft, trial 0: {first['error']}\n" in said.out
 
     content["defenses"]["sft"]["space"] = {"data.batch_size": [0, -1]}
     said = compare(folder, content)

@@ -70,7 +70,7 @@ def test_trials_show_settings_outcome_and_choice():
     failed = Trial(defense="sft", number=1, options=options, error="see log.txt")
     _, first, second = trial_rows([tried, failed])
     assert first == ["sft", "optimizer.lr 0.1", "10, held", "0.25", "0.00", "1.00", "chosen"]
-    assert second == ["sft", "optimizer.lr 0.1", "-", "-", "-", "-", "see log.txt"]
+    assert second == ["sft", "optimizer.lr 0.1", "-", "-", "-", "-", "failed"]
 
 
 def test_files_hold_everything_and_medians(curve, costs, tmp_path):
