@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from patcher_pl.cli.fits import Fit
 from tests.commands import cli, patcher_settings, redteam_settings, sft_settings, write_yaml
 
 LR = "model.init_args.optimizer.init_args.lr"
@@ -70,12 +71,19 @@ def test_a_comparison_searches_trains_attacks_reports_and_goes_on_where_it_was(f
     assert "2 runs, 2 done already" in said.out
     assert [path.stat().st_mtime_ns for path in sorted(run.rglob("sweep.json"))] == kept
 
-    # Another red team is another comparison, but the same search.
+
+def test_a_red_team_that_changed_makes_another_run(folder):
+    """Wrong if results of an earlier red team stood for those of the new one."""
+
+    def planned():
+        options = {"redteam": folder / "redteam.yaml"}
+        return Fit.plan(folder / "run", folder / "sft.yaml", options).digest
+
+    before = planned()
+    assert planned() == before
     changed = (folder / "redteam.yaml").read_text().replace("limit: 3", "limit: 2")
-    (folder / "other.yaml").write_text(changed)
-    said = compare(folder, settings(redteam="other.yaml")).expect(0)
-    assert "4 runs, 4 done already" in said.out
-    assert "2 runs, 0 done already" in said.out
+    (folder / "redteam.yaml").write_text(changed)
+    assert planned() != before
 
 
 def test_a_trial_that_fails_is_passed_over(folder):
