@@ -15,6 +15,8 @@ from patcher_pl.errors import ConfigError, PatcherError
 
 # Exit status of a command line that cannot work, however often it is repeated.
 _HOPELESS = 2
+# Set for a command whose standard input is a pipe that its parent holds; see `end_with_parent`.
+SUPERVISED = "PATCHER_PL_SUPERVISED"
 STOP_TIMEOUT_S = 10.0
 FIRST_DELAY_S = 0.5
 _LONGEST_DELAY_S = 30.0

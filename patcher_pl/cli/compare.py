@@ -1,7 +1,8 @@
 """The `compare` command: defenses with equal budgets, equal searches and the same attacks."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,34 @@ else:
     # Relative to the configuration file that names it, and checked to be readable.
     from jsonargparse.typing import Path_fr as ConfigFile
 
-_Trials = dict[tuple[str, int], list[Fit]]
-"""The runs of every trial, one per seed, by defense and number."""
+logger = logging.getLogger(__name__)
+
 _Models = dict[str, list[Fit]]
 """The compared models, one per seed, by defense."""
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One point of a defense's space.
+
+    Args:
+        number: 0 for the first values of the space.
+        options: Options of `fit` that are tried.
+        fits: Its runs, one per seed.
+    """
+
+    number: int
+    options: Mapping[str, Any]
+    fits: Sequence[Fit]
+
+    def outcome(self, defense: str) -> Trial:
+        """What its runs found, or which of them failed."""
+        if all(fit.is_done for fit in self.fits):
+            results = [fit.results for fit in self.fits]
+            return trial_of(defense, self.number, self.options, results)
+        logs = ", ".join(str(fit.log) for fit in self.fits if not fit.is_done)
+        error = f"`fit` failed; see {logs}"
+        return Trial(defense=defense, number=self.number, options=dict(self.options), error=error)
 
 
 def run_compare(
@@ -65,7 +90,7 @@ def run_compare(
         max_gradient_evaluations: Budget of every run (forward-backward passes, count, >= 1).
         run_dir: Where everything goes; created when missing.
         seeds: Seeds of the compared models and of the attacks on them; 0 unless given.
-        options: Options of `fit` (dotted names) for all runs.
+        options: Options of `fit` (dotted names) for all runs; those of a defense go before.
         num_processes: Runs at the same time; as many as there are CPUs unless given.
 
     Returns:
@@ -92,21 +117,20 @@ def run_compare(
         **(options or {}),
     }
     searched = plan_trials(defenses, selection, common, run_dir / "search")
-    run_fits(
-        [fit for runs in searched.values() for fit in runs], num_processes, "search of settings"
-    )
-    trials = _rated(defenses, selection, searched)
+    tried = [planned for own in searched.values() for planned in own]
+    run_fits([fit for planned in tried for fit in planned.fits], num_processes, "search")
+    trials = _rated(selection, searched)
     settings = {"defenses": defenses, "redteam": redteam, "selection": selection, "seeds": seeds}
     settings |= {"max_gradient_evaluations": max_gradient_evaluations, "options": options}
     comparison = Comparison(
         trials=trials, costs={}, environment=environment(), settings=as_settings(settings)
     )
     comparison.save(run_dir, [])
-    _require_choices(defenses, trials, searched)
-
-    chosen = {trial.defense: trial.options for trial in trials if trial.is_chosen}
+    chosen = _choices(selection, trials, searched)
     models = {
-        name: _fits(contender, {**common, **chosen[name]}, Path(redteam), seeds, run_dir / name)
+        name: _fits(
+            *(contender, common, chosen[name], Path(redteam), seeds, run_dir / "models" / name)
+        )
         for name, contender in defenses.items()
     }
     failed = run_fits([fit for fits in models.values() for fit in fits], num_processes, "models")
@@ -127,81 +151,80 @@ def plan_trials(
     selection: Selection,
     common: Mapping[str, Any],
     directory: Path,
-) -> _Trials:
-    """The runs of the search.
+) -> dict[str, list[PlannedTrial]]:
+    """The search of every defense.
 
     Raises:
         ConfigError: If the space of a defense has fewer points than there are trials.
     """
-    planned: _Trials = {}
+    planned: dict[str, list[PlannedTrial]] = {}
+    redteam, seeds = Path(selection.redteam), selection.seeds
     for name, contender in defenses.items():
         try:
             tried = contender.trials(selection.num_trials, selection.sampling_seed)
         except ValueError as error:
             raise ConfigError(f"defenses.{name}.{error}") from error
-        for number, options in enumerate(tried):
-            planned[name, number] = _fits(
-                contender,
-                {**common, **options},
-                Path(selection.redteam),
-                selection.seeds,
-                directory / name / f"trial-{number}",
+        planned[name] = [
+            PlannedTrial(
+                number,
+                options,
+                _fits(
+                    *(contender, common, options, redteam, seeds),
+                    directory / name / f"trial-{number}",
+                ),
             )
+            for number, options in enumerate(tried)
+        ]
     return planned
 
 
 def _fits(
     contender: Contender,
-    options: Mapping[str, Any],
+    common: Mapping[str, Any],
+    chosen: Mapping[str, Any],
     redteam: Path,
     seeds: Sequence[int],
     directory: Path,
 ) -> list[Fit]:
-    """One run per seed; `options` go before those of the contender."""
+    """One run per seed; options of the contender go before `common` ones, `chosen` before both."""
+    options = {"redteam": redteam.resolve(), **common, **contender.options, **chosen}
     return [
-        Fit.plan(
-            directory / f"seed-{seed}",
-            Path(contender.fit),
-            {
-                "redteam": redteam.resolve(),
-                **contender.options,
-                **options,
-                **seed_options(seed),
-            },
-        )
+        Fit.plan(directory / f"seed-{seed}", Path(contender.fit), {**options, **seed_options(seed)})
         for seed in seeds
     ]
 
 
-def _rated(
-    defenses: Mapping[str, Contender], selection: Selection, searched: _Trials
-) -> list[Trial]:
+def _rated(selection: Selection, searched: Mapping[str, Sequence[PlannedTrial]]) -> list[Trial]:
     """Every trial with what it found, the best of each defense chosen."""
     trials = []
-    for name, contender in defenses.items():
-        own = []
-        tried = contender.trials(selection.num_trials, selection.sampling_seed)
-        for number, options in enumerate(tried):
-            runs = searched[name, number]
-            if all(fit.is_done for fit in runs):
-                own.append(trial_of(name, number, options, [fit.results for fit in runs]))
-            else:
-                logs = ", ".join(str(fit.log) for fit in runs if not fit.is_done)
-                error = f"`fit` failed; see {logs}"
-                own.append(Trial(defense=name, number=number, options=options, error=error))
+    for name, planned in searched.items():
+        own = [one.outcome(name) for one in planned]
         best = selection.choose(own) if any(trial.error is None for trial in own) else None
         trials += [replace(trial, is_chosen=trial is best) for trial in own]
     return trials
 
 
-def _require_choices(
-    defenses: Mapping[str, Contender], trials: Sequence[Trial], searched: _Trials
-) -> None:
-    chosen = {trial.defense for trial in trials if trial.is_chosen}
-    for name in defenses:
+def _choices(
+    selection: Selection,
+    trials: Sequence[Trial],
+    searched: Mapping[str, Sequence[PlannedTrial]],
+) -> dict[str, dict[str, Any]]:
+    """The options that each defense goes on with.
+
+    Raises:
+        PatcherError: If all trials of a defense failed.
+    """
+    chosen = {trial.defense: trial for trial in trials if trial.is_chosen}
+    for name, planned in searched.items():
         if name not in chosen:
-            log = searched[name, 0][0].log
+            log = planned[0].fits[0].log
             raise PatcherError(f"defenses.{name}: every trial failed; the first left {log}.")
+        if not selection.is_usable(chosen[name]):
+            logger.warning(
+                "%s: no trial left a usable model; the comparison goes on with the closest one.",
+                name,
+            )
+    return {name: trial.options for name, trial in chosen.items()}
 
 
 def _costs(models: _Models) -> dict[str, list[Cost]]:

@@ -15,6 +15,7 @@ from patcher_pl.processes import Children, run_all
 from patcher_pl.reports.environment import usable_cpus
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import fingerprint
+from patcher_pl.supervision import SUPERVISED
 
 STATE = "sweep.json"
 
@@ -113,15 +114,17 @@ def _run(fit: Fit, num_threads: int, children: Children) -> bool:
     with fit.log.open("ab") as log:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # Closes when this process dies, and the run ends.
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(num_threads), SUPERVISED: "1"},
             start_new_session=True,
         )
+        assert process.stdin is not None
         children.add(process)
         succeeded = process.wait() == 0
         children.remove(process)
+        process.stdin.close()
     if succeeded:
         fit.mark(done=True)
     return succeeded

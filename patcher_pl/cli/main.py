@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl import __version__
 from patcher_pl.errors import PatcherError, RunInterrupted
+from patcher_pl.supervision import SUPERVISED, end_with_parent
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where signal n stopped the run.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.pop(SUPERVISED, None):  # Not for this process's own children.
+        end_with_parent(lambda: None)
     command = _parser().parse_args(given[:1]).command
     try:
         _run(command, given[1:])

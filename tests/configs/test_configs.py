@@ -231,7 +231,7 @@ def test_every_part_of_an_ablation_is_built(path, nothing_is_loaded, tmp_path):
 
 @ignoring_deprecations
 @pytest.mark.parametrize("path", of_kind("comparison"))
-def test_every_defense_is_in_the_comparison_and_every_trial_is_built(
+def test_every_trial_of_a_comparison_is_built_and_every_defense_is_in_one(
     path, nothing_is_loaded, tmp_path
 ):
     """Wrong if a space named an option that its defense does not have, minutes into the run."""
@@ -240,11 +240,12 @@ def test_every_defense_is_in_the_comparison_and_every_trial_is_built(
     common = {"max_gradient_evaluations": options.max_gradient_evaluations, **options.options}
     trials = plan_trials(options.defenses, options.selection, common, tmp_path)
     trained = set()
-    for fit in (fit for fits in trials.values() for fit in fits):
+    for fit in (fit for own in trials.values() for planned in own for fit in planned.fits):
         built = PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
         trained.add(type(built.model).__name__)
         assert built.options.redteam.seeds == options.selection.seeds
-    assert trained == set(defenses.__all__) - {"Defense"}
+    if path.stem == "comparison":
+        assert trained == set(defenses.__all__) - {"Defense"}
     assert len(options.seeds) == 5
     assert len(red_team(Path(options.redteam)).cells()) >= 3
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from patcher_pl.cli.compare import plan_trials
 from patcher_pl.cli.fits import Fit
+from patcher_pl.comparison import Contender, Selection
 from tests.commands import cli, patcher_settings, redteam_settings, sft_settings, write_yaml
 
 LR = "model.init_args.optimizer.init_args.lr"
@@ -51,7 +53,10 @@ def test_a_comparison_searches_trains_attacks_reports_and_goes_on_where_it_was(f
     assert set(chosen) == {"sft", "mine"}
     for name, options in chosen.items():
         # The model of the comparison was trained with what was chosen.
-        (option, value), log = next(iter(options.items())), run / name / "seed-0" / "config.yaml"
+        (option, value), log = (
+            next(iter(options.items())),
+            run / "models" / name / "seed-0" / "config.yaml",
+        )
         assert f"{option.rpartition('.')[2]}: {value}" in log.read_text()
         (cost,) = content["costs"][name]
         assert 6 <= cost["gradient_evaluations"] < 6 + 5
@@ -63,6 +68,8 @@ def test_a_comparison_searches_trains_attacks_reports_and_goes_on_where_it_was(f
     assert "| Mine, k1 = 2 |" in (run / "comparison.md").read_text()
     assert "Defenses on equal terms" in (run / "report.html").read_text()
     assert "Comparison" in said.out
+    # Six steps do not make a model that refuses.
+    assert "sft: no trial left a usable model" in said.out + said.err
 
     kept = [path.stat().st_mtime_ns for path in sorted(run.rglob("sweep.json"))]
     assert len(kept) == 6
@@ -101,6 +108,17 @@ def test_a_trial_that_fails_is_passed_over(folder):
     said = compare(folder, content)
     assert said.status == 2
     assert "defenses.sft: every trial failed; the first left" in said.err
+
+
+def test_options_of_a_trial_go_before_those_of_a_defense_before_common_ones(folder):
+    """Wrong if what was searched, or set for one defense, were undone by what is set for all."""
+    redteam = folder / "redteam.yaml"
+    contender = Contender(fit=folder / "sft.yaml", space={"a": [1]}, options={"a": 2, "b": 2})
+    selection = Selection(redteam=redteam, num_trials=1, seeds=[9])
+    common = {"a": 3, "b": 3, "c": 3}
+    (trial,) = plan_trials({"sft": contender}, selection, common, folder)["sft"]
+    given = trial.fits[0].arguments
+    assert {"--a=1", "--b=2", "--c=3", "--seed_everything=9"} <= set(given)
 
 
 @pytest.mark.parametrize(

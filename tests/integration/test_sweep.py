@@ -1,7 +1,11 @@
 """The `sweep` command: every variant and seed once, whatever happens to the others."""
 
+import io
 import json
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +14,8 @@ import pytest
 from patcher_pl.cli import fits
 from patcher_pl.cli.sweep import run_sweep
 from patcher_pl.errors import PatcherError
-from tests.commands import cli, redteam_settings, sft_settings, write_yaml
+from patcher_pl.supervision import SUPERVISED
+from tests.commands import ROOT, cli, redteam_settings, sft_settings, write_yaml
 
 
 def test_a_sweep_reports_what_failed_and_repeats_only_that(inputs, tmp_path, monkeypatch):
@@ -61,8 +66,11 @@ class Recorder:
     def __init__(self, status):
         self.status = status
         self.commands = []
+        self.stdin = io.BytesIO()
 
-    def __call__(self, command, **_):
+    def __call__(self, command, *, env, stdin, **_):
+        assert env[SUPERVISED]
+        assert stdin == subprocess.PIPE
         self.commands.append(command)
         checkpoints = Path(command[command.index("--run_dir") + 1]) / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
@@ -77,7 +85,7 @@ class Recorder:
 
 
 def replace_processes(monkeypatch, recorder):
-    stand_in = SimpleNamespace(Popen=recorder, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    stand_in = SimpleNamespace(Popen=recorder, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(fits, "subprocess", stand_in)
 
 
@@ -102,6 +110,24 @@ def test_settings_reach_fit_as_they_were_written(inputs, tmp_path, monkeypatch):
         run_sweep(base, {"one": settings}, tmp_path / "sweep")
     told = ("--a=null", "--b=true", "--c=[1, null]", '--d={"e": false}', "--f=x")
     assert set(told) <= set(failing.commands[0])
+
+
+def test_a_run_ends_with_the_process_that_started_it(inputs, tmp_path):
+    """Wrong if a sweep that is killed left runs behind, which the next one would run beside."""
+    settings = sft_settings(inputs)
+    settings["trainer"]["max_steps"] = 10**6
+    config = write_yaml(tmp_path / "base.yaml", settings)
+    command = [sys.executable, "-m", "patcher_pl", "fit", "--config", str(config)]
+    process = subprocess.Popen(
+        [*command, "--run_dir", str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, SUPERVISED: "1"},
+        cwd=ROOT,
+    )
+    process.stdin.close()  # As the system does for a process that dies.
+    assert process.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_a_sweep_over_nothing_is_refused(inputs, tmp_path):
