@@ -151,7 +151,6 @@ class Patcher(Defense):
             self.remote = RemoteAttacks(attacker, refresh_every, self.num_sft_steps)
         self.local = LocalAttacks(self, combine_points)
         self.num_attacks = 0
-        self._weights: Weights | None = None
         self._retain_term: RetainTerm | None = None
         self._estimate: FreshEstimate | None = None
         # Where the random numbers and the cost were before the step that attacks.
@@ -223,7 +222,7 @@ class Patcher(Defense):
     def release(self) -> None:
         """Lets go of the weights, the attack vectors and what is retained."""
         super().release()
-        self._weights = self._retain_term = None
+        self._retain_term = None
         self.local.vectors = []
 
     def before_step(self) -> None:
