@@ -38,6 +38,8 @@ sys.path.insert(0, str(ROOT))
 
 PARTS = ("defender", "attacker", "generation", "startup")
 TRAINING = PARTS[:2]
+# Those of tools/throughput/workload.py, without importing torch.
+SHAPE_NAMES = ("miniature", "smollm2-135m", "qwen2.5-1.5b", "qwen2.5-7b", "tiny")
 LOSS_TOLERANCE = 1e-5
 
 
@@ -163,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     """Command line."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    made.add_argument("--shape", default="miniature", choices=("miniature", "qwen2.5-1.5b", "tiny"))
+    made.add_argument("--shape", default="miniature", choices=SHAPE_NAMES)
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     made.add_argument("--device", default="cpu")
     made.add_argument("--attn", help="attention of transformers, for both sides")

@@ -22,13 +22,19 @@ from typing import Any
 
 import yaml
 
-# Hidden size and layers: 2, 10 and 60 million parameters.
-SIZES = {"2M": (128, 10), "10M": (256, 12), "60M": (640, 12)}
+# Hidden size and layers: 2, 10, 60, 400 and 1600 million parameters.
+SIZES = {
+    "2M": (128, 10),
+    "10M": (256, 12),
+    "60M": (640, 12),
+    "400M": (1280, 20),
+    "1600M": (2560, 20),
+}
 HYPERGRADIENTS = ("FirstOrder", "Adjoint")
 BATCH_SIZE, LENGTH = 8, 64
 
 
-def write_run(folder: Path, size: str, hypergradient: str) -> Path:
+def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> Path:
     """Writes a random model, data that fill every batch, and a configuration; returns the latter."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,7 +79,7 @@ def write_run(folder: Path, size: str, hypergradient: str) -> Path:
             "safe": {"sources": [{"path": str(folder / "rows.jsonl")}]},
             "attack": {"sources": [{"path": str(folder / "rows.jsonl"), "harmful": True}]},
         },
-        "trainer": {"max_steps": 3, "accelerator": "cpu", "enable_progress_bar": False},
+        "trainer": {"max_steps": 3, "accelerator": accelerator, "enable_progress_bar": False},
     }
     path = folder / "patcher.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -81,7 +87,7 @@ def write_run(folder: Path, size: str, hypergradient: str) -> Path:
 
 
 def planned_bytes(config: Path) -> int:
-    """Peak of the tensors, according to the plan for a CPU."""
+    """Peak of the tensors, according to the plan."""
     from patcher_pl.cli.plan import PlanCLI, make_plan
 
     cli = PlanCLI(
@@ -91,7 +97,10 @@ def planned_bytes(config: Path) -> int:
 
 
 def measured_bytes(warm_up: Path, config: Path) -> int:
-    """Peak of the process that fits `config`, above what it held after fitting `warm_up`."""
+    """Peak of the process that fits `config`, above what it held after fitting `warm_up`.
+
+    On a GPU, what its allocator held at most.
+    """
     command = [sys.executable, __file__, "--fit", str(warm_up), str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     output = subprocess.run(
@@ -105,17 +114,26 @@ def _fit(warm_up: str, config: str) -> None:
 
     assert patcher_pl(["fit", "--config", warm_up]) == 0
     gc.collect()
+    import torch
+
+    on_gpu = yaml.safe_load(Path(config).read_text())["trainer"]["accelerator"] == "gpu"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     before = pages * resource.getpagesize()
     assert patcher_pl(["fit", "--config", config]) == 0
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    if on_gpu:
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
-def compare(folder: Path, size: str, hypergradient: str) -> dict[str, Any]:
+def compare(folder: Path, size: str, hypergradient: str, accelerator: str) -> dict[str, Any]:
     """Plans and measures one run."""
     name = f"{hypergradient}-{size}"
-    warm_up = write_run(folder / f"warm-up-{name}", "2M", hypergradient)
-    config = write_run(folder / name, size, hypergradient)
+    warm_up = write_run(folder / f"warm-up-{name}", "2M", hypergradient, accelerator)
+    config = write_run(folder / name, size, hypergradient, accelerator)
     planned, measured = planned_bytes(config), measured_bytes(warm_up, config)
     return {
         "size": size,
@@ -133,6 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--hypergradients", nargs="+", choices=HYPERGRADIENTS, default=list(HYPERGRADIENTS)
     )
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--fit", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -143,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for hypergradient in options.hypergradients:
             for size in options.sizes:
-                row = compare(Path(folder), size, hypergradient)
+                row = compare(Path(folder), size, hypergradient, options.accelerator)
                 rows.append(row)
                 print(
                     f"{size:>4s} {hypergradient:12s} planned {row['planned_mib']:8.1f} MiB, "

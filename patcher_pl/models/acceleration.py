@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from patcher_pl.errors import ConfigError
+from patcher_pl.models.blocks import blocks_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
     from transformers import PreTrainedModel
 
 # The loss is this package's own: Liger's would have to see the labels.
@@ -19,7 +23,7 @@ def accelerated(model: "PreTrainedModel", *, compile_: bool, liger: bool) -> "Pr
 
     Args:
         model: Causal LM, adapters attached.
-        compile_: Compile it with torch when it is first called.
+        compile_: Compile it with torch when it is first called, one block at a time.
         liger: Put Liger's kernels in the place of norms, rotations and MLPs.
 
     Raises:
@@ -29,9 +33,18 @@ def accelerated(model: "PreTrainedModel", *, compile_: bool, liger: bool) -> "Pr
     if liger:
         _apply_liger(model)
     if compile_:
-        # Batches differ in length: with static shapes it would be compiled over and over again.
-        model.compile(dynamic=True)
+        # All blocks share the code of the first: compiling takes as long as for a model of one
+        # block. Batches differ in length: static shapes would be compiled over and over again.
+        for part in _parts(model):
+            part.compile(dynamic=True)
     return model
+
+
+def _parts(model: "PreTrainedModel") -> "Sequence[nn.Module]":
+    try:
+        return blocks_of(model)
+    except ConfigError:  # No list of blocks.
+        return [model]
 
 
 def _apply_liger(model: "PreTrainedModel") -> None:

@@ -179,15 +179,70 @@ def test_packed_attention_looks_at_one_conversation_at_a_time(tmp_path, monkeypa
     assert set(lengths) == {sum(own)}
 
 
-@pytest.mark.parametrize("kind", ["window", "bidirectional", "padded", "float"])
+def seen_by(rule):
+    """Asks for the mask of a row of five tokens as transformers does."""
+    return packed_attention.packed_mask(
+        mask_function=lambda batch, head, query, key: rule(query, key),
+        batch_size=1,
+        q_length=5,
+        kv_length=5,
+        device=CPU,
+        allow_is_causal_skip=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["window", "chunks", "bidirectional", "prefix"])
 def test_other_masks_are_left_to_sdpa(kind):
     """The shortcut must not be taken where it would attend to more, or less."""
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    mask = {
-        "window": causal & ~causal.tril(-2),
-        "bidirectional": torch.ones(5, 5, dtype=torch.bool),
-        "padded": causal & (torch.arange(5) > 0),
-        "float": causal.float(),
+    rule = {
+        "window": lambda query, key: (key <= query) & (key > query - 2),
+        "chunks": lambda query, key: (key <= query) & (key // 4 == query // 4),
+        "bidirectional": lambda query, key: (key <= query) | (key > query),
+        "prefix": lambda query, key: (key <= query) | (key < 2),
     }[kind]
-    assert packed_attention._lengths(mask[None, None]) is None
-    assert packed_attention._lengths(causal[None, None]) == [5]
+    found = seen_by(rule)
+    if kind == "chunks":  # The same as two conversations, of four tokens and of one.
+        assert found.bounds.tolist() == [0, 4, 5]
+        return
+    expected = torch.tensor(
+        [[bool(rule(torch.tensor(q), torch.tensor(k))) for k in range(5)] for q in range(5)]
+    )
+    torch.testing.assert_close(found[0, 0], expected)
+
+
+def test_conversations_are_read_off_the_rule():
+    of = torch.tensor([0, 0, 1, 2, 2])
+    found = seen_by(lambda query, key: (key <= query) & (of[key] == of[query]))
+    assert found.bounds.tolist() == [0, 2, 3, 5]
+    assert found.bounds.dtype == torch.int32
+    assert found.longest == 2
+
+
+def test_one_kernel_may_take_all_conversations(monkeypatch):
+    """What torch's kernel is asked for on a GPU, with a kernel that computes the same on a CPU."""
+    lengths, asked = [3, 5, 1], []
+
+    def kernel(query, key, value, begin, same, longest, also, *, scale, window_size):
+        asked.append((begin.tolist(), longest, window_size))
+        assert begin is same
+        pieces = zip(*(one.split(lengths) for one in (query, key, value)), strict=True)
+        return torch.cat(
+            [
+                torch.nn.functional.scaled_dot_product_attention(
+                    *(one.transpose(0, 1) for one in piece), is_causal=True, scale=scale
+                ).transpose(0, 1)
+                for piece in pieces
+            ]
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 9, 8, generator=generator)
+    key, value = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(2))
+    packed = packed_attention.Packed(torch.tensor([0, 3, 8, 9], dtype=torch.int32), 5)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    one_by_one, _ = packed_attention.packed_sdpa(module, query, key, value, packed, scaling=0.3)
+    monkeypatch.setattr(packed_attention, "_takes_many", lambda: kernel)
+    together = packed_attention._all_at_once(query, key, value, packed, 0.3)
+    torch.testing.assert_close(together, one_by_one)
+    assert asked == [([0, 3, 8, 9], 5, (-1, 0))]

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class Setting:
         our_attn: Another one for our side; None takes the same.
         compile: Whether our side compiles its model.
         liger: Whether our side takes Liger's kernels.
+        autocast: Computes in bfloat16 on weights of `dtype`, on both sides.
         batch_size: Conversations per batch (count).
         num_conversations: From which the batches are drawn (count).
         seed: Decides weights, conversations, their order and the attack vector.
@@ -56,6 +58,7 @@ class Setting:
     our_attn: str | None = None
     compile: bool = False
     liger: bool = False
+    autocast: bool = False
     batch_size: int = 4
     num_conversations: int = 512
     seed: int = 0
@@ -67,15 +70,18 @@ class Setting:
 
     def build(self) -> "PreTrainedModel":
         """Returns the model, the same on both sides."""
-        model = SHAPES[self.shape].build(getattr(torch, self.dtype), self.seed)
+        # On the device itself: drawing billions of weights on a CPU takes minutes.
+        with torch.device(self.device):
+            model = SHAPES[self.shape].build(getattr(torch, self.dtype), self.seed)
         if self.attn is not None:
             model.set_attn_implementation(self.attn)
         return model.to(self.device)  # type: ignore[arg-type]
 
     def vector(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Returns the attack vector: small random numbers."""
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = (torch.randn(p.shape, generator=generator) for p in parameters)
+        device = torch.device(self.device)
+        generator = torch.Generator(device).manual_seed(self.seed)
+        drawn = (torch.randn(p.shape, generator=generator, device=device) for p in parameters)
         return [
             (VECTOR_SCALE * change).to(parameter.device, parameter.dtype)
             for change, parameter in zip(drawn, parameters, strict=True)
@@ -109,8 +115,9 @@ class Setting:
         """
         shape, batches = SHAPES[self.shape], self.rows(num_steps)
         head = shape.vocab_size * shape.hidden_size
+        embeddings = head if shape.tie_word_embeddings else 2 * head
         with torch.device("meta"):
-            weights = sum(p.numel() for p in shape.build().parameters()) - head
+            weights = sum(p.numel() for p in shape.build().parameters()) - embeddings
         width = shape.num_hidden_layers * shape.hidden_size
         total = 0
         for batch in batches:
@@ -136,12 +143,21 @@ class Setting:
         """Takes steps of the plain loop."""
         side = self.plain(part)
         for _ in range(num_steps):
-            after_step(side.step())
+            with self.computing():
+                loss = side.step()
+            after_step(loss)
 
     def run_ours(self, part: str, num_steps: int, after_step: AfterStep) -> None:
         """Takes steps of this package: a `fit` for the defender, `finetune` for the attacker."""
         run = self._fit if part == "defender" else self._attack
         run(num_steps, after_step)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Autocast where it is asked for, for what no Trainer runs."""
+        device_type = torch.device(self.device).type
+        return torch.autocast(
+            device_type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
+        )
 
     @property
     def _built(self) -> "_Built":
@@ -160,6 +176,7 @@ class Setting:
             trainer = Trainer(
                 accelerator="gpu" if self.device.startswith("cuda") else "cpu",
                 devices=1,
+                precision="bf16-mixed" if self.autocast else "32-true",
                 max_steps=num_steps,
                 logger=TensorBoardLogger(folder),
                 log_every_n_steps=min(50, len(self.stream(packing=True))),
@@ -174,15 +191,17 @@ class Setting:
 
     def _attack(self, num_steps: int, after_step: AfterStep) -> None:
         model = self._built.load_model().train()
-        for step in finetune(
+        steps = finetune(
             model,
             model.parameters(),
             self.stream(packing=True).endless(),
             optimizer=AdamW(lr=LR, fused=True),
             num_steps=num_steps,
             max_grad_norm=MAX_GRAD_NORM,
-        ):
-            after_step(step.loss)
+        )
+        with self.computing():
+            for step in steps:
+                after_step(step.loss)
 
 
 @dataclass(frozen=True, kw_only=True)

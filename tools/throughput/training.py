@@ -109,6 +109,57 @@ def measure_speed(
     return result
 
 
+def measure_side(
+    part: str, side: str, setting: Setting, *, num_steps: int, num_warmup: int
+) -> dict[str, Any]:
+    """Times one side alone, where two do not fit a device together.
+
+    Args:
+        part: `defender` or `attacker`.
+        side: `ours` or `plain`.
+        setting: What is trained.
+        num_steps: Steps that are timed (count).
+        num_warmup: Steps before; a compiled model is compiled in these (count, >= 1).
+
+    Returns:
+        Tokens per second, model FLOPs utilization and the allocator's peak (on a GPU), seconds
+        before the clock started, and all losses.
+    """
+    is_gpu = setting.device.startswith("cuda")
+    wait = torch.cuda.synchronize if is_gpu else lambda: None
+    losses: list[float] = []
+    marks = [time.perf_counter()]
+
+    def after_step(loss: float) -> None:
+        losses.append(loss)
+        if len(losses) in (num_warmup, num_warmup + num_steps):
+            wait()
+            marks.append(time.perf_counter())
+
+    if is_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() / MIB if is_gpu else None
+    run = setting.run_ours if side == "ours" else setting.run_plain
+    run(part, num_warmup + num_steps, after_step)
+    rate = sum(setting.tokens(num_warmup + num_steps)[num_warmup:]) / (marks[2] - marks[1])
+    passes = 2 if part == "defender" else 1
+    flops = passes * setting.flops_per_token(num_warmup + num_steps)
+    peak, allowed = (torch.cuda.max_memory_allocated() / MIB if is_gpu else None), None
+    if is_gpu:
+        allowed = peak_flops(setting)
+    return {
+        "tokens_per_second": rate,
+        "mfu": None if allowed is None else flops * rate / allowed,
+        "peak_mib": peak,
+        "held_before_mib": held,
+        "before_s": marks[1] - marks[0],
+        "step_s": (marks[2] - marks[1]) / num_steps,
+        "losses": losses,
+    }
+
+
 def peak_flops(setting: Setting) -> float | None:
     """Peak rate of the GPU that is used, by its name in `patcher_pl.planning.hardware`."""
     if not setting.device.startswith("cuda"):
@@ -117,7 +168,8 @@ def peak_flops(setting: Setting) -> float | None:
     memory_gib = torch.cuda.get_device_properties(setting.device).total_memory / 2**30
     named = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name.split("-")[0]]
     closest = min(named, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
-    return None if closest is None else closest.peak_flops(setting.dtype)
+    dtype = "bfloat16" if setting.autocast else setting.dtype
+    return None if closest is None else closest.peak_flops(dtype)
 
 
 def measure_memory(part: str, side: str, setting: Setting, num_steps: int) -> dict[str, Any]:

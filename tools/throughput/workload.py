@@ -25,14 +25,14 @@ class Shape:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    tie_word_embeddings: bool = True
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> "PreTrainedModel":
-        """Returns a model with random weights, embeddings tied, in training mode."""
+        """Returns a model with random weights in training mode."""
         from transformers import AutoModelForCausalLM, Qwen2Config
 
         config = Qwen2Config(
             **vars(self),
-            tie_word_embeddings=True,
             max_position_embeddings=2048,
             pad_token_id=PAD_ID,
             eos_token_id=END_ID,
@@ -60,6 +60,26 @@ QWEN_1_5B = Shape(
     num_key_value_heads=2,
 )
 
+# https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/config.json
+QWEN_7B = Shape(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+# https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/blob/main/config.json (a Llama).
+SMOLLM2_135M = Shape(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+)
+
 # For tests of the benchmark itself.
 TINY = Shape(
     vocab_size=64,
@@ -70,7 +90,13 @@ TINY = Shape(
     num_key_value_heads=1,
 )
 
-SHAPES = {"miniature": MINIATURE, "qwen2.5-1.5b": QWEN_1_5B, "tiny": TINY}
+SHAPES = {
+    "miniature": MINIATURE,
+    "smollm2-135m": SMOLLM2_135M,
+    "qwen2.5-1.5b": QWEN_1_5B,
+    "qwen2.5-7b": QWEN_7B,
+    "tiny": TINY,
+}
 
 
 def answer_lengths(num: int, seed: int) -> list[int]:

@@ -14,6 +14,7 @@ from patcher_pl.hypergradients import Adjoint, FirstOrder
 from patcher_pl.hypergradients.hvp import FiniteDifference
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.acceleration import accelerated
+from patcher_pl.models.blocks import blocks_of
 from tests.tiny_runs import ATTACKER, adamw, fit, load, snapshot
 
 
@@ -29,7 +30,8 @@ def test_a_model_is_compiled_for_changing_lengths(llama, compiled):
     plain = load(llama)
     assert compiled == []
     model = load(llama, compile=True)
-    assert compiled == [(model, {"dynamic": True})]
+    assert compiled == [(block, {"dynamic": True}) for block in blocks_of(model)]
+    assert len(compiled) > 1
     assert snapshot(model).keys() == snapshot(plain).keys()
 
 
@@ -43,7 +45,7 @@ def test_second_derivatives_of_a_compiled_model_are_refused(llama, rows, compile
         fit(patcher(llama, Adjoint(), compile=True), rows.module(), 1)
     for hypergradient in (FirstOrder(), Adjoint(hvp=FiniteDifference())):
         fit(patcher(llama, hypergradient, compile=True), rows.module(), 1)
-    assert len(compiled) == 2
+    assert len(compiled) == 2 * len(blocks_of(load(llama)))
 
 
 def test_liger_on_the_cpu_is_refused_before_training(llama, rows, monkeypatch):
