@@ -3,16 +3,14 @@
 from patcher_pl.redteam.abliteration import Abliteration
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack, AttackPoint
-from patcher_pl.redteam.benign_finetuning import BenignFinetuning
 from patcher_pl.redteam.benign_then_harmful import BenignThenHarmful
-from patcher_pl.redteam.embedding_finetuning import EmbeddingFinetuning
 from patcher_pl.redteam.finetuning import FinetuningAttack
-from patcher_pl.redteam.full_finetuning import FullFinetuning
+from patcher_pl.redteam.full_finetuning import BenignFinetuning, FullFinetuning
 from patcher_pl.redteam.grid import Cell, Grid
 from patcher_pl.redteam.jailbreak import Jailbreak
-from patcher_pl.redteam.lora_finetuning import LoraFinetuning
 from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.multi_turn_finetuning import MultiTurnFinetuning
+from patcher_pl.redteam.partial_finetuning import EmbeddingFinetuning, LoraFinetuning
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.restarted_finetuning import RestartedFinetuning
 from patcher_pl.redteam.search import Search

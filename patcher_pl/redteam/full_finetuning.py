@@ -1,4 +1,4 @@
-"""Fine-tuning of every parameter."""
+"""Fine-tuning of every parameter, on all rows or on benign ones alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
-from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.material import AttackMaterial, RowKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,4 +31,29 @@ class FullFinetuning(FinetuningAttack):
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
         """See `Attack.run`."""
         batches = material.batches(self.batch_size, material.select("all"), self.asking)
+        yield from self.points(model, self.steps(model, all_trainable(model), batches))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenignFinetuning(FinetuningAttack):
+    """Fine-tunes every parameter on the attack's benign rows only.
+
+    What an ordinary user does to a model by accident, and an attacker where harmful data are
+    filtered. Needs benign rows among the red team's data.
+
+    See `FinetuningAttack` for the settings.
+
+    References:
+        Qi et al., 2023, https://arxiv.org/abs/2310.03693, section 4.4 (risk level 3).
+    """
+
+    kind: ClassVar[str] = "benign"
+
+    @property
+    def needed_rows(self) -> frozenset[RowKind]:
+        return frozenset({"benign"})
+
+    def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:
+        """See `Attack.run`."""
+        batches = material.batches(self.batch_size, material.select("benign"), self.asking)
         yield from self.points(model, self.steps(model, all_trainable(model), batches))
