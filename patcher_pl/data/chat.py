@@ -21,11 +21,12 @@ TooLong = Literal["truncate", "skip", "error"]
 class ChatFormat:
     """Turns conversations into tokens through the tokenizer's own chat template.
 
-    What the assistant says is found by the template's `generation` block where it has one.
-    Otherwise by comparison: the tokens of the prompt, as generation would see them, must be an exact
-    prefix of the tokens of the answered conversation; what follows, up to the stop token, is the
-    answer. Where the prefix does not hold for the last answer, an error is raised rather than a mask
-    guessed. A tokenizer without a template is given a plain one.
+    What the assistant says is found by comparison: the tokens of the prompt, as generation would see
+    them, must be an exact prefix of the tokens of the answered conversation; what follows, up to the
+    first control token behind the answer's words, is the answer. Where that does not hold for the
+    last answer, an error is raised rather than a mask guessed; earlier ones are then context only. A
+    template's own `generation` blocks decide nothing: what a model has to produce follows from the
+    generation prompt. A tokenizer without a template is given a plain one.
 
     Whitespace around a message is dropped. A system prompt goes into the first user turn where the
     template refuses or ignores system turns.
@@ -131,7 +132,12 @@ class ChatFormat:
 
         It may differ from the tokenizer's end-of-text token (Gemma's `<end_of_turn>`).
         """
-        return template_traits(tokenizer, self._options).stop_id
+        return self.stop_token_ids(tokenizer)[0]
+
+    def stop_token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """Returns that token, and the one that ends earlier answers where it is another."""
+        stops = template_traits(tokenizer, self._options).stop_texts
+        return tokenizer.convert_tokens_to_ids(list(stops))  # type: ignore[return-value]
 
     @property
     def _options(self) -> dict[str, Any]:

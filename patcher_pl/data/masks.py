@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from patcher_pl.data.template import TemplateError, TemplateTraits, as_dicts, render
+from patcher_pl.data.template import END_MARK, TemplateTraits, render
 from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.types import Message
 
@@ -50,60 +50,12 @@ def encode_and_label(
         TemplateError: If the template refuses the turns.
     """
     for turn in turns:
-        if turn.role == "assistant" and traits.stop_text in turn.content:
+        inside = next((stop for stop in traits.stop_texts if stop in turn.content), None)
+        if turn.role == "assistant" and inside is not None:
             raise RowProblem(
-                f"an answer contains the stop token {traits.stop_text!r}, where generation "
-                "would end. Remove it from the row."
+                f"an answer contains the stop token {inside!r}, where generation would end. "
+                "Remove it from the row."
             )
-    if traits.marks_answers and tokenizer.is_fast:
-        return _by_marks(tokenizer, turns, options, traits)
-    return _by_prefix(tokenizer, turns, options, traits)
-
-
-def _by_marks(
-    tokenizer: "PreTrainedTokenizerBase",
-    turns: Sequence[Message],
-    options: Mapping[str, Any],
-    traits: TemplateTraits,
-) -> Encoded:
-    from jinja2 import TemplateError as JinjaError
-
-    try:
-        encoding = tokenizer.apply_chat_template(
-            as_dicts(turns),
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **options,
-        )
-    except JinjaError as error:
-        raise TemplateError(str(error)) from error
-    ids, marks = _int_list(encoding, "input_ids"), _int_list(encoding, "assistant_masks")
-    labels = [IGNORE_INDEX] * len(ids)
-    runs = label_runs(
-        [token if mark else IGNORE_INDEX for token, mark in zip(ids, marks, strict=True)]
-    )
-    for start, end in runs:
-        # Up to the stop token and no further, whichever side of the block's end it is on.
-        if traits.stop_id in ids[start:end]:
-            end -= ids[start:end][::-1].index(traits.stop_id)
-        elif end < len(ids) and ids[end] == traits.stop_id:
-            end += 1
-        labels[start:end] = ids[start:end]
-    num_answers = sum(turn.role == "assistant" for turn in turns)
-    if len(runs) != num_answers:
-        raise RowProblem(
-            f"the chat template's generation blocks mark {len(runs)} answers, the conversation "
-            f"has {num_answers}. Repair the template's blocks or the row."
-        )
-    return Encoded(ids, labels)
-
-
-def _by_prefix(
-    tokenizer: "PreTrainedTokenizerBase",
-    turns: Sequence[Message],
-    options: Mapping[str, Any],
-    traits: TemplateTraits,
-) -> Encoded:
     text = render(tokenizer, turns, options)
     ids = token_ids(tokenizer, text)
     labels = [IGNORE_INDEX] * len(ids)
@@ -111,28 +63,52 @@ def _by_prefix(
     for index, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        prompt_text = render(tokenizer, turns[:index], options, generation_prompt=True)
-        prompt = token_ids(tokenizer, prompt_text)
-        start = len(prompt)
-        shown = text[len(prompt_text) :].partition(traits.stop_text)[0]
-        exact = (
-            ids[:start] == prompt
-            and traits.stop_id in ids[start:]
-            and _squeezed(turn.content) in _squeezed(shown)
-        )
-        if exact:
-            end = ids.index(traits.stop_id, start) + 1
-            labels[start:end] = ids[start:end]
+        prompt = render(tokenizer, turns[:index], options, generation_prompt=True)
+        until = _end_of_answer(tokenizer, turns, index, options, traits, text, prompt)
+        before, whole = (token_ids(tokenizer, part) for part in (prompt, text[: until or 0]))
+        # Otherwise the model would be trained on tokens that it is never asked to produce.
+        if until is not None and ids[: len(before)] == before and ids[: len(whole)] == whole:
+            labels[len(before) : len(whole)] = whole[len(before) :]
         elif index < len(turns) - 1:
             num_unlabeled += 1
         else:
             raise RowProblem(
-                f"the chat template continues the prompt {prompt_text[-40:]!r} in a way that "
+                f"the chat template continues the prompt {prompt[-40:]!r} in a way that "
                 "does not hold exactly this answer, so its tokens cannot be told for certain. "
-                "Mark answers with {% generation %} in the template, or check "
+                "Let the template's generation prompt be exactly what stands in front of an answer "
+                "(no space at its end that belongs to the answer's first token), or check "
                 "ChatFormat.enable_thinking."
             )
     return Encoded(ids, labels, num_unlabeled_answers=num_unlabeled)
+
+
+def _end_of_answer(
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: Sequence[Message],
+    index: int,
+    options: Mapping[str, Any],
+    traits: TemplateTraits,
+    text: str,
+    prompt: str,
+) -> int | None:
+    """Where the stop token of an answer ends in `text`; None where that cannot be told.
+
+    A second rendering, with a word more at the end of this answer, shows where the answer ends.
+    """
+    longer = Message("assistant", turns[index].content + END_MARK)
+    marked = render(tokenizer, [*turns[:index], longer, *turns[index + 1 :]], options)
+    place = marked.find(END_MARK)
+    if place < len(prompt) or marked.replace(END_MARK, "", 1) != text:
+        return None
+    if _squeezed(turns[index].content) not in _squeezed(text[len(prompt) : place]):
+        return None
+    stop = traits.control.search(text, place)
+    if stop is None:
+        return None
+    between = text[place : stop.start()]
+    # Behind an earlier answer, words may belong to whoever speaks next.
+    is_last = index == len(turns) - 1
+    return stop.end() if is_last or between in ("", traits.ending) or not between.strip() else None
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

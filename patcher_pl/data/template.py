@@ -1,5 +1,6 @@
 """What a tokenizer's chat template does, found out by trying it rather than from the model's name."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from patcher_pl.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # For tokenizers that come without a template. The space belongs to the answer, as it does in the
 # vocabularies of GPT-2-like tokenizers.
@@ -28,9 +31,9 @@ DEFAULT_TEMPLATE = """\
 {{ 'Assistant:' }}
 {%- endif %}"""
 
-_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Words no template contains; a rendering is searched for them.
 _SYSTEM, _QUESTION, _ANSWER = "zqsystemzq", "zqquestionzq", "zqanswerzq"
+END_MARK = "zqendzq"
 
 
 class TemplateError(Exception):
@@ -42,17 +45,18 @@ class TemplateTraits:
     """How a template behaves.
 
     Args:
-        marks_answers: It encloses what the assistant says in a `generation` block.
         takes_system: It accepts a system turn and shows it both in prompts and in answered
             conversations. Otherwise the system prompt has to go into the first user turn.
-        stop_id: Token that ends an answer.
-        stop_text: That token as the template writes it.
+        stop_texts: Tokens that end answers: that of the last one, then that of earlier ones where
+            it is another (gpt-oss has `<|return|>` and `<|end|>`).
+        ending: What stands between the last answer and its stop token, mostly nothing.
+        control: Finds any control token of the tokenizer in a text.
     """
 
-    marks_answers: bool
     takes_system: bool
-    stop_id: int
-    stop_text: str
+    stop_texts: tuple[str, ...]
+    ending: str
+    control: re.Pattern[str]
 
 
 _traits: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateTraits]]" = (
@@ -73,6 +77,11 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             f"The tokenizer {tokenizer.name_or_path!r} has no chat template and no end-of-text "
             "token. Set `eos_token` or `chat_template` in its tokenizer_config.json."
         )
+    logger.warning(
+        "The tokenizer %r has no chat template: conversations are written as `User: ...` and "
+        "`Assistant: ...`. Set `chat_template` in its tokenizer_config.json for another form.",
+        tokenizer.name_or_path,
+    )
     tokenizer.chat_template = DEFAULT_TEMPLATE
 
 
@@ -119,12 +128,14 @@ def template_traits(
     key = repr((template, tokenizer.eos_token, sorted(options.items())))
     known = _traits.setdefault(tokenizer, {})
     if key not in known:
-        stop_id, stop_text = _stop_token(tokenizer, options)
+        control = _control_tokens(tokenizer)
+        stop, ending = _stop_token(tokenizer, options, control)
+        earlier = _earlier_stop_token(tokenizer, options, control, ending)
         known[key] = TemplateTraits(
-            marks_answers=_GENERATION_BLOCK.search(template) is not None,
             takes_system=_takes_system(tokenizer, options),
-            stop_id=stop_id,
-            stop_text=stop_text,
+            stop_texts=tuple(dict.fromkeys([stop, *earlier])),
+            ending=ending,
+            control=control,
         )
     return known[key]
 
@@ -142,9 +153,18 @@ def _takes_system(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, An
     return all(_SYSTEM in text for text in texts)
 
 
+def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Matches what is a token of its own whatever stands around it, except for runs of spaces."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    texts = {text for text in (*tokenizer.all_special_tokens, *added) if text.strip()}
+    longest_first = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
 def _stop_token(
-    tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]
-) -> tuple[int, str]:
+    tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], control: re.Pattern[str]
+) -> tuple[str, str]:
+    """The token that ends the last answer, and what the template writes before it."""
     name = tokenizer.name_or_path
     try:
         text = render(
@@ -156,13 +176,30 @@ def _stop_token(
             "Repair `chat_template` of the tokenizer, or ChatFormat.template_options."
         ) from error
     _, found, ending = text.rpartition(_ANSWER)
-    control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ending_ids = tokenizer(ending, add_special_tokens=False)["input_ids"] if found else []
-    for token_id in ending_ids:  # type: ignore[union-attr]
-        if token_id in control:
-            return token_id, str(tokenizer.convert_ids_to_tokens(token_id))
-    raise ConfigError(
-        f"The chat template of {name!r} ends an answer with {ending!r}, which holds no control "
-        "token: a model trained on it would never stop. Let the template write `eos_token` after "
-        "each answer."
-    )
+    stop = control.search(ending) if found else None
+    if stop is None:
+        raise ConfigError(
+            f"The chat template of {name!r} ends an answer with {ending!r}, which holds no control "
+            "token: a model trained on it would never stop. Let the template write `eos_token` after "
+            "each answer."
+        )
+    return stop.group(), ending[: stop.start()]
+
+
+def _earlier_stop_token(
+    tokenizer: "PreTrainedTokenizerBase",
+    options: Mapping[str, Any],
+    control: re.Pattern[str],
+    ending: str,
+) -> list[str]:
+    """The token that ends an answer after which the conversation goes on, if it can be told."""
+    turns = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
+    try:
+        text = render(tokenizer, [*turns, *turns[:1], Message("assistant", "?")], options)
+    except TemplateError:
+        return []
+    _, found, behind = text.partition(_ANSWER)
+    stop = control.search(behind) if found else None
+    if stop is None or (behind[: stop.start()].strip() and behind[: stop.start()] != ending):
+        return []
+    return [stop.group()]

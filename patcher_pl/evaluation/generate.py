@@ -129,7 +129,7 @@ def stop_token_ids(
     """Tokens that end an answer: of the checkpoint, of the tokenizer, and of the chat template."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     found = configured if isinstance(configured, list) else [configured]
-    found = [*found, tokenizer.eos_token_id, chat.stop_token_id(tokenizer)]
+    found = [*found, tokenizer.eos_token_id, *chat.stop_token_ids(tokenizer)]
     return sorted({token for token in found if isinstance(token, int)})
 
 

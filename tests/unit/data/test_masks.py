@@ -111,7 +111,7 @@ def test_generation_marks_agree_with_prefix_comparison(conversation):
 
 
 @pytest.mark.parametrize("block", ["answer only", "answer, stop and line break"])
-def test_generation_marks_are_drawn_to_the_stop_token(block):
+def test_the_stop_token_is_trained_whatever_is_marked(block):
     tokenizer = build_tokenizer("qwen2")
     whole = "message['content'] + '<|im_end|>\\n'"
     inside, outside = (
@@ -122,19 +122,20 @@ def test_generation_marks_are_drawn_to_the_stop_token(block):
         "{%- if message['role'] == 'assistant' %}"
         f"{{% generation %}}{{{{ {inside} }}}}{{% endgeneration %}}{{{{ {outside} }}}}"
         f"{{%- else %}}{{{{ {whole} }}}}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     encoded = encode(tokenizer, DOUBLE)
     assert answers(tokenizer, encoded) == [ANSWER + "<|im_end|>", SECOND + "<|im_end|>"]
 
 
-def test_marks_that_miss_an_answer_are_refused():
+def test_marks_that_miss_an_answer_change_nothing():
+    """What a model has to produce follows from the generation prompt, not from marks."""
     tokenizer = build_tokenizer("llama")
     tokenizer.chat_template = MARKED_TEMPLATE.replace(
         "message['role'] == 'assistant' %}{% gen", "loop.last %}{% gen"
     )
-    assert answers(tokenizer, encode(tokenizer, SINGLE)) == [ANSWER + "<|eot_id|>"]
-    with pytest.raises(DataError, match=r"p\.jsonl:8: .*mark 1 answers, the conversation has 2"):
-        encode(tokenizer, DOUBLE)
+    expected = [ANSWER + "<|eot_id|>", SECOND + "<|eot_id|>"]
+    assert answers(tokenizer, encode(tokenizer, DOUBLE)) == expected
 
 
 def test_a_template_that_changes_the_prompt_afterwards_is_refused_not_guessed():
