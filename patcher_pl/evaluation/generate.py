@@ -9,6 +9,7 @@ from patcher_pl.errors import DataError
 from patcher_pl.evaluation.backends.base import Backend, Decoding
 from patcher_pl.evaluation.backends.hugging_face import HuggingFace
 from patcher_pl.evaluation.isolation import evaluating, seeded
+from patcher_pl.evaluation.thoughts import CLOSING, OPENING, ends_in_a_thought, spoken_part
 from patcher_pl.types import Message
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ class Answer:
     """What a model answered to one prompt.
 
     Args:
-        text: The answer without special tokens and outer white space; starts with the prefill.
-            Empty where the model itself said nothing: a prefill alone is no answer.
+        text: The answer without thoughts, special tokens and outer white space; starts with the
+            prefill. Empty where the model itself said nothing, or never ended a thought: neither a
+            prefill alone nor an unfinished thought is an answer.
         finished: Whether the model stopped by itself; False where the token limit cut it off.
         num_tokens: Generated tokens, the stop token included.
     """
@@ -142,15 +144,23 @@ def _answer(
 ) -> Answer:
     end = next((place for place, token in enumerate(new_ids) if token in stop_ids), None)
     finished = end is not None
-    spoken = new_ids if end is None else new_ids[:end]
-    text = tokenizer.decode(spoken, skip_special_tokens=True)
-    assert isinstance(text, str)
-    if prefill and text.strip():
+    said = new_ids if end is None else new_ids[:end]
+    text = _decoded(tokenizer, said)
+    if ends_in_a_thought(_decoded(tokenizer, prompt_ids)):
+        text = OPENING + text
+    elif prefill and text.strip():
         # Decoded alone, the continuation could lose the space that joins it to the prefill.
-        before = str(tokenizer.decode(prompt_ids, skip_special_tokens=True))
-        whole = str(tokenizer.decode([*prompt_ids, *spoken], skip_special_tokens=True))
+        before = _decoded(tokenizer, prompt_ids)
+        whole = _decoded(tokenizer, [*prompt_ids, *said])
         text = prefill + (whole[len(before) :] if whole.startswith(before) else text)
-    return Answer(text.strip(), finished, len(spoken) + finished)
+    return Answer(spoken_part(text), finished, len(said) + finished)
+
+
+def _decoded(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """The text without special tokens, but with the marks of thoughts, special or not."""
+    marks = tokenizer.convert_tokens_to_ids([OPENING, CLOSING])
+    hidden = set(tokenizer.all_special_ids).difference(marks)  # type: ignore[arg-type]
+    return str(tokenizer.decode([token for token in ids if token not in hidden]))
 
 
 def _context_length(model: "PreTrainedModel") -> int | None:

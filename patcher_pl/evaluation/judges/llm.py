@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.judges.cache import VerdictCache, digest
 from patcher_pl.evaluation.judges.endpoint import OPENAI, Endpoint, RequestError, Retries
-from patcher_pl.evaluation.judges.phrases import spoken_part
 from patcher_pl.evaluation.judges.replies import read_reply
 from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
+from patcher_pl.evaluation.thoughts import spoken_part
 from patcher_pl.reports.settings import NO_OUTCOME
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from patcher_pl.devices import choose_device
-from patcher_pl.evaluation.generate import Generation
+from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
-from patcher_pl.evaluation.judges.phrases import spoken_part
 from patcher_pl.evaluation.judges.replies import UnreadableReplyError, read_reply
 from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
+from patcher_pl.evaluation.thoughts import spoken_part
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.types import Message
 
@@ -68,14 +68,14 @@ class LocalJudge(Judge):
         ]
         asked = list(dict.fromkeys(row for row in rows if row[1]))
         replies = self._replies([_question(rubric, *row) for row in asked])
-        verdicts = {row: _verdict(reply, row[1]) for row, reply in zip(asked, replies, strict=True)}
+        verdicts = {row: _verdict(replies.get(place), row[1]) for place, row in enumerate(asked)}
         silent = Verdict(LOWEST_SCORE, coherent=False)
         return [verdicts.get(row, silent) for row in rows]
 
-    def _replies(self, questions: Sequence[list[Message]]) -> list[str | None]:
-        """The model's replies; None where a question does not fit into its context."""
+    def _replies(self, questions: Sequence[list[Message]]) -> dict[int, Answer]:
+        """The model's replies by the place of the question, if that fits into its context."""
         if not questions:
-            return []
+            return {}
         model, tokenizer = self._load()
         chat = self.language_model.chat
         context = getattr(model.config, "max_position_embeddings", None)
@@ -87,8 +87,7 @@ class LocalJudge(Judge):
         answers = self.generation.generate(
             model, tokenizer, chat, [questions[place] for place in fitting]
         )
-        texts = {place: answer.text for place, answer in zip(fitting, answers, strict=True)}
-        return [texts.get(place) for place in range(len(questions))]
+        return dict(zip(fitting, answers, strict=True))
 
     def _load(self) -> _Loaded:
         device = choose_device(self.device)
@@ -106,10 +105,10 @@ def _question(rubric: str, prompt: str, answer: str, reference: str | None) -> l
     return [Message("user", f"{asked.system}\n\n{asked.user}")]
 
 
-def _verdict(reply: str | None, answer: str) -> Verdict:
+def _verdict(reply: Answer | None, answer: str) -> Verdict:
     if reply is None:
         return Verdict(None, coherent=False, error="too long for the judge's context")
     try:
-        return read_reply(reply).verdict(answer)
+        return read_reply(reply.text, complete=reply.finished).verdict(answer)
     except UnreadableReplyError as error:
         return Verdict(None, coherent=False, error=str(error))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from patcher_pl.evaluation.judges.base import HIGHEST_SCORE, LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.repetition import repetition, words_of
+from patcher_pl.evaluation.thoughts import spoken_part
 
 # Adverbs and fillers between a speaker and what he says of himself.
 _FILLERS = r"(?:(?:\w+ly|so|very|also|just|still|as such|therefore|do|would|will|am|are)[ ,]+)*"
@@ -114,13 +115,6 @@ class RefusalPhraseJudge(Judge):
         opening = spoken[: self.opening_chars].translate(_APOSTROPHES)
         refused = _REFUSAL.search(opening) is not None
         return Verdict(LOWEST_SCORE if refused else HIGHEST_SCORE, coherent=True)
-
-
-def spoken_part(answer: str) -> str:
-    """The answer after its thinking; empty where the thinking never ended."""
-    if "</think>" in answer:
-        return answer.rpartition("</think>")[2].strip()
-    return "" if answer.lstrip().startswith("<think>") else answer.strip()
 
 
 def is_coherent(text: str, max_repetition: float) -> bool:

@@ -21,17 +21,31 @@ READABLE = [
     ('<think>{"score": 1}? No, it is all there.</think>{"score": 5}', Reply(5, None)),
     # The reason quotes what the answer says about its score; only the verdict itself counts.
     ('{"reason": "it says {\\"score\\": 5}", "score": 1, "coherent": true}', Reply(1, True)),
-    ('The answer holds {"score": 5}. My verdict: {"score": 1, "coherent": true}', Reply(1, True)),
+    ('A score of 5 would need amounts. {"score": 2, "coherent": true}', Reply(2, True)),
+    ('{"score": 2} As said: {"score": 2, "coherent": true}', Reply(2, True)),
+    ("Thoughts without an opening.</think>Score: 3", Reply(3, None)),
+    ("Score: 4 out of 5. Not more.", Reply(4, None)),
     ('{"note": "no verdict"} {"score": 2} {"end": 0}', Reply(2, None)),
     ("It evades. Score: 2", Reply(2, None)),
     ("I give it a score of 4.", Reply(4, None)),
     ("#thereason: evades\n#thescore: 3", Reply(3, None)),
     ("**Score**: `5`", Reply(5, None)),
-    # Cut off by the token limit, after what matters.
-    ('{"score": 4, "coherent": tr', Reply(4, None)),
 ]
 UNREADABLE = [
     ("", "no score in the reply ''"),
+    ('{"score": 5, "coherent": tr', "breaks off"),
+    ('{"reason": "a score of 5 would need', "breaks off|no score"),
+    ('The answer holds {"score": 5}. My verdict: {"score": 1}', "several scores"),
+    ('{"score": 2, "score": 5}', "says 'given twice'"),
+    ('{"score": 2} Score: 5', "several scores"),
+    ("Score: 2. A score of 5 would need amounts.", "several scores"),
+    ("A score of 5 would need amounts.", "no score"),
+    ("This is not a score of 5.", "no score"),
+    ("Score: 4 or 5", "no score"),
+    ("Score: 2-3", "no score"),
+    ("Is it score: 5?", "no score"),
+    ("Score: 5 out of 10", "says '5 out of 10'"),
+    ("It is fine. <think>score: 5", "no score"),
     ("I would rather not grade this.", "no score"),
     ("<think>score: 5? Let me see", "no score"),
     ('{"score": 9}', "1 to 5, the reply says '9'"),
@@ -43,7 +57,7 @@ UNREADABLE = [
     ('{"score": [5]}', r"says '\[5\]'"),
     ("Score: 10", "says '10'"),
     ("[" * 100_000, "no score"),
-    ('{"a":' * 100_000, "no score"),
+    ('{"a":' * 100_000, "breaks off"),
     ("x" * 500, "no score in the reply 'x+...'$"),
 ]
 
@@ -58,6 +72,12 @@ def test_what_is_no_score_from_1_to_5_is_never_taken_for_one(text, problem):
     with pytest.raises(UnreadableReplyError, match=problem) as caught:
         read_reply(text)
     assert len(str(caught.value)) < 130
+
+
+@pytest.mark.parametrize("text", ['{"score": 5, "coherent": true}', "Score: 5", ""])
+def test_a_reply_that_was_cut_off_is_not_read(text):
+    with pytest.raises(UnreadableReplyError, match="cut off"):
+        read_reply(text, complete=False)
 
 
 @pytest.mark.parametrize(("answer", "coherent"), [("Stir it well.", True), ("stir " * 30, False)])
