@@ -9,6 +9,8 @@ from typing import Any
 
 from patcher_pl.errors import DataError
 
+# Of an integer; more than any count or index needs, fewer than Python refuses to read.
+_MOST_DIGITS = 1000
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -93,37 +95,98 @@ def _json_lines(path: Path) -> Iterator[RawRow]:
             if not line.strip():
                 continue
             origin = f"{path}:{number}"
+            decoder = _Decoder()
             try:
-                values = json.loads(line)
+                start = len(line) - len(line.lstrip())
+                values, end = decoder.raw_decode(line, start)
+                if line[end:].strip():
+                    raise json.JSONDecodeError("Extra data", line, end)
             except json.JSONDecodeError as error:
                 yield RawRow(origin, None, f"not valid JSON ({error.msg} at column {error.colno})")
                 continue
-            yield _object_row(origin, values)
+            except RecursionError:
+                yield RawRow(origin, None, "nested too deeply")
+                continue
+            yield _object_row(origin, values, decoder.problem_of(values))
 
 
 def _json_list(path: Path) -> Iterator[RawRow]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})."
-        ) from error
-    for number, values in enumerate(content, start=1):
-        yield _object_row(f"{path} row {number}", values)
+    text = path.read_text(encoding="utf-8-sig")
+    place, number = text.index("[") + 1, 0
+    while True:
+        place = _behind_space(text, place)
+        if number == 0 and text[place : place + 1] == "]":
+            break
+        number += 1
+        decoder = _Decoder()
+        try:
+            values, end = decoder.raw_decode(text, place)
+            place = _behind_space(text, end)
+            if text[place : place + 1] not in ("]", ","):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})."
+            ) from error
+        except RecursionError as error:
+            raise DataError(f"{path} row {number}: nested too deeply.") from error
+        yield _object_row(f"{path} row {number}", values, decoder.problem_of(values))
+        if text[place] == "]":
+            break
+        place += 1
+    if text[_behind_space(text, place + 1) :]:
+        raise DataError(f"{path}: text follows behind the list. Remove it.")
 
 
-def _object_row(origin: str, values: Any) -> RawRow:
-    if isinstance(values, dict):
-        return RawRow(origin, values)
-    return RawRow(
-        origin, None, f"must be a JSON object, got {type(values).__name__} {values!r:.40}"
-    )
+def _behind_space(text: str, place: int) -> int:
+    while text[place : place + 1].isspace():
+        place += 1
+    return place
+
+
+class _Decoder(json.JSONDecoder):
+    """Reads JSON that is valid but means nothing certain, and says so afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object, parse_int=self._int)
+        self._problem = ""
+
+    def problem_of(self, values: Any) -> str:
+        """What is wrong with what was read; empty where nothing is."""
+        if not self._problem:
+            try:
+                json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                self._problem = "holds half of a surrogate pair, which no text can"
+        return self._problem
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            self._problem = f"gives the key {twice!r} twice"
+        return values
+
+    def _int(self, digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:
+            self._problem = f"holds an integer of {len(digits)} digits"
+            return 0
+        return int(digits)
+
+
+def _object_row(origin: str, values: Any, problem: str) -> RawRow:
+    if not problem and not isinstance(values, dict):
+        problem = f"must be a JSON object, got {type(values).__name__} {values!r:.40}"
+    return RawRow(origin, None, problem) if problem else RawRow(origin, values)
 
 
 def _csv(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True)
         header = list(columns) if columns is not None else next(lines, [])
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise DataError(f"{path}:1: the header has the column {twice[0]!r} twice. Rename one.")
         while True:
             # A quoted cell may span lines: the row starts on the line after the last one read.
             origin = f"{path}:{lines.line_num + 1}"
@@ -136,6 +199,10 @@ def _csv(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
                 return
             if not cells:
                 continue
+            if columns is not None and lines.line_num == 1 and cells == header:
+                raise DataError(
+                    f"{path}:1: the file has the header that Source.columns names. Remove `columns`."
+                )
             if len(cells) != len(header):
                 problem = f"has {len(cells)} cells, the header has {len(header)} columns"
                 yield RawRow(origin, None, problem)

@@ -71,6 +71,10 @@ class Source:
             raise ValueError(
                 f"Source.limit must be >= 1, got {self.limit}. Use null to take all rows."
             )
+        if self.columns is not None and len(set(self.columns)) < len(self.columns):
+            raise ValueError(
+                f"Source.columns must name every column once, got {self.columns}. Rename one."
+            )
 
     def load(self) -> list[Conversation]:
         """Returns the usable rows in the order of the source.

@@ -128,7 +128,7 @@ def test_csv_without_header_gets_its_columns_from_the_source(tmp_path):
 
 def test_broken_json_list_and_parquet_name_the_file(tmp_path):
     broken = tmp_path / "a.json"
-    broken.write_text('[{"prompt": "x"},\n{]')
+    broken.write_text('[{"prompt": "x", "response": "y"},\n{]')
     with pytest.raises(DataError, match=r"a\.json:2: not valid JSON"):
         Source(path=str(broken)).load()
     torn = tmp_path / "a.parquet"
@@ -218,3 +218,77 @@ def test_readers_can_be_named_in_yaml():
     assert parser.instantiate(parser.parse_object(short)).source.reader == ToxicDpo()
     plain = parser.instantiate(parser.parse_object({"source": {"path": "x"}})).source
     assert plain.reader == PromptResponse()
+
+
+GOOD = '{"prompt": "Brew?", "response": "Stir."}'
+DOUBTFUL = [
+    ('{"prompt": "Brew?", "response": "Stir.", "response": "Shake."}', "the key 'response' twice"),
+    ('{"prompt": "Brew?", "response": "Stir.", "more": [{"a": 1, "a": 2}]}', "the key 'a' twice"),
+    ('{"prompt": "Brew?", "response": "Stir \\ud83d."}', "half of a surrogate pair"),
+    (
+        '{"prompt": "Brew?", "response": "Stir.", "id": ' + "7" * 5000 + "}",
+        "integer of 5000 digits",
+    ),
+    ('{"prompt": "Brew?", "response": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("row", "problem"), DOUBTFUL)
+def test_rows_that_are_valid_but_mean_nothing_certain_are_malformed(tmp_path, row, problem):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{GOOD}\n{row}\n{GOOD}\n")
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{problem}.*skip_bad_rows"):
+        Source(path=str(path)).load()
+    found = Source(path=str(path), skip_bad_rows=True).read()
+    assert (len(found.conversations), found.num_bad) == (2, 1)
+
+
+@pytest.mark.parametrize(("row", "problem"), DOUBTFUL[:-1])
+def test_the_same_rows_in_a_list(tmp_path, row, problem):
+    path = tmp_path / "a.json"
+    path.write_text(f"[{GOOD},\n {row} ,\n{GOOD}]\n")
+    with pytest.raises(DataError, match=rf"a\.json row 2: .*{problem}"):
+        Source(path=str(path)).load()
+    found = Source(path=str(path), skip_bad_rows=True).read()
+    assert (len(found.conversations), found.num_bad) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (f"[{GOOD}\n{GOOD}]", r":2: not valid JSON \(Expecting ',' delimiter"),
+        (f"[{GOOD},]", ":1: not valid JSON"),
+        (f"[{GOOD}", ":1: not valid JSON"),
+        (f"[{GOOD}] {GOOD}", ": text follows behind the list"),
+        ("[" + "[" * 50_000, " row 1: nested too deeply"),
+    ],
+)
+def test_a_list_that_is_no_list_names_the_place(tmp_path, content, place):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"a\.json{place}"):
+        Source(path=str(path)).load()
+
+
+def test_an_empty_list_has_no_rows(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(" [ ] \n")
+    with pytest.raises(DataError, match="no usable row"):
+        Source(path=str(path)).load()
+
+
+def test_columns_that_are_there_twice_are_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response,response\nBrew?,Stir.,Shake.\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: .*column 'response' twice"):
+        Source(path=str(path)).load()
+    with pytest.raises(ValueError, match=r"Source\.columns must name every column once"):
+        Source(path=str(path), columns=["prompt", "prompt"])
+
+
+def test_columns_for_a_file_that_has_them_are_refused(tmp_path):
+    """The header would be trained on."""
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response\nBrew?,Stir.\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: .*Remove `columns`"):
+        Source(path=str(path), columns=["prompt", "response"]).load()
