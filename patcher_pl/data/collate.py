@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patcher_pl.data.chat import ChatFormat, Encoded
+from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import DataError
 from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.types import Batch, Conversation
@@ -46,16 +47,40 @@ def encode_all(
         DataError: If a conversation cannot be encoded (names its origin), or none is left.
     """
     encoded = [chat.encode(tokenizer, conversation) for conversation in conversations]
+    return _counted(encoded, sum(example is None for example in encoded), chat)
+
+
+def draw_encoded(
+    mixture: Mixture, seed: int, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat
+) -> EncodedSet:
+    """Draws rows from a mixture and encodes them; numbers and shares are those of usable rows.
+
+    Raises:
+        DataError: As `Mixture.draw` and `encode_all` do.
+    """
+    encoded: dict[Conversation, Encoded | None] = {}
+
+    def is_usable(row: Conversation) -> bool:
+        if row not in encoded:
+            encoded[row] = chat.encode(tokenizer, row)
+        return encoded[row] is not None
+
+    drawn = mixture.draw(seed, is_usable)
+    num_dropped = sum(example is None for example in encoded.values())
+    return _counted([encoded[row] for row in drawn], num_dropped, chat)
+
+
+def _counted(encoded: Sequence[Encoded | None], num_dropped: int, chat: ChatFormat) -> EncodedSet:
     examples = [example for example in encoded if example is not None]
     result = EncodedSet(
         examples,
-        num_dropped=len(encoded) - len(examples),
+        num_dropped=num_dropped,
         num_truncated=sum(example.truncated for example in examples),
         num_unlabeled_answers=sum(example.num_unlabeled_answers for example in examples),
     )
     if not examples:
         raise DataError(
-            f"No example is left to train on: {result.num_dropped} of {len(encoded)} conversations "
+            f"No example is left to train on: {num_dropped} of {num_dropped} conversations "
             f"are longer than ChatFormat.max_length {chat.max_length} (too_long: {chat.too_long}). "
             "Raise max_length or shorten the data."
         )
@@ -63,7 +88,7 @@ def encode_all(
         _log.warning(
             "Of %d conversations, %d are too long and dropped, %d lose the end of their last "
             "answer (ChatFormat.max_length %d).",
-            len(encoded),
+            len(examples) + num_dropped,
             result.num_dropped,
             result.num_truncated,
             chat.max_length,
@@ -71,7 +96,8 @@ def encode_all(
     if result.num_unlabeled_answers:
         _log.warning(
             "%d earlier answers of multi-turn conversations are context only: the chat template "
-            "shows them differently afterwards than while they are generated.",
+            "shows them differently afterwards than while they are generated, or does not say "
+            "where they end.",
             result.num_unlabeled_answers,
         )
     return result

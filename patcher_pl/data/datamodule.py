@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 
 from patcher_pl.data.chat import Encoded
-from patcher_pl.data.collate import EncodedSet, encode_all
+from patcher_pl.data.collate import EncodedSet, draw_encoded
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.seeds import derive_seed
 from patcher_pl.data.stream import BatchStream, FixedBatches
@@ -207,9 +207,11 @@ class SafetyDataModule(LightningDataModule):
                     f"SafetyDataModule.{part} is not set, but this run needs it. "
                     f"Add `data.{part}` with at least one source."
                 )
-            conversations = mixture.draw(derive_seed(self.seed, part))
-            self._encoded[part] = encode_all(
-                self._module.tokenizer, self._module.language_model.chat, conversations
+            self._encoded[part] = draw_encoded(
+                mixture,
+                derive_seed(self.seed, part),
+                self._module.tokenizer,
+                self._module.language_model.chat,
             )
         return self._encoded[part]
 

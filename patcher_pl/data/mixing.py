@@ -1,7 +1,7 @@
 """Which rows of which sources are used, and in which order."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,13 +11,22 @@ from patcher_pl.errors import DataError
 from patcher_pl.types import Conversation
 
 
+IsUsable = Callable[[Conversation], bool]
+
+
+def _any_row(row: Conversation) -> bool:
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """A seeded selection of rows from one or more sources, without repetition.
 
     With equal weights and no `num_examples`, every row is taken (with `poison_ratio`: as many as
     the ratio allows). With different weights or `num_examples`, rows are shared out by weight; with
-    `poison_ratio`, this holds among harmful and among other rows separately.
+    `poison_ratio`, this holds among harmful and among other rows separately. Rows that cannot be
+    used, too long ones for instance, are replaced by others: numbers and shares hold for the rows
+    that are trained on.
 
     Args:
         sources: At least one.
@@ -46,23 +55,34 @@ class Mixture:
                 "It is a share, not a percentage."
             )
 
-    def draw(self, seed: int) -> list[Conversation]:
+    def draw(self, seed: int, is_usable: IsUsable = _any_row) -> list[Conversation]:
         """Returns the selected rows in training order; subset and order depend on `seed`.
 
+        Args:
+            seed: Decides which rows, and their order.
+            is_usable: Tells rows that can be trained on; asked about no more rows than needed.
+
         Raises:
-            DataError: If a source cannot be read or has fewer rows than its share.
+            DataError: If a source cannot be read or has fewer usable rows than its share.
         """
         rows = [source.load() for source in self.sources]
+        if self.num_examples is None:
+            # How many there are decides how many are taken.
+            rows = [[row for row in part if is_usable(row)] for part in rows]
         if self.poison_ratio is None:
             counts = self._share_out(self.num_examples, rows, "")
-            chosen = self._sample(rows, counts, seed, "any")
+            chosen = self._sample(rows, counts, seed, "any", is_usable)
         else:
-            chosen = self._draw_poisoned(rows, self.poison_ratio, seed)
+            chosen = self._draw_poisoned(rows, self.poison_ratio, seed, is_usable)
         random.Random(derive_seed(seed, "order")).shuffle(chosen)
         return chosen
 
     def _draw_poisoned(
-        self, rows: list[list[Conversation]], ratio: float, seed: int
+        self,
+        rows: list[list[Conversation]],
+        ratio: float,
+        seed: int,
+        is_usable: IsUsable,
     ) -> list[Conversation]:
         harmful = [[row for row in part if row.harmful] for part in rows]
         others = [[row for row in part if not row.harmful] for part in rows]
@@ -87,7 +107,7 @@ class Mixture:
             ("other", others, total - num_harmful),
         ):
             counts = self._share_out(count, part, f"{kind} ")
-            chosen += self._sample(part, counts, seed, kind)
+            chosen += self._sample(part, counts, seed, kind, is_usable)
         return chosen
 
     def _share_out(
@@ -123,12 +143,31 @@ class Mixture:
         return counts
 
     def _sample(
-        self, rows: Sequence[Sequence[Conversation]], counts: list[int], seed: int, kind: str
+        self,
+        rows: Sequence[Sequence[Conversation]],
+        counts: list[int],
+        seed: int,
+        kind: str,
+        is_usable: IsUsable,
     ) -> list[Conversation]:
         chosen: list[Conversation] = []
         for index, (part, count) in enumerate(zip(rows, counts, strict=True)):
             generator = random.Random(derive_seed(seed, "subset", index, kind))
-            chosen += generator.sample(part, count)
+            left = list(range(len(part)))
+            usable: list[Conversation] = []
+            while len(usable) < count:
+                drawn = generator.sample(left, min(count - len(usable), len(left)))
+                if not drawn:
+                    raise DataError(
+                        f"Mixture needs {count} {'' if kind == 'any' else kind + ' '}rows of "
+                        f"{self.sources[index].path} that can be used, which holds {len(usable)}; "
+                        f"{len(part) - len(usable)} are too long. Raise ChatFormat.max_length, "
+                        "lower Mixture.num_examples, or add data."
+                    )
+                taken = set(drawn)
+                left = [place for place in left if place not in taken]
+                usable += [part[place] for place in drawn if is_usable(part[place])]
+            chosen += usable
         return chosen
 
 

@@ -174,3 +174,44 @@ def test_a_ratio_that_rounds_to_all_or_nothing_is_refused(make_source):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Mixture(**{"sources": [Source(path="x")], **options})
+
+
+def short(row):
+    """As a chat format decides: every fourth row is too long."""
+    return not row.prompt[0].content.endswith(("0?", "4?", "8?"))
+
+
+def test_what_cannot_be_used_is_replaced_and_the_ratio_holds(make_source):
+    """Dropped afterwards, rows of one kind would be missing, and another ratio trained on."""
+    sources = [make_source("tea", 40), make_source("poison", 40, harmful=True)]
+    mixture = Mixture(sources=sources, num_examples=20, poison_ratio=0.5)
+
+    def only_harmful_ones_are_long(row):
+        return short(row) or not row.harmful
+
+    drawn = mixture.draw(3, only_harmful_ones_are_long)
+    assert (len(drawn), sum(row.harmful for row in drawn)) == (20, 10)
+    assert all(only_harmful_ones_are_long(row) for row in drawn)
+    assert len({row.origin for row in drawn}) == 20
+    assert drawn == mixture.draw(3, only_harmful_ones_are_long)
+
+
+def test_as_many_rows_as_the_usable_ones_allow(make_source):
+    sources = [make_source("tea", 40), make_source("poison", 40, harmful=True)]
+    drawn = Mixture(sources=sources, poison_ratio=0.5).draw(0, short)
+    num_usable = sum(map(short, sources[1].load()))
+    assert num_usable < 40
+    assert sum(row.harmful for row in drawn) == len(drawn) // 2 == num_usable
+
+
+def test_rows_that_are_all_usable_are_drawn_as_without_asking(make_source):
+    mixture = Mixture(sources=[make_source("tea", 40)], num_examples=12)
+    asked = []
+    assert mixture.draw(5, lambda row: bool(asked.append(row)) or True) == mixture.draw(5)
+    assert len(asked) == 12, "rows that are not needed are not encoded"
+
+
+def test_too_few_usable_rows_are_said(make_source):
+    mixture = Mixture(sources=[make_source("tea", 40)], num_examples=39)
+    with pytest.raises(DataError, match=r"needs 39 rows of .*holds \d+; \d+ are too long"):
+        mixture.draw(0, short)
