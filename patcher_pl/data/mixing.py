@@ -10,7 +10,6 @@ from patcher_pl.data.sources import Source
 from patcher_pl.errors import DataError
 from patcher_pl.types import Conversation
 
-
 IsUsable = Callable[[Conversation], bool]
 
 
