@@ -12,7 +12,7 @@ from patcher_pl.models.acceleration import accelerated
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
 from patcher_pl.models.weights import Place
-from patcher_pl.testbed.cache import resolve_model
+from patcher_pl.shipped import resolve_model
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,7 +26,7 @@ class LanguageModel:
     """A causal language model on the hub or on disk; loads nothing until asked.
 
     Args:
-        path: Hub id, local directory, or `testbed` (built on first use, then cached).
+        path: Hub id, local directory, or `testbed` (ships with this package).
         chat: How conversations become tokens; training, attacks and generation share it.
         dtype: Number format of the weights.
         attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...), or
