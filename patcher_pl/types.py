@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
+import torch
 from torch import Tensor
 
 Role = Literal["system", "user", "assistant"]
+
+# The label of what is not learned: prompts and padding. Torch's own default.
+IGNORE_INDEX = -100
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Batch(TypedDict):
     start again at 0 with every conversation, and `logits_to_keep` (answer tokens,), the positions
     whose next token is an answer token of the same conversation.
 
-    `labels` equals `input_ids` on answer tokens and -100 everywhere else (not yet shifted).
+    `labels` equals `input_ids` on answer tokens and `IGNORE_INDEX` everywhere else (not yet shifted).
     `loss_weight`, a scalar, is there where several processes share a batch: answer tokens of this
     process's part by their mean over all parts.
     """

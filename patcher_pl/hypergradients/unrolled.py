@@ -18,9 +18,9 @@ from patcher_pl.hypergradients.base import (
 )
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.hypergradients.first_order import full_precision
-from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.hypergradients.substitution import without_checkpointing
 from patcher_pl.models.weights import Weights
+from patcher_pl.randomness import RandomState
 
 Backend = Literal["torch", "higher"]
 

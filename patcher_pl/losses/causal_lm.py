@@ -2,18 +2,14 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from patcher_pl.losses.kept_logits import keeps_logits
 from patcher_pl.losses.lean_cross_entropy import lean_cross_entropy
-from patcher_pl.types import Batch, is_packed
+from patcher_pl.types import HALF_PRECISION, IGNORE_INDEX, Batch, is_packed
 
-IGNORE_INDEX = -100
-
-_HALF = (torch.float16, torch.bfloat16)
 _NO_ANSWER = "{} needs at least one answer token, got none in the batch."
 
 
@@ -32,7 +28,7 @@ def answer_cross_entropy(
     if not bool((targets != IGNORE_INDEX).any()):
         raise ValueError(_NO_ANSWER.format("answer_cross_entropy"))
     predictions = logits[:, :-1]
-    if predictions.dtype in _HALF:
+    if predictions.dtype in HALF_PRECISION:
         predictions = predictions.float()
     return functional.cross_entropy(
         predictions.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX
@@ -87,7 +83,7 @@ def _packed_predictions(
     logits = model(**inputs).logits.squeeze(0)
     if not selects:
         logits = logits[kept]
-    if raised and logits.dtype in _HALF:
+    if raised and logits.dtype in HALF_PRECISION:
         logits = logits.float()
     return logits, batch["input_ids"][0, kept + 1]
 

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from patcher_pl import redteam
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation import Generation
-from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.models.lora import Lora
 from patcher_pl.optim import SGD, Adafactor, AdamW
+from patcher_pl.randomness import seeded
 from patcher_pl.redteam import (
     Abliteration,
     Asking,

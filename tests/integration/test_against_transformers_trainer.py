@@ -22,8 +22,8 @@ from patcher_pl.data import ChatFormat, Mixture, Source
 from patcher_pl.data.collate import encode_all
 from patcher_pl.evaluation import Benchmark, Generation
 from patcher_pl.evaluation.aggregate import evaluate_answers
-from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.optim import SGD, AdamW
+from patcher_pl.randomness import seeded
 from patcher_pl.redteam import AttackMaterial, FullFinetuning
 from patcher_pl.shipped import TESTBED
 from patcher_pl.testbed.judge import RecipeJudge

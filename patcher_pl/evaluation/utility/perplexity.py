@@ -11,10 +11,10 @@ from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.collate import encode_all
 from patcher_pl.data.stream import FixedBatches
 from patcher_pl.evaluation.benchmark import Benchmark
-from patcher_pl.evaluation.isolation import evaluating
+from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
-from patcher_pl.losses.causal_lm import IGNORE_INDEX, causal_lm_loss
-from patcher_pl.types import Batch, Conversation
+from patcher_pl.losses.causal_lm import causal_lm_loss
+from patcher_pl.types import IGNORE_INDEX, Batch, Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
