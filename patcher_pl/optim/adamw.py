@@ -1,21 +1,20 @@
-"""AdamW."""
+"""AdamW, and a torch optimizer for the variant of it that torch does not have."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from patcher_pl.optim.base import Optimizer
-from patcher_pl.optim.torch_adapter import TorchAdapter
+from patcher_pl.optim.base import DifferentiableOptimizer, OptimizerState
 
 # See `AdamW.eps_root`.
 DIFFERENTIABLE_EPS_ROOT = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
+class AdamW(DifferentiableOptimizer):
     """Adam with decoupled weight decay; defaults are torch's, which Patcher's scripts use too.
 
         m' = beta1 m + (1 - beta1) g        v' = beta2 v + (1 - beta2) g^2
@@ -140,3 +139,31 @@ class AdamW(Optimizer):
         by_v.mul_(beta2)
         above.mul_(1 - lr * self.weight_decay)
         return pulled
+
+
+class TorchAdapter(torch.optim.Optimizer):
+    """Steps as `settings` say, for updates that torch does not have; schedules work as usual.
+
+    Args:
+        parameters: What is trained, in one group.
+        settings: The update and its step size.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], settings: DifferentiableOptimizer) -> None:
+        super().__init__(parameters, {"lr": settings.lr})
+        self._settings = settings
+        self._states: list[OptimizerState] = [
+            settings.init(group["params"]) for group in self.param_groups
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Takes one step with the gradients that the parameters hold."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, state in zip(self.param_groups, self._states, strict=True):
+            gradients = [parameter.grad for parameter in group["params"]]
+            self._settings.step_(group["params"], gradients, state, group["lr"])
+        return loss

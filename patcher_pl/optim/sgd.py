@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patcher_pl.optim.base import Optimizer
+from patcher_pl.optim.base import DifferentiableOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Optimizer):
+class SGD(DifferentiableOptimizer):
     """Gradient descent, optionally with heavy-ball momentum.
 
     Args:
