@@ -88,3 +88,8 @@ def count_conversations(batch: Batch) -> int:
     if "position_ids" in batch:
         return int((batch["position_ids"] == 0).sum())
     return len(batch["input_ids"])
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch on `device`."""
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}  # type: ignore[return-value]

@@ -1,12 +1,14 @@
 """Next-token cross-entropy over answer tokens: the L of every formula in this codebase."""
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
 
-from patcher_pl.losses.kept_logits import keeps_logits
 from patcher_pl.losses.lean_cross_entropy import lean_cross_entropy
 from patcher_pl.types import HALF_PRECISION, IGNORE_INDEX, Batch, is_packed
 
@@ -90,3 +92,25 @@ def _packed_predictions(
 
 def _weighted(loss: Tensor, batch: Batch) -> Tensor:
     return loss * batch["loss_weight"] if "loss_weight" in batch else loss
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether `logits_to_keep` may be handed to the model; with a large vocabulary it saves most."""
+    return _takes(type(innermost(model)), "logits_to_keep")
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether `position_ids` may be handed to the model."""
+    return _takes(type(innermost(model)), "position_ids")
+
+
+def innermost(model: Any) -> Any:
+    """Returns the Hugging Face model within what FSDP1 and PEFT put around it."""
+    while isinstance(model, FullyShardedDataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@lru_cache
+def _takes(kind: type[nn.Module], name: str) -> bool:
+    return name in inspect.signature(kind.forward).parameters

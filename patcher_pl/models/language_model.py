@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patcher_pl.data.chat import ChatFormat
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import ConfigError, first_line
 from patcher_pl.files import write_atomically
 from patcher_pl.models import packed_attention
 from patcher_pl.models.acceleration import accelerated
@@ -158,10 +158,9 @@ class LanguageModel:
         return options
 
     def _loading_failed(self, part: str, error: Exception) -> ConfigError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return ConfigError(
-            f"LanguageModel.path: the {part} of {self.path!r} could not be loaded ({reason}). "
-            "Give a hub id, `testbed`, or a directory that holds config.json, *.safetensors and "
+            f"LanguageModel.path: the {part} of {self.path!r} could not be loaded "
+            f"({first_line(error)}). Give a hub id, `testbed`, or a directory that holds config.json, *.safetensors and "
             "tokenizer files."
         )
 

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.data.collate import collate, encode_all
 from patcher_pl.data.masks import Encoded
 from patcher_pl.errors import DataError, PatcherError
@@ -19,7 +18,7 @@ from patcher_pl.redteam.base import Attack, AttackPoint, forward_flops
 from patcher_pl.redteam.embeddings import untied_embeddings
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.redteam.residual_stream import ResidualStream, remove_direction_
-from patcher_pl.types import IGNORE_INDEX, Batch, Conversation
+from patcher_pl.types import IGNORE_INDEX, Batch, Conversation, move_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -58,7 +58,6 @@ class LmEval(UtilityMeasure):
 
     @property
     def default_name(self) -> str:
-        """`lm_eval`."""
         return "lm_eval"
 
     def prepare(self) -> None:
