@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from patcher_pl.optim.base import Optimizer
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,10 @@ class Adafactor(Optimizer):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "> 0", "The paper's is 1e-2.")
-        self._require(self.beta2_decay <= 0, "beta2_decay", "<= 0", "The paper's is -0.8.")
-        self._require(self.clip_threshold >= 1, "clip_threshold", ">= 1", "The paper's is 1.")
-        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
+        require(self, self.lr > 0, "lr", "> 0", "The paper's is 1e-2.")
+        require(self, self.beta2_decay <= 0, "beta2_decay", "<= 0", "The paper's is -0.8.")
+        require(self, self.clip_threshold >= 1, "clip_threshold", ">= 1", "The paper's is 1.")
+        require(self, self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.Adafactor(

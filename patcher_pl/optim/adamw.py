@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from patcher_pl.optim.base import DifferentiableOptimizer, OptimizerState
+from patcher_pl.validation import require
 
 # See `AdamW.eps_root`.
 DIFFERENTIABLE_EPS_ROOT = 1e-10
@@ -53,15 +54,15 @@ class AdamW(DifferentiableOptimizer):
     fused: bool = False
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
+        require(self, self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
         betas_hold = all(0 <= beta < 1 for beta in self.betas)
-        self._require(betas_hold, "betas", "in [0, 1)", "Use 0 for no memory.")
-        self._require(self.eps > 0, "eps", "> 0", "torch's default is 1e-8.")
-        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
+        require(self, betas_hold, "betas", "in [0, 1)", "Use 0 for no memory.")
+        require(self, self.eps > 0, "eps", "> 0", "torch's default is 1e-8.")
+        require(self, self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
         root_holds = self.eps_root is None or self.eps_root >= 0
-        self._require(root_holds, "eps_root", ">= 0 or null", "Use 0 for torch's AdamW.")
+        require(self, root_holds, "eps_root", ">= 0 or null", "Use 0 for torch's AdamW.")
         fusible = not (self.fused and self.eps_root)
-        self._require(fusible, "fused", "false with an `eps_root`", "Torch has no such kernel.")
+        require(self, fusible, "fused", "false with an `eps_root`", "Torch has no such kernel.")
 
     @property
     def num_slots(self) -> int:

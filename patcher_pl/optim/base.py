@@ -47,11 +47,6 @@ class Optimizer(ABC):
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Returns a fresh torch optimizer over `parameters`."""
 
-    def _require(self, holds: bool, field: str, rule: str, remedy: str) -> None:
-        if not holds:
-            name, value = type(self).__name__, getattr(self, field)
-            raise ValueError(f"{name}.{field} must be {rule}, got {value}. {remedy}")
-
 
 class DifferentiableOptimizer(Optimizer):
     """An optimizer for attacks that are differentiated.

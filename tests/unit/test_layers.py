@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 # Lowest first. A package, or a module beside the packages, imports from lower floors and from itself.
 FLOORS = (
-    "errors files memory optim private_directory progress quiet randomness shipped types",
-    "devices losses mailbox processes reports supervision threads",
+    "errors files memory private_directory progress quiet randomness shipped types validation",
+    "devices losses mailbox optim processes reports supervision threads",
     "comparison data",
     "models",
     "attackers evaluation",
