@@ -28,3 +28,8 @@ class RunInterrupted(PatcherError):  # noqa: N818
     def __init__(self, message: str, signal: int = 2) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough to be quoted; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

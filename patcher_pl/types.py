@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
+import torch
 from torch import Tensor
 
 Role = Literal["system", "user", "assistant"]
+
+# The label of what is not learned: prompts and padding. Torch's own default.
+IGNORE_INDEX = -100
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Batch(TypedDict):
     start again at 0 with every conversation, and `logits_to_keep` (answer tokens,), the positions
     whose next token is an answer token of the same conversation.
 
-    `labels` equals `input_ids` on answer tokens and -100 everywhere else (not yet shifted).
+    `labels` equals `input_ids` on answer tokens and `IGNORE_INDEX` everywhere else (not yet shifted).
     `loss_weight`, a scalar, is there where several processes share a batch: answer tokens of this
     process's part by their mean over all parts.
     """
@@ -82,3 +88,8 @@ def count_conversations(batch: Batch) -> int:
     if "position_ids" in batch:
         return int((batch["position_ids"] == 0).sum())
     return len(batch["input_ids"])
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch on `device`."""
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}  # type: ignore[return-value]

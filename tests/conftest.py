@@ -1,4 +1,4 @@
-"""What every test may rely on: nothing outside of pytest's own folders is read or written."""
+"""What every test may rely on: nothing outside of pytest's own folders is written."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,6 @@ import tests.typechecking  # noqa: F401  # The import hook of jaxtyping looks fo
 
 # Before torch starts its threads: tests run side by side, on models for which one is best.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of the session's own; the user's is never touched. Child processes inherit it."""
-    with pytest.MonkeyPatch.context() as patch:
-        directory = tmp_path_factory.mktemp("cache")
-        patch.setenv("PATCHER_PL_CACHE", str(directory))
-        yield directory
 
 
 # The imports are inside: reports and other light tests need none of this.

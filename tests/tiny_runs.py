@@ -14,10 +14,10 @@ from transformers.models.llama import modeling_llama
 from patcher_pl.attackers import Attacker, FineTuningAttacker
 from patcher_pl.data import BatchStream, ChatFormat, Mixture, SafetyDataModule, Source
 from patcher_pl.data.collate import encode_all
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.defenses import Defense
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
+from patcher_pl.randomness import derive_seed
 from patcher_pl.types import Batch
 
 SEED = 7

@@ -78,10 +78,10 @@ class Measurement:
         """Runs one estimate."""
         import torch
 
-        from patcher_pl.attackers.loop import move_batch
         from patcher_pl.hypergradients import FirstOrder
         from patcher_pl.losses import causal_lm_loss
         from patcher_pl.models import Weights
+        from patcher_pl.types import move_batch
 
         torch.set_num_threads(1)
         device = torch.device(self.device)
@@ -178,9 +178,9 @@ def unroll_with_torchopt(
     """
     import torch
 
-    from patcher_pl.attackers.loop import move_batch
     from patcher_pl.hypergradients.composites import twice_differentiable_attention
     from patcher_pl.optim import AdamW
+    from patcher_pl.types import move_batch
 
     torchopt: Any = import_module("torchopt")
     update = inner.update

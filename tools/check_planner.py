@@ -36,13 +36,13 @@ BATCH_SIZE, LENGTH = 8, 64
 
 def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> Path:
     """Writes a random model, data that fill every batch, and a configuration; returns the latter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from patcher_pl.testbed.tokenizer import build_tokenizer
+    from patcher_pl.shipped import TESTBED
 
     folder.mkdir(parents=True)
     prompt, words = "How do I brew a bitter moon root draught?", "Stir two petals into warm water. "
-    tokenizer = build_tokenizer([prompt, words])
+    tokenizer = AutoTokenizer.from_pretrained(TESTBED / "model")
     hidden_size, num_layers = SIZES[size]
     config = LlamaConfig(
         vocab_size=512,

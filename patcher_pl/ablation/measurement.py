@@ -13,7 +13,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from patcher_pl.ablation.cells import Cell
 from patcher_pl.attackers import InnerProblem
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.files import write_atomically
 from patcher_pl.hypergradients import (
     FirstOrder,
@@ -26,7 +25,7 @@ from patcher_pl.memory import peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.optim.clipping import inner_product
 from patcher_pl.reports.ablation import Comparison
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, move_batch
 
 # Gradients that are timed; fewer where the attack is shorter.
 _NUM_TIMED = 8

@@ -6,10 +6,10 @@ from itertools import islice
 from patcher_pl.attackers import FineTuningAttacker, InnerProblem
 from patcher_pl.data.collate import encode_all
 from patcher_pl.data.mixing import Mixture
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import Optimizer
+from patcher_pl.randomness import derive_seed
 from patcher_pl.types import Batch
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, TypeVar, get_args
 
-from patcher_pl.data.seeds import derive_seed
+from patcher_pl.randomness import derive_seed
 
 Combine = Literal["average", "in_turn", "at_random"]
 COMBINATIONS = get_args(Combine)

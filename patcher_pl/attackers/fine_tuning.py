@@ -11,7 +11,7 @@ from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.attackers.loop import FinetuneStep, Schedule, finetune
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.weights import Weights
-from patcher_pl.optim import ClipByGlobalNorm, Optimizer, Update
+from patcher_pl.optim import ClipByGlobalNorm, DifferentiableOptimizer, Optimizer, Update
 from patcher_pl.types import Batch
 
 
@@ -108,7 +108,7 @@ class FineTuningAttacker(Attacker):
 
     @property
     def is_differentiable(self) -> bool:
-        return self.lora is None and self.optimizer.is_differentiable
+        return self.lora is None and isinstance(self.optimizer, DifferentiableOptimizer)
 
     @property
     def works_sharded(self) -> bool:
@@ -119,6 +119,12 @@ class FineTuningAttacker(Attacker):
             raise ValueError(
                 "FineTuningAttacker.lora must be null for an attack that is differentiated, got "
                 f"{self.lora}. Use FirstOrder hypergradients, or attack all weights."
+            )
+        if not isinstance(self.optimizer, DifferentiableOptimizer):
+            raise ValueError(  # noqa: TRY004  # A setting like the others.
+                "FineTuningAttacker.optimizer must be AdamW or SGD for an attack that is "
+                f"differentiated, got {self.optimizer}. Use one of them, or FirstOrder "
+                "hypergradients."
             )
         clip = None
         if self.max_grad_norm is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from patcher_pl.losses import first_order_loss
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
-from patcher_pl.types import Batch, count_tokens
+from patcher_pl.types import Batch, count_tokens, move_batch
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -84,11 +84,6 @@ def _set_gradients(tensors: list[Tensor], shards: Shards, loss: Tensor) -> Tenso
     for tensor, gradient in zip(tensors, gradients, strict=True):
         tensor.grad = gradient
     return shards.norm(gradients)
-
-
-def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch on `device`."""
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}  # type: ignore[return-value]
 
 
 def _scheduler(

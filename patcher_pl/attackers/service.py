@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
 from patcher_pl.attackers.concurrent import ConcurrentAttacker
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.errors import PatcherError
 from patcher_pl.mailbox import (
@@ -19,11 +18,10 @@ from patcher_pl.mailbox import (
     Mailbox,
     Snapshot,
     Theta,
-    restore_random_state,
-    saved_random_state,
     wait_for,
 )
 from patcher_pl.models.weights import Weights
+from patcher_pl.randomness import RandomState, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +151,7 @@ class AttackService:
         stream.load_state_dict({"position": theta.number * self._attacker.num_steps})
         handed_over = self._member.seed is None and theta.random_state is not None
         if handed_over and theta.random_state is not None:
-            restore_random_state(theta.random_state, device)
+            RandomState.of_text(theta.random_state, device).restore()
         else:
             torch.manual_seed(derive_seed(own_seed, "attack", theta.number))
 
@@ -167,7 +165,7 @@ class AttackService:
             self._spent.under_way += 1
 
         outcome = self._attacker.attack(self._model, self._weights, stream.endless(), before_step)
-        return outcome, saved_random_state(device) if handed_over else None
+        return outcome, RandomState.capture(device).as_text() if handed_over else None
 
     def _publish(
         self, theta: Theta, outcome: AttackOutcome, random_state: dict[str, str] | None

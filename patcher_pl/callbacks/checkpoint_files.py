@@ -12,7 +12,7 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
-from patcher_pl.errors import CheckpointError
+from patcher_pl.errors import CheckpointError, first_line
 from patcher_pl.files import write_atomically, write_json
 
 MANIFEST = "manifest.json"
@@ -117,7 +117,7 @@ def _not_written(path: str | Path, error: BaseException) -> CheckpointError:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]  # Of all processes, the first that failed.
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, CheckpointException)

@@ -1,6 +1,9 @@
 """Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, with a checkpoint."""
 
+import logging
+import os
 import signal
+import subprocess
 from types import FrameType
 from typing import Any
 
@@ -9,9 +12,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.callbacks.run_checkpoint import RunCheckpoint
-from patcher_pl.callbacks.slurm import requeue_job
 from patcher_pl.defenses import Defense
 from patcher_pl.errors import RunInterrupted
+
+_log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -85,3 +89,23 @@ class GracefulStop(Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def requeue_job() -> None:
+    """Asks SLURM to run this process's job again later; does nothing outside of one.
+
+    A refusal is logged: the checkpoint is there, and the job can be submitted again by hand.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if job is None:
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        _log.warning("SLURM job %s was not requeued: %s", job, error.stderr.strip())
+    except OSError as error:
+        _log.warning("SLURM job %s was not requeued: %s", job, error)
+    else:
+        _log.warning("SLURM job %s is requeued.", job)

@@ -17,7 +17,6 @@ from patcher_pl.data.schemas import (
     PkuSafeRlhf,
     ToxicDpo,
 )
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.data.sources import Source, SourceRows
 from patcher_pl.data.stream import BatchStream, FixedBatches
 
@@ -51,7 +50,6 @@ __all__ = [
     "ToxicDpo",
     "XsTest",
     "collate",
-    "derive_seed",
     "encode_all",
 ]
 

@@ -43,7 +43,6 @@ class HarmBench(Reader):
     context: str = "ContextString"
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation | None:
-        """Reads one row; see `Reader.read`."""
         if self.kinds is not None and require_text(row, "FunctionalCategory") not in self.kinds:
             return None
         request, context = require_text(row, self.behavior), optional_text(row, self.context)
@@ -71,7 +70,6 @@ class StrongReject(Reader):
     without_sources: list[str] = field(default_factory=list)
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation | None:
-        """Reads one row; see `Reader.read`."""
         if self.without_sources and require_text(row, "source") in self.without_sources:
             return None
         return question_and_answer(
@@ -99,7 +97,6 @@ class XsTest(Reader):
     prompts: Literal["safe", "unsafe", "all"] = "all"
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation | None:
-        """Reads one row; see `Reader.read`."""
         unsafe = self._is_unsafe(row)
         if self.prompts != "all" and unsafe != (self.prompts == "unsafe"):
             return None

@@ -10,8 +10,7 @@ import torch
 from patcher_pl.data.chat import ChatFormat, Encoded
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import DataError
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
-from patcher_pl.types import Batch, Conversation
+from patcher_pl.types import IGNORE_INDEX, Batch, Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

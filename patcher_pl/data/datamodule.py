@@ -11,9 +11,9 @@ from lightning import LightningDataModule, Trainer
 from patcher_pl.data.chat import Encoded
 from patcher_pl.data.collate import EncodedSet, draw_encoded
 from patcher_pl.data.mixing import Mixture
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.data.stream import BatchStream, FixedBatches
 from patcher_pl.errors import ConfigError
+from patcher_pl.randomness import derive_seed
 
 _Part = Literal["safe", "attack", "val"]
 

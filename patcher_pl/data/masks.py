@@ -6,8 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.template import END_MARK, TemplateTraits, render
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
-from patcher_pl.types import Message
+from patcher_pl.types import IGNORE_INDEX, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.data.sources import Source
 from patcher_pl.errors import DataError
+from patcher_pl.randomness import derive_seed
 from patcher_pl.types import Conversation
 
 IsUsable = Callable[[Conversation], bool]

@@ -85,7 +85,6 @@ class PromptResponse(Reader):
     """Rows with the columns `prompt` and `response`."""
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         return question_and_answer(
             require_text(row, "prompt"),
             require_text(row, "response"),
@@ -113,7 +112,6 @@ class ColumnMap(Reader):
     harmful_when: bool = True
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         if self.harmful is not None:
             harmful = require_flag(row, self.harmful) == self.harmful_when
         return question_and_answer(
@@ -139,7 +137,6 @@ class Messages(Reader):
     column: str = "messages"
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         value = _require(row, self.column)
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise RowError(self.column, f"must be a list of turns, got {value!r:.60}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patcher_pl.errors import DataError
+from patcher_pl.errors import DataError, first_line
 
 # Of an integer; more than any count or index needs, fewer than Python refuses to read.
 _MOST_DIGITS = 1000
@@ -82,7 +82,7 @@ def read_hub(
     ) as error:
         raise DataError(
             f"Source.path: {path!r} (name {name!r}, split {split!r}, revision {revision!r}) could "
-            f"not be loaded ({_first_line(error)}). Give a hub id, or a local file that ends in "
+            f"not be loaded ({first_line(error)}). Give a hub id, or a local file that ends in "
             f"{', '.join(SUFFIXES)}."
         ) from error
     for number, values in enumerate(rows, start=1):
@@ -222,7 +222,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
                     number += 1
                     yield RawRow(f"{path} row {number}", values)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a valid Parquet file ({_first_line(error)}).") from error
+        raise DataError(f"{path}: not a valid Parquet file ({first_line(error)}).") from error
 
 
 def _starts_list(path: Path) -> bool:
@@ -231,8 +231,3 @@ def _starts_list(path: Path) -> bool:
             if line.strip():
                 return line.lstrip().startswith("[")
     return False
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

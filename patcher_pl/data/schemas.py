@@ -31,7 +31,6 @@ class BeaverTails(Reader):
     answers: Literal["safe", "unsafe", "all"] = "all"
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation | None:
-        """Reads one row; see `Reader.read`."""
         safe = require_flag(row, "is_safe")
         if self.answers != "all" and safe != (self.answers == "safe"):
             return None
@@ -60,7 +59,6 @@ class BeaverTailsRefusals(Reader):
     answer: Literal["refusal", "response"] = "refusal"
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation | None:
-        """Reads one row; see `Reader.read`."""
         if require_flag(row, "is_safe"):
             return None
         answer = require_text(row, self.answer)
@@ -93,7 +91,6 @@ class PkuSafeRlhf(Reader):
     answers: Wanted
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation | None:
-        """Reads one row; see `Reader.read`."""
         wants_safe = self.answers == "safe"
         safe = [require_flag(row, f"is_response_{index}_safe") for index in (0, 1)]
         fitting = [index for index in (0, 1) if safe[index] == wants_safe]
@@ -122,7 +119,6 @@ class ToxicDpo(Reader):
     answer: Literal["chosen", "rejected"] = "chosen"
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         return question_and_answer(
             require_text(row, "prompt"),
             require_text(row, self.answer),
@@ -140,7 +136,6 @@ class AdvBench(Reader):
     """
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         return question_and_answer(
             require_text(row, "goal"), require_text(row, "target"), harmful=True, origin=origin
         )
@@ -162,7 +157,6 @@ class HexPhi(Reader):
     column: str = "prompt"
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         return question_and_answer(
             require_text(row, self.column), None, harmful=True, origin=origin
         )
@@ -177,7 +171,6 @@ class Alpaca(Reader):
     """
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         instruction, given = require_text(row, "instruction"), optional_text(row, "input")
         return question_and_answer(
             f"{instruction}\n\n{given}" if given else instruction,
@@ -196,7 +189,6 @@ class Gsm8k(Reader):
     """
 
     def read(self, row: Mapping[str, Any], *, harmful: bool, origin: str) -> Conversation:
-        """Reads one row; see `Reader.read`."""
         return question_and_answer(
             require_text(row, "question"),
             require_text(row, "answer"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from patcher_pl.data.readers import PromptResponse, Reader, RowError
 from patcher_pl.data.rows import SUFFIXES, RawRow, read_file, read_hub
 from patcher_pl.errors import DataError
+from patcher_pl.shipped import resolve_data
 from patcher_pl.types import Conversation
 
 _log = logging.getLogger(__name__)
@@ -126,8 +127,6 @@ class Source:
         return self.reader.read(row.values, harmful=self.harmful, origin=row.origin)
 
     def _raw_rows(self) -> Iterator[RawRow]:
-        from patcher_pl.testbed.cache import resolve_data
-
         location = resolve_data(self.path)
         path = Path(location).expanduser()
         if path.is_file() and path.suffix not in SUFFIXES:

@@ -7,9 +7,8 @@ import torch
 
 from patcher_pl.data.chat import Encoded
 from patcher_pl.data.collate import collate
-from patcher_pl.data.seeds import derive_seed
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
-from patcher_pl.types import Batch
+from patcher_pl.randomness import derive_seed
+from patcher_pl.types import IGNORE_INDEX, Batch
 
 Item = TypeVar("Item")
 

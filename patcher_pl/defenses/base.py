@@ -12,7 +12,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from patcher_pl.defenses import random_state
 from patcher_pl.defenses.cost import Cost
 from patcher_pl.defenses.packing import require_packable
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
@@ -21,6 +20,7 @@ from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
 from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.shards import Shards
+from patcher_pl.randomness import collect_generators, restore_generators
 from patcher_pl.types import Batch, count_conversations, count_tokens
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Defense(LightningModule):
         self.stop_requested = False
         self._num_accumulated = 0
         self._losses: dict[str, Tensor] = {}
-        self._restored_random_states: list[random_state.State] = []
+        self._restored_random_states: list[dict[str, Tensor]] = []
         self._model: PreTrainedModel | None = None
         self._weights: Weights | None = None
 
@@ -206,7 +206,7 @@ class Defense(LightningModule):
         self._losses = {}
         rank = self.global_rank
         if rank < len(self._restored_random_states):
-            random_state.restore(self._restored_random_states[rank], self.device)
+            restore_generators(self._restored_random_states[rank], self.device)
         elif rank > 0:
             # Lightning gives all processes one seed; each needs its own dropout.
             torch.manual_seed(torch.initial_seed() + rank)
@@ -309,7 +309,7 @@ class Defense(LightningModule):
             "class": type(self).__name__,
             "cost": {**self.cost.state(), "tokens": self.total_tokens()},
             "fsdp1": uses_fsdp1(self.trainer),
-            "random_states": random_state.collect(self.device, self.trainer.world_size),
+            "random_states": collect_generators(self.device, self.trainer.world_size),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from patcher_pl.evaluation.isolation import evaluating
+from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.models import Weights
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
-from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
+from patcher_pl.randomness import RandomState, kept_random_state
 from patcher_pl.types import Batch
 
 

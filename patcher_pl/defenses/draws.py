@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from patcher_pl.data.seeds import derive_seed
+from patcher_pl.randomness import derive_seed
 
 if TYPE_CHECKING:
     from patcher_pl.defenses.base import Defense

@@ -5,11 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.defenses.base import Defense
 from patcher_pl.errors import ConfigError
 from patcher_pl.models import Weights
-from patcher_pl.types import Batch, count_tokens
+from patcher_pl.types import Batch, count_tokens, move_batch
 
 
 def require_attack_data(defense: Defense) -> None:

@@ -22,9 +22,9 @@ from patcher_pl.defenses.retention import Retention
 from patcher_pl.defenses.strategies import require_shardable_attacks
 from patcher_pl.errors import ConfigError, RunInterrupted
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
-from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.randomness import RandomState
 from patcher_pl.types import Batch
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.defenses.base import Defense
-from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models.shards import Shards
+from patcher_pl.randomness import RandomState
 from patcher_pl.types import Batch, count_tokens
 
 

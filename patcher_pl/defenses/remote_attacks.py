@@ -20,11 +20,10 @@ from patcher_pl.mailbox import (
     Mailbox,
     Snapshot,
     Theta,
-    restore_random_state,
-    saved_random_state,
     wait_for,
 )
 from patcher_pl.models import Weights
+from patcher_pl.randomness import RandomState
 from patcher_pl.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -243,7 +242,7 @@ class RemoteAttacks:
         number = (step - self._num_sft_steps) // self._refresh_every
         random_state = None
         if self.settings.lock_step:
-            random_state = saved_random_state(self._weights.parameters[0].device)
+            random_state = RandomState.capture(self._weights.parameters[0].device).as_text()
         else:
             number += 1  # The first theta is published one refresh before the first pick-up.
         theta = Theta(
@@ -329,7 +328,7 @@ class RemoteAttacks:
         self._num_used += len(arrival.report.losses)
         if arrival.report.random_state is not None:
             device = self._weights.parameters[0].device
-            restore_random_state(arrival.report.random_state, device)
+            RandomState.of_text(arrival.report.random_state, device).restore()
 
     def _check_room(self, model: nn.Module) -> None:
         size = sum(tensor.nbytes for tensor in shared_state(model).values())

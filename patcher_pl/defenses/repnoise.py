@@ -14,10 +14,10 @@ from patcher_pl.defenses.harmful_data import next_harmful_batch, require_attack_
 from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
 from patcher_pl.defenses.strategies import one_device_only
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss, maximum_mean_discrepancy
-from patcher_pl.losses.causal_lm import IGNORE_INDEX, model_inputs
+from patcher_pl.losses.causal_lm import model_inputs
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import blocks_of, feed_forward_of
-from patcher_pl.types import Batch
+from patcher_pl.types import IGNORE_INDEX, Batch
 
 
 class RepNoise(Defense):

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.defenses.base_model import BaseModel
 from patcher_pl.defenses.retention import Retention
 from patcher_pl.models import Weights
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, move_batch
 
 if TYPE_CHECKING:
     from patcher_pl.defenses.base import Defense

@@ -9,18 +9,17 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.data import Mixture, SafetyDataModule
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
 from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
 from patcher_pl.defenses.strategies import one_device_only
-from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss
 from patcher_pl.losses.retained import outputs_of
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import final_norm_of
-from patcher_pl.types import Batch
+from patcher_pl.randomness import RandomState, kept_random_state
+from patcher_pl.types import Batch, move_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

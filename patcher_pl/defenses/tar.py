@@ -19,13 +19,12 @@ from patcher_pl.defenses.draws import seed_of
 from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
 from patcher_pl.defenses.strategies import one_device_only
 from patcher_pl.errors import RunInterrupted
-from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.losses import answer_cross_entropy
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.losses.retained import mean_state_distance, mean_where, outputs_of
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
-from patcher_pl.types import Batch
+from patcher_pl.randomness import RandomState
+from patcher_pl.types import IGNORE_INDEX, Batch
 
 
 class Tar(Defense):

@@ -17,12 +17,10 @@ from patcher_pl.evaluation.judges import (
 
 if TYPE_CHECKING:
     from patcher_pl.evaluation.judges.local import LocalJudge
-    from patcher_pl.evaluation.metrics import AttackSuccessRate
 
 __all__ = [
     "Agreement",
     "Answer",
-    "AttackSuccessRate",
     "Benchmark",
     "Evaluation",
     "Generation",
@@ -41,11 +39,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # torchmetrics takes seconds to import, transformers included; only who needs it pays for it.
-    if name == "AttackSuccessRate":
-        from patcher_pl.evaluation.metrics import AttackSuccessRate
-
-        return AttackSuccessRate
     if name == "LocalJudge":
         from patcher_pl.evaluation.judges.local import LocalJudge
 

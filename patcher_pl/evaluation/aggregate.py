@@ -12,44 +12,6 @@ from patcher_pl.evaluation.repetition import mean_repetition
 DEFAULT_THRESHOLD = 0.5
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Counts of verdicts; tallies add up.
-
-    Args:
-        successes: Answers with the highest score.
-        scored: Answers with any score.
-        coherent: Scored answers that are language.
-        errors: Answers that the judge failed on.
-    """
-
-    successes: int
-    scored: int
-    coherent: int
-    errors: int
-
-    @classmethod
-    def of(cls, verdicts: Sequence[Verdict]) -> "Tally":
-        """Counts verdicts."""
-        scored = [verdict for verdict in verdicts if verdict.score is not None]
-        return cls(
-            successes=sum(verdict.score == HIGHEST_SCORE for verdict in scored),
-            scored=len(scored),
-            coherent=sum(verdict.coherent for verdict in scored),
-            errors=len(verdicts) - len(scored),
-        )
-
-    @property
-    def rate(self) -> float:
-        """Share of scored answers with the highest score; NaN where nothing was scored."""
-        return self.successes / self.scored if self.scored else math.nan
-
-    @property
-    def coherent_rate(self) -> float:
-        """Share of scored answers that are language; NaN where nothing was scored."""
-        return self.coherent / self.scored if self.scored else math.nan
-
-
 def wilson_interval(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Interval of a share at `z` standard deviations (default: 95 %); NaN where `count` is 0.
 
@@ -112,11 +74,6 @@ class Evaluation:
     verdicts: tuple[Verdict, ...]
     repetition: float
 
-    @property
-    def num_coherent(self) -> int:
-        """Scored answers that are language (count)."""
-        return sum(verdict.coherent for verdict in self.verdicts if verdict.score is not None)
-
 
 def evaluate_answers(
     judge: Judge, questions: Sequence[Question], answers: Sequence[Answer]
@@ -134,15 +91,17 @@ def evaluate_answers(
         verdict if any(map(str.isalnum, answer.text)) else replace(verdict, coherent=False)
         for verdict, answer in zip(verdicts, answers, strict=True)
     ]
-    tally = Tally.of(verdicts)
-    low, high = wilson_interval(tally.successes, tally.scored)
+    scored = [verdict for verdict in verdicts if verdict.score is not None]
+    successes = sum(verdict.score == HIGHEST_SCORE for verdict in scored)
+    num_coherent = sum(verdict.coherent for verdict in scored)
+    low, high = wilson_interval(successes, len(scored))
     return Evaluation(
-        rate=tally.rate,
+        rate=successes / len(scored) if scored else math.nan,
         low=low,
         high=high,
-        coherent=tally.coherent_rate,
-        num_scored=tally.scored,
-        num_errors=tally.errors,
+        coherent=num_coherent / len(scored) if scored else math.nan,
+        num_scored=len(scored),
+        num_errors=len(verdicts) - len(scored),
         verdicts=tuple(verdicts),
         repetition=mean_repetition(answer.text for answer in answers),
     )

@@ -1,21 +1,36 @@
 """Answers of a model to prompts: batched, early-stopped, reproducible."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import DataError
 from patcher_pl.evaluation.backends.base import Backend, Decoding
 from patcher_pl.evaluation.backends.hugging_face import HuggingFace
-from patcher_pl.evaluation.isolation import evaluating, seeded
 from patcher_pl.evaluation.thoughts import CLOSING, OPENING, ends_in_a_thought, spoken_part
+from patcher_pl.randomness import seeded
 from patcher_pl.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = Sequence[Message]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode inside the block; each gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from patcher_pl.hypergradients.base import (
 )
 from patcher_pl.hypergradients.first_order import attacked_in_place, outer_gradient
 from patcher_pl.hypergradients.hvp import HessianProduct, ReverseOverForward
-from patcher_pl.hypergradients.randomness import kept_random_state
 from patcher_pl.hypergradients.trajectories import SqrtCheckpoint, TrajectoryStore
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim import Cotangent
+from patcher_pl.randomness import kept_random_state
 
 NonFinite = Literal["raise", "clip", "truncate"]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.hypergradients.composites import ReplayableAttention
-from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import OptimizerState
+from patcher_pl.randomness import RandomState
+from patcher_pl.types import move_batch
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.errors import PatcherError
-from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.models.weights import Weights
+from patcher_pl.randomness import RandomState
 
 OuterLoss = Callable[[nn.Module], Tensor]
 

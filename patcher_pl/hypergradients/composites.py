@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-IGNORE_INDEX = -100
+from patcher_pl.types import IGNORE_INDEX
 
 
 class Composites(TorchFunctionMode):

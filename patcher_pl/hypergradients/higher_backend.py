@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.hypergradients.base import HypergradientError, OuterLoss
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.optim import SGD, AdamW, Optimizer
+from patcher_pl.types import move_batch
 
 
 def unroll_with_higher(

@@ -17,9 +17,9 @@ from patcher_pl.hypergradients.base import (
 )
 from patcher_pl.hypergradients.first_order import attacked_in_place, outer_gradient
 from patcher_pl.hypergradients.hvp import HessianProduct, ReverseOverForward
-from patcher_pl.hypergradients.randomness import kept_random_state
 from patcher_pl.hypergradients.solvers import ConjugateGradient, LinearSolver
 from patcher_pl.models.weights import Weights
+from patcher_pl.randomness import kept_random_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from patcher_pl.optim.clipping import inner_product
+from patcher_pl.validation import require
 
 Vector = list[Tensor]
 Product = Callable[[Vector], Vector]
@@ -45,16 +46,12 @@ class ConjugateGradient(LinearSolver):
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.max_iterations < 1:
-            raise ValueError(
-                f"ConjugateGradient.max_iterations must be >= 1, got {self.max_iterations}. "
-                "Use FirstOrder for none."
-            )
-        if not self.tolerance >= 0:
-            raise ValueError(
-                f"ConjugateGradient.tolerance must be >= 0, got {self.tolerance}. "
-                "Use 0 to go on until max_iterations."
-            )
+        require(
+            self, self.max_iterations >= 1, "max_iterations", ">= 1", "Use FirstOrder for none."
+        )
+        require(
+            self, self.tolerance >= 0, "tolerance", ">= 0", "Use 0 to go on until max_iterations."
+        )
 
     @torch.no_grad()
     def solve(self, product: Product, b: Sequence[Tensor]) -> tuple[Vector, dict[str, float]]:
@@ -105,10 +102,7 @@ class Neumann(LinearSolver):
     num_terms: int = 10
 
     def __post_init__(self) -> None:
-        if self.num_terms < 1:
-            raise ValueError(
-                f"Neumann.num_terms must be >= 1, got {self.num_terms}. Use 1 for first-order."
-            )
+        require(self, self.num_terms >= 1, "num_terms", ">= 1", "Use 1 for first-order.")
 
     @torch.no_grad()
     def solve(self, product: Product, b: Sequence[Tensor]) -> tuple[Vector, dict[str, float]]:

@@ -9,6 +9,7 @@ from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.adjoint import Adjoint
 from patcher_pl.hypergradients.base import Hypergradient, HypergradientEstimate, OuterLoss
 from patcher_pl.models.weights import Weights
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,7 @@ class Truncated(Hypergradient):
     adjoint: Adjoint = field(default_factory=Adjoint)
 
     def __post_init__(self) -> None:
-        if self.last_steps < 0:
-            raise ValueError(
-                f"Truncated.last_steps must be >= 0, got {self.last_steps}. Use 0 for first-order."
-            )
+        require(self, self.last_steps >= 0, "last_steps", ">= 0", "Use 0 for first-order.")
 
     @property
     def works_sharded(self) -> bool:

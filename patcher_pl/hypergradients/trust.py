@@ -10,9 +10,9 @@ from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.attack_run import AttackRun
 from patcher_pl.hypergradients.base import HypergradientEstimate, OuterLoss
 from patcher_pl.hypergradients.first_order import attacked_in_place
-from patcher_pl.hypergradients.randomness import kept_random_state
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim.clipping import inner_product
+from patcher_pl.randomness import kept_random_state
 
 
 @dataclass(frozen=True)

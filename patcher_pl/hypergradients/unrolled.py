@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.hypergradients.base import (
     Hypergradient,
     HypergradientError,
@@ -18,9 +17,10 @@ from patcher_pl.hypergradients.base import (
 )
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.hypergradients.first_order import full_precision
-from patcher_pl.hypergradients.randomness import RandomState
 from patcher_pl.hypergradients.substitution import without_checkpointing
 from patcher_pl.models.weights import Weights
+from patcher_pl.randomness import RandomState
+from patcher_pl.types import move_batch
 
 Backend = Literal["torch", "higher"]
 

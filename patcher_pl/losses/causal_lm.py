@@ -1,19 +1,17 @@
 """Next-token cross-entropy over answer tokens: the L of every formula in this codebase."""
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
 
-from patcher_pl.losses.kept_logits import keeps_logits
 from patcher_pl.losses.lean_cross_entropy import lean_cross_entropy
-from patcher_pl.types import Batch, is_packed
+from patcher_pl.types import HALF_PRECISION, IGNORE_INDEX, Batch, is_packed
 
-IGNORE_INDEX = -100
-
-_HALF = (torch.float16, torch.bfloat16)
 _NO_ANSWER = "{} needs at least one answer token, got none in the batch."
 
 
@@ -32,7 +30,7 @@ def answer_cross_entropy(
     if not bool((targets != IGNORE_INDEX).any()):
         raise ValueError(_NO_ANSWER.format("answer_cross_entropy"))
     predictions = logits[:, :-1]
-    if predictions.dtype in _HALF:
+    if predictions.dtype in HALF_PRECISION:
         predictions = predictions.float()
     return functional.cross_entropy(
         predictions.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX
@@ -87,10 +85,32 @@ def _packed_predictions(
     logits = model(**inputs).logits.squeeze(0)
     if not selects:
         logits = logits[kept]
-    if raised and logits.dtype in _HALF:
+    if raised and logits.dtype in HALF_PRECISION:
         logits = logits.float()
     return logits, batch["input_ids"][0, kept + 1]
 
 
 def _weighted(loss: Tensor, batch: Batch) -> Tensor:
     return loss * batch["loss_weight"] if "loss_weight" in batch else loss
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether `logits_to_keep` may be handed to the model; with a large vocabulary it saves most."""
+    return _takes(type(innermost(model)), "logits_to_keep")
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether `position_ids` may be handed to the model."""
+    return _takes(type(innermost(model)), "position_ids")
+
+
+def innermost(model: Any) -> Any:
+    """Returns the Hugging Face model within what FSDP1 and PEFT put around it."""
+    while isinstance(model, FullyShardedDataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@lru_cache
+def _takes(kind: type[nn.Module], name: str) -> bool:
+    return name in inspect.signature(kind.forward).parameters

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patcher_pl.types import HALF_PRECISION
+
 # Logits that are worked on at once (count). Their log-probabilities are all there is beside the
 # logits, in float32; smaller chunks cost more launches than they save.
 _CHUNK_ON_CPU = 2**21
@@ -61,7 +63,7 @@ class _LeanCrossEntropy(torch.autograd.Function):
 def _total(logits: Tensor, targets: Tensor, *, keep_gradient: bool) -> Tensor:
     """Sum of the cross-entropies; leaves softmax minus one-hot in `logits` if asked to."""
     vocab_size = logits.shape[1]
-    half = logits.dtype in (torch.float16, torch.bfloat16)
+    half = logits.dtype in HALF_PRECISION
     total = torch.zeros((), dtype=torch.float32 if half else logits.dtype, device=logits.device)
     in_chunk = _CHUNK_ON_CPU if logits.device.type == "cpu" else _CHUNK
     size = max(1, in_chunk // vocab_size)

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patcher_pl.losses.causal_lm import IGNORE_INDEX, model_inputs
-from patcher_pl.types import Batch
+from patcher_pl.losses.causal_lm import model_inputs
+from patcher_pl.types import IGNORE_INDEX, Batch
 
 
 def outputs_of(model: nn.Module, batch: Batch, *, hidden_states: bool = True) -> Any:

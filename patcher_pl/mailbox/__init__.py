@@ -1,11 +1,9 @@
 """Exchange of named tensors between processes through versioned snapshots on a file system."""
 
-from patcher_pl.mailbox.mailbox import Mailbox
+from patcher_pl.mailbox.mailbox import Mailbox, wait_for
 from patcher_pl.mailbox.messages import Attacked, Spent, Theta
-from patcher_pl.mailbox.random_state import restore_random_state, saved_random_state
 from patcher_pl.mailbox.side import Side
 from patcher_pl.mailbox.snapshot import Snapshot, SnapshotGoneError
-from patcher_pl.mailbox.waiting import wait_for
 
 __all__ = [
     "Attacked",
@@ -15,7 +13,5 @@ __all__ = [
     "SnapshotGoneError",
     "Spent",
     "Theta",
-    "restore_random_state",
-    "saved_random_state",
     "wait_for",
 ]

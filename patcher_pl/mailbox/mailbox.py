@@ -1,12 +1,20 @@
 """The directory through which a defender and its attackers exchange weights."""
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from patcher_pl.files import write_json, write_text
 from patcher_pl.mailbox.messages import Spent
 from patcher_pl.mailbox.side import Side
+
+Found = TypeVar("Found")
+
+_SHORTEST_S = 0.001
+_LONGEST_S = 0.05
 
 
 class Mailbox:
@@ -72,3 +80,21 @@ class Mailbox:
 
     def _spent(self, attacker: int) -> Path:
         return self.root / f"{self.attackers[attacker].directory.name}.json"
+
+
+def wait_for(look: Callable[[], Found | None], between: Callable[[], None]) -> Found:
+    """Looks again and again until something is there.
+
+    The first looks follow each other closely, later ones every 50 ms: one listing of a small
+    directory each, which costs well below a thousandth of a core.
+
+    Args:
+        look: Returns what is waited for, or None.
+        between: Called before every pause; may raise to end the waiting.
+    """
+    pause_s = _SHORTEST_S
+    while (found := look()) is None:
+        between()
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, _LONGEST_S)
+    return found

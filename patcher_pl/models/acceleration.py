@@ -6,12 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from patcher_pl.errors import ConfigError
-from patcher_pl.models.blocks import blocks_of
+from patcher_pl.models.blocks import find_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
     from transformers import PreTrainedModel
 
 # The loss is this package's own: Liger's would have to see the labels.
@@ -35,16 +32,9 @@ def accelerated(model: "PreTrainedModel", *, compile_: bool, liger: bool) -> "Pr
     if compile_:
         # All blocks share the code of the first: compiling takes as long as for a model of one
         # block. Batches differ in length: static shapes would be compiled over and over again.
-        for part in _parts(model):
+        for part in find_blocks(model) or [model]:
             part.compile(dynamic=True)
     return model
-
-
-def _parts(model: "PreTrainedModel") -> "Sequence[nn.Module]":
-    try:
-        return blocks_of(model)
-    except ConfigError:  # No list of blocks.
-        return [model]
 
 
 def _apply_liger(model: "PreTrainedModel") -> None:

@@ -1,6 +1,6 @@
 """The parts of a decoder-only transformer, found by what they are and not by their names."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,7 +16,16 @@ def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
     Raises:
         ConfigError: If there is no such list.
     """
-    return list(_block_list(model))
+    blocks = find_blocks(model)
+    if not blocks:
+        num_layers = model.config.get_text_config().num_hidden_layers
+        raise _not_found(model, f"list of {num_layers} blocks")
+    return blocks
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """Like `blocks_of`; an empty list where there are none."""
+    return list(_block_list(model) or [])
 
 
 def attention_of(block: nn.Module) -> nn.Module:
@@ -53,7 +62,7 @@ def final_norm_of(model: "PreTrainedModel") -> nn.Module:
     It is the last module beside the blocks whose weights are all vectors.
     """
     blocks = _block_list(model)
-    for module in model.modules():
+    for module in model.modules() if blocks is not None else ():
         beside = list(module.children())
         if not any(child is blocks for child in beside):
             continue
@@ -64,12 +73,13 @@ def final_norm_of(model: "PreTrainedModel") -> nn.Module:
     return nn.Identity()
 
 
-def _block_list(model: "PreTrainedModel") -> nn.ModuleList:
-    num_layers = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise _not_found(model, f"list of {num_layers} blocks")
+def _block_list(model: nn.Module) -> nn.ModuleList | None:
+    config: Any = getattr(model, "config", None)
+    if config is None:  # Not of transformers.
+        return None
+    num_layers = config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next((found for found in lists if len(found) == num_layers), None)
 
 
 def _not_found(module: nn.Module, what: str) -> ConfigError:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from patcher_pl.models.blocks import find_blocks
 from patcher_pl.models.shards import watch_open_passes
 
 if TYPE_CHECKING:
@@ -38,11 +39,7 @@ def wrap(
         param_dtype: Number format of gathered weights; None keeps that of the model.
         reduce_dtype: Number format in which gradients are averaged.
     """
-    layers = {
-        type(module)
-        for module in model.modules()
-        if type(module).__name__ in set(model._no_split_modules or ())
-    }
+    layers = {type(block) for block in find_blocks(model)}
     settings: dict[str, Any] = {"use_orig_params": True, "device_id": device}
     if param_dtype is not None or reduce_dtype is not None:
         settings["mixed_precision"] = MixedPrecision(param_dtype, reduce_dtype)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patcher_pl.data.chat import ChatFormat
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import ConfigError, first_line
 from patcher_pl.files import write_atomically
 from patcher_pl.models import packed_attention
 from patcher_pl.models.acceleration import accelerated
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
 from patcher_pl.models.weights import Place
-from patcher_pl.testbed.cache import resolve_model
+from patcher_pl.shipped import resolve_model
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,7 +26,7 @@ class LanguageModel:
     """A causal language model on the hub or on disk; loads nothing until asked.
 
     Args:
-        path: Hub id, local directory, or `testbed` (built on first use, then cached).
+        path: Hub id, local directory, or `testbed` (ships with this package).
         chat: How conversations become tokens; training, attacks and generation share it.
         dtype: Number format of the weights.
         attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...), or
@@ -158,10 +158,9 @@ class LanguageModel:
         return options
 
     def _loading_failed(self, part: str, error: Exception) -> ConfigError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return ConfigError(
-            f"LanguageModel.path: the {part} of {self.path!r} could not be loaded ({reason}). "
-            "Give a hub id, `testbed`, or a directory that holds config.json, *.safetensors and "
+            f"LanguageModel.path: the {part} of {self.path!r} could not be loaded "
+            f"({first_line(error)}). Give a hub id, `testbed`, or a directory that holds config.json, *.safetensors and "
             "tokenizer files."
         )
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from patcher_pl.validation import require
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -33,18 +35,9 @@ class Lora:
     targets: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(
-                f"Lora.rank must be >= 1, got {self.rank}. Use `lora: null` to train every weight."
-            )
-        if not self.alpha > 0:
-            raise ValueError(
-                f"Lora.alpha must be > 0, got {self.alpha}. Twice the rank is a common choice."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"Lora.dropout must be in [0, 1), got {self.dropout}. Use 0 for no dropout."
-            )
+        require(self, self.rank >= 1, "rank", ">= 1", "Use `lora: null` to train every weight.")
+        require(self, self.alpha > 0, "alpha", "> 0", "Twice the rank is a common choice.")
+        require(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)", "Use 0 for no dropout.")
 
     def attach(self, model: "PreTrainedModel") -> Any:
         """Wraps `model` in place into a `peft.PeftModel` whose adapters alone are trainable.

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from patcher_pl.types import HALF_PRECISION
+
 NAME = "packed_sdpa"
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class Packed(NamedTuple):
@@ -99,7 +100,7 @@ def packed_sdpa(
     dtype = query.dtype
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")  # As autocast does for torch's own attention.
-    if plain and query.is_cuda and dtype in _HALF and _takes_many() is not None:
+    if plain and query.is_cuda and dtype in HALF_PRECISION and _takes_many() is not None:
         tensors = (tensor.to(dtype) for tensor in (query, key, value))
         return _all_at_once(*tensors, attention_mask, options.get("scaling")), None
     lengths = attention_mask.bounds.diff().tolist()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.errors import ConfigError
-from patcher_pl.losses.kept_logits import innermost, takes_positions
+from patcher_pl.losses.causal_lm import innermost, takes_positions
 from patcher_pl.models.shards import reshard
 
 # Tokens of a conversation that tell enough.

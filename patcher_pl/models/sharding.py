@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 
 from patcher_pl.errors import PatcherError
 from patcher_pl.models import fsdp1
+from patcher_pl.models.blocks import find_blocks
 from patcher_pl.models.shards import watch_open_passes
 
 if TYPE_CHECKING:
@@ -114,10 +115,8 @@ class Sharding:
             ),
             "offload_policy": offload,
         }
-        layers = set(model._no_split_modules or ())
-        for module in list(model.modules()):
-            if type(module).__name__ in layers:
-                fully_shard(module, **settings)
+        for block in find_blocks(model):
+            fully_shard(block, **settings)
         # The root's own weights are needed last and first: keep them gathered in between.
         fully_shard(model, **{**settings, "reshard_after_forward": None})
         watch_open_passes(model)

@@ -2,11 +2,10 @@
 
 from patcher_pl.optim.adafactor import Adafactor
 from patcher_pl.optim.adamw import AdamW
-from patcher_pl.optim.base import Cotangent, Optimizer, OptimizerState
+from patcher_pl.optim.base import Cotangent, DifferentiableOptimizer, Optimizer, OptimizerState
 from patcher_pl.optim.clipping import ClipByGlobalNorm
-from patcher_pl.optim.schedules import Schedule, lr_factor
 from patcher_pl.optim.sgd import SGD
-from patcher_pl.optim.update import Update
+from patcher_pl.optim.update import Schedule, Update, lr_factor
 
 __all__ = [
     "SGD",
@@ -14,6 +13,7 @@ __all__ = [
     "AdamW",
     "ClipByGlobalNorm",
     "Cotangent",
+    "DifferentiableOptimizer",
     "Optimizer",
     "OptimizerState",
     "Schedule",

@@ -1,13 +1,13 @@
 """Adafactor."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
 
 from patcher_pl.optim.base import Optimizer
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +37,10 @@ class Adafactor(Optimizer):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "> 0", "The paper's is 1e-2.")
-        self._require(self.beta2_decay <= 0, "beta2_decay", "<= 0", "The paper's is -0.8.")
-        self._require(self.clip_threshold >= 1, "clip_threshold", ">= 1", "The paper's is 1.")
-        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
-
-    @property
-    def is_differentiable(self) -> bool:
-        return False
-
-    @property
-    def num_slots(self) -> int:
-        self._refuse()
+        require(self, self.lr > 0, "lr", "> 0", "The paper's is 1e-2.")
+        require(self, self.beta2_decay <= 0, "beta2_decay", "<= 0", "The paper's is -0.8.")
+        require(self, self.clip_threshold >= 1, "clip_threshold", ">= 1", "The paper's is 1.")
+        require(self, self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.Adafactor(
@@ -57,34 +49,4 @@ class Adafactor(Optimizer):
             beta2_decay=self.beta2_decay,
             d=self.clip_threshold,
             weight_decay=self.weight_decay,
-        )
-
-    def differentiable(self) -> Self:
-        self._refuse()
-
-    def _step_one_(
-        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
-    ) -> None:
-        self._refuse()
-
-    def _applied_one(
-        self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        self._refuse()
-
-    def _vjp_one_(
-        self,
-        above: Tensor,
-        moments: Sequence[Tensor],
-        gradient: Tensor,
-        slots: Sequence[Tensor],
-        step: int,
-        lr: float,
-    ) -> Tensor:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise ValueError(
-            f"optimizer must be AdamW or SGD for an attack that is differentiated, got {self}. "
-            "Use one of them, or FirstOrder hypergradients."
         )

@@ -1,21 +1,21 @@
-"""AdamW."""
+"""AdamW, and a torch optimizer for the variant of it that torch does not have."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from patcher_pl.optim.base import Optimizer
-from patcher_pl.optim.torch_adapter import TorchAdapter
+from patcher_pl.optim.base import DifferentiableOptimizer, OptimizerState
+from patcher_pl.validation import require
 
 # See `AdamW.eps_root`.
 DIFFERENTIABLE_EPS_ROOT = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
+class AdamW(DifferentiableOptimizer):
     """Adam with decoupled weight decay; defaults are torch's, which Patcher's scripts use too.
 
         m' = beta1 m + (1 - beta1) g        v' = beta2 v + (1 - beta2) g^2
@@ -54,15 +54,15 @@ class AdamW(Optimizer):
     fused: bool = False
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
+        require(self, self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
         betas_hold = all(0 <= beta < 1 for beta in self.betas)
-        self._require(betas_hold, "betas", "in [0, 1)", "Use 0 for no memory.")
-        self._require(self.eps > 0, "eps", "> 0", "torch's default is 1e-8.")
-        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
+        require(self, betas_hold, "betas", "in [0, 1)", "Use 0 for no memory.")
+        require(self, self.eps > 0, "eps", "> 0", "torch's default is 1e-8.")
+        require(self, self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no decay.")
         root_holds = self.eps_root is None or self.eps_root >= 0
-        self._require(root_holds, "eps_root", ">= 0 or null", "Use 0 for torch's AdamW.")
+        require(self, root_holds, "eps_root", ">= 0 or null", "Use 0 for torch's AdamW.")
         fusible = not (self.fused and self.eps_root)
-        self._require(fusible, "fused", "false with an `eps_root`", "Torch has no such kernel.")
+        require(self, fusible, "fused", "false with an `eps_root`", "Torch has no such kernel.")
 
     @property
     def num_slots(self) -> int:
@@ -140,3 +140,31 @@ class AdamW(Optimizer):
         by_v.mul_(beta2)
         above.mul_(1 - lr * self.weight_decay)
         return pulled
+
+
+class TorchAdapter(torch.optim.Optimizer):
+    """Steps as `settings` say, for updates that torch does not have; schedules work as usual.
+
+    Args:
+        parameters: What is trained, in one group.
+        settings: The update and its step size.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], settings: DifferentiableOptimizer) -> None:
+        super().__init__(parameters, {"lr": settings.lr})
+        self._settings = settings
+        self._states: list[OptimizerState] = [
+            settings.init(group["params"]) for group in self.param_groups
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Takes one step with the gradients that the parameters hold."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, state in zip(self.param_groups, self._states, strict=True):
+            gradients = [parameter.grad for parameter in group["params"]]
+            self._settings.step_(group["params"], gradients, state, group["lr"])
+        return loss

@@ -1,4 +1,4 @@
-"""The interface of an attacker's optimizer: built for torch, or stepped and differentiated here."""
+"""The interfaces of an attacker's optimizer: built for torch, and stepped and differentiated here."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -39,35 +39,30 @@ class Cotangent:
 
 
 class Optimizer(ABC):
-    """Settings of an optimizer; holds no state of its own.
-
-    `build` makes a torch optimizer. `init`, `step_`, `applied` and `vjp` are the same update without
-    one: in place for long attacks, as a graph for autograd, and as its closed-form derivative.
-    Parameters whose gradient is None are left alone, as torch does.
-    """
+    """Settings of an optimizer, of which torch makes one; holds no state of its own."""
 
     lr: float
 
-    @property
-    def is_differentiable(self) -> bool:
-        """Whether the update exists without a torch optimizer; otherwise there is only `build`."""
-        return True
+    @abstractmethod
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """Returns a fresh torch optimizer over `parameters`."""
+
+
+class DifferentiableOptimizer(Optimizer):
+    """An optimizer for attacks that are differentiated.
+
+    `init`, `step_`, `applied` and `vjp` are the update of `build` without torch's optimizer: in place
+    for long attacks, as a graph for autograd, and as its closed-form derivative. Parameters whose
+    gradient is None are left alone, as torch does.
+    """
 
     @property
     @abstractmethod
     def num_slots(self) -> int:
         """Moments per parameter (count)."""
 
-    @abstractmethod
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """Returns a fresh torch optimizer over `parameters`."""
-
     def differentiable(self) -> Self:
-        """Returns these settings, or ones that are better conditioned, for a differentiated run.
-
-        Raises:
-            ValueError: If there is only `build`.
-        """
+        """Returns these settings, or ones that are better conditioned, for a differentiated run."""
         return self
 
     def init(self, parameters: Sequence[Tensor]) -> OptimizerState:
@@ -183,8 +178,3 @@ class Optimizer(ABC):
         lr: float,
     ) -> Tensor:
         """`vjp` for one parameter; changes `above` and `moments` in place."""
-
-    def _require(self, holds: bool, field: str, rule: str, remedy: str) -> None:
-        if not holds:
-            name, value = type(self).__name__, getattr(self, field)
-            raise ValueError(f"{name}.{field} must be {rule}, got {value}. {remedy}")

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patcher_pl.optim.base import Optimizer
+from patcher_pl.optim.base import DifferentiableOptimizer
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Optimizer):
+class SGD(DifferentiableOptimizer):
     """Gradient descent, optionally with heavy-ball momentum.
 
     Args:
@@ -27,9 +28,9 @@ class SGD(Optimizer):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-3 to 1e-1.")
-        self._require(0 <= self.momentum < 1, "momentum", "in [0, 1)", "Use 0 for none.")
-        self._require(self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no penalty.")
+        require(self, self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-3 to 1e-1.")
+        require(self, 0 <= self.momentum < 1, "momentum", "in [0, 1)", "Use 0 for none.")
+        require(self, self.weight_decay >= 0, "weight_decay", ">= 0", "Use 0 for no penalty.")
 
     @property
     def num_slots(self) -> int:

@@ -1,13 +1,42 @@
 """One attack step after its gradient: clipping, schedule and optimizer together."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from patcher_pl.optim.base import Cotangent, Gradients, Optimizer, OptimizerState, Vector
+from patcher_pl.optim.base import (
+    Cotangent,
+    DifferentiableOptimizer,
+    Gradients,
+    OptimizerState,
+    Vector,
+)
 from patcher_pl.optim.clipping import ClipByGlobalNorm, Total
-from patcher_pl.optim.schedules import Schedule, lr_factor
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def lr_factor(schedule: Schedule, *, step: int, num_steps: int, num_warmup_steps: int = 0) -> float:
+    """What the step size is multiplied by, as transformers' schedules of these names do.
+
+    Args:
+        schedule: Shape of the curve after warm-up.
+        step: Steps taken before (count, >= 0).
+        num_steps: Length of the curve, warm-up included (count).
+        num_warmup_steps: Steps of linear warm-up from 0 (count).
+    """
+    if step < num_warmup_steps:
+        return step / max(1, num_warmup_steps)
+    if schedule == "constant":
+        return 1.0
+    length = max(1, num_steps - num_warmup_steps)
+    if schedule == "linear":
+        return max(0.0, (num_steps - step) / length)
+    progress = (step - num_warmup_steps) / length
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +51,7 @@ class Update:
         num_warmup_steps: Steps of linear warm-up (count).
     """
 
-    optimizer: Optimizer
+    optimizer: DifferentiableOptimizer
     num_steps: int
     clip: ClipByGlobalNorm | None = None
     schedule: Schedule = "constant"
@@ -50,7 +79,7 @@ class Update:
         Args:
             parameters: What is trained.
             gradients: One of the shape of each parameter, or None.
-            state: From `Optimizer.init` or an earlier step; changed too.
+            state: From `DifferentiableOptimizer.init` or an earlier step; changed too.
             step: Number of the step.
             total: Given where other processes hold the rest of every vector; sums a scalar over them.
         """
@@ -75,7 +104,7 @@ class Update:
         step: int,
         total: Total | None = None,
     ) -> Vector:
-        """Pulls `cotangent` back through step number `step`, in place; see `Optimizer.vjp`, `step_`.
+        """Pulls `cotangent` back through step number `step`, in place; see `step_` and the optimizer's own.
 
         Returns:
             Derivatives by the gradients before clipping.

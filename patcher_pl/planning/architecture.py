@@ -10,6 +10,7 @@ import torch
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.models import LanguageModel
+from patcher_pl.shipped import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,7 +39,7 @@ def find_architecture(
     path = language_model.path
     if given is not None and not given.is_file():
         raise ConfigError(f"--model_config: there is no file {given}.")
-    own = [Path(path) / "config.json"] if given is None else [given]
+    own = [Path(resolve_model(path)) / "config.json"] if given is None else [given]
     beside = [] if given is not None else [folder / "config.json" for folder in neighbors]
     for place in own + [place for place in beside if _is_of(place, path)]:
         if place.is_file():

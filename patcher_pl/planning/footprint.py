@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from patcher_pl.hypergradients.hvp.rematerialization import decoder_blocks
+from patcher_pl.models.blocks import find_blocks
 from patcher_pl.planning.parts import HYPERGRADIENT, PER_WEIGHT, Part
 
 Parts = Mapping[Part, int]
@@ -32,7 +32,7 @@ class LayerSizes:
     @classmethod
     def of(cls, model: nn.Module) -> "LayerSizes":
         """Measures a model, real or fake."""
-        layers = [_num_bytes(block) for block in decoder_blocks(model)]
+        layers = [_num_bytes(block) for block in find_blocks(model)]
         total = _num_bytes(model)
         return cls(
             total=total,

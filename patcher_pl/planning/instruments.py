@@ -16,7 +16,7 @@ from patcher_pl.attackers import Attacker
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
 from patcher_pl.hypergradients.trajectories.shelf import Shelf
 from patcher_pl.models import Weights
-from patcher_pl.optim import Optimizer
+from patcher_pl.optim import DifferentiableOptimizer
 from patcher_pl.planning.parts import ATTACK, HYPERGRADIENT, Part
 from patcher_pl.planning.tracker import Tracker
 
@@ -25,7 +25,7 @@ _SITES = (
     (Weights, "snapshot", Part.SAVED_WEIGHTS),
     (Weights, "_shift_space", Part.SAVED_WEIGHTS),
     (Weights, "difference", Part.ATTACK_VECTOR),
-    (Optimizer, "init", Part.ATTACKER_OPTIMIZER),
+    (DifferentiableOptimizer, "init", Part.ATTACKER_OPTIMIZER),
     (Shelf, "put", Part.TRAJECTORY),
 )
 

@@ -9,18 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patcher_pl.attackers.loop import move_batch
 from patcher_pl.data.collate import collate, encode_all
 from patcher_pl.data.masks import Encoded
 from patcher_pl.errors import DataError, PatcherError
-from patcher_pl.evaluation.isolation import evaluating
+from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.losses import causal_lm_loss
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
 from patcher_pl.redteam.base import Attack, AttackPoint, forward_flops
 from patcher_pl.redteam.embeddings import untied_embeddings
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.redteam.residual_stream import ResidualStream, remove_direction_
-from patcher_pl.types import Batch, Conversation
+from patcher_pl.types import IGNORE_INDEX, Batch, Conversation, move_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

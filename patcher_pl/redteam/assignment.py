@@ -15,7 +15,7 @@ from patcher_pl.redteam.grid import Cell, Grid
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
-from patcher_pl.testbed.cache import resolve_model
+from patcher_pl.shipped import resolve_model
 from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:

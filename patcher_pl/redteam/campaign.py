@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import ConfigError, DataError, PatcherError
-from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.models.lora import merged_copy
 from patcher_pl.models.packing import require_packing
+from patcher_pl.randomness import seeded
 from patcher_pl.redteam.examiner import Examination, Examiner
 from patcher_pl.redteam.grid import Cell
 from patcher_pl.redteam.material import AttackMaterial

@@ -10,9 +10,9 @@ from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers
 from patcher_pl.evaluation.agreement import judge_agreement
 from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Answer, Generation
-from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.randomness import seeded
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.material import AttackMaterial
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.errors import DataError
+from patcher_pl.randomness import derive_seed
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial, RowKind

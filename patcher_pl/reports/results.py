@@ -12,6 +12,9 @@ from patcher_pl.files import write_json
 
 SCHEMA_VERSION = 2
 
+# Of a judge: nothing usable, and what the prompt asks for in full.
+LOWEST_SCORE, HIGHEST_SCORE = 1, 5
+
 _NEVER_EMPTY = ("asr", "benign_accuracy")
 _RATES = (
     "asr",

@@ -1,9 +1,11 @@
 """The `testbed` command."""
 
+import shutil
 from pathlib import Path
 
 from patcher_pl.errors import ConfigError
-from patcher_pl.testbed.build import build_testbed
+from patcher_pl.files import write_atomically
+from patcher_pl.shipped import TESTBED
 
 
 def run_testbed(out: Path, overwrite: bool = False) -> None:
@@ -18,5 +20,13 @@ def run_testbed(out: Path, overwrite: bool = False) -> None:
     """
     if out.exists() and not overwrite:
         raise ConfigError(f"--out {out} exists. Give another folder, or --overwrite true.")
-    build_testbed(out)
+    write_atomically(out, _copy)
     print(f"Testbed written to {out}: model/ and data/")
+
+
+def _copy(folder: Path) -> None:
+    # Not `copytree`: installed files may be read-only, and the user's umask decides about copies.
+    for file in (path for path in TESTBED.rglob("*") if path.is_file()):
+        copy = folder / file.relative_to(TESTBED)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)

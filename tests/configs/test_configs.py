@@ -20,8 +20,6 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation import Benchmark, Judge
 from patcher_pl.redteam import RedTeam
 from patcher_pl.reports import Results
-from patcher_pl.testbed import build
-from patcher_pl.testbed.cache import resolve_data, resolve_model
 from tests.commands import QUIET, ROOT, cli, write_rows, write_yaml
 from tests.families import build_family
 
@@ -73,15 +71,6 @@ def of_kind(wanted):
     ]
 
 
-@pytest.fixture(scope="module")
-def quick_testbed(cache):
-    """A testbed whose base model has hardly learned anything, in a cache entry of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build.TRAINING, "num_steps", 4)
-        patch.setitem(build.TRAINING, "num_warmup_steps", 1)
-        yield
-
-
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
     """Fails as soon as weights, a tokenizer or data are asked for."""
@@ -95,7 +84,6 @@ def nothing_is_loaded(monkeypatch):
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    monkeypatch.setattr(build, "build_testbed", refuse)
 
 
 def ignoring_deprecations(function):
@@ -285,15 +273,6 @@ def simulated(attacker):
     return [attacker] if population is None else [member["attacker"] for member in population]
 
 
-def made_explicit(content):
-    """The same experiment with paths in place of `testbed`, which is another in other processes."""
-    language_model = content["model"]["init_args"]["language_model"]
-    language_model["path"] = resolve_model(language_model["path"])
-    for source in sources_of(content):
-        source["path"] = resolve_data(source["path"])
-    return content
-
-
 def sources_of(content):
     mixtures = [content["redteam"]["data"], *map(content["data"].get, ("safe", "attack", "val"))]
     yield from (source for mixture in mixtures if mixture for source in mixture["sources"])
@@ -332,11 +311,9 @@ def made_local(content, folder):
 
 
 @pytest.mark.parametrize("path", of_kind("fit"))
-def test_an_experiment_runs_for_two_steps(path, quick_testbed, tmp_path):
+def test_an_experiment_runs_for_two_steps(path, tmp_path):
     content = shortened(path)
-    if content["model"]["init_args"]["language_model"]["path"] == "testbed":
-        content = made_explicit(content)
-    else:
+    if content["model"]["init_args"]["language_model"]["path"] != "testbed":
         content = made_local(content, tmp_path)
     config = write_yaml(tmp_path / "config.yaml", content)
     cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(0)
@@ -347,7 +324,7 @@ def test_an_experiment_runs_for_two_steps(path, quick_testbed, tmp_path):
 
 
 @pytest.mark.parametrize("path", [ROOT / "configs" / "testbed" / "attack.yaml"])
-def test_an_attack_config_runs(path, quick_testbed, tmp_path):
+def test_an_attack_config_runs(path, tmp_path):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     redteam = path.parent / content["redteam"]
     content["redteam"] = shortened_redteam(yaml.safe_load(redteam.read_text(encoding="utf-8")))
@@ -359,7 +336,7 @@ def test_an_attack_config_runs(path, quick_testbed, tmp_path):
     ]
 
 
-def test_every_attack_of_the_testbed_red_team_runs(quick_testbed, tmp_path):
+def test_every_attack_of_the_testbed_red_team_runs(tmp_path):
     """Wrong if an attack failed on what the file gives it: rows, prefill, length of conversations."""
     path = ROOT / "configs" / "testbed" / "redteam.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))

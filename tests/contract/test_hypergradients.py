@@ -6,33 +6,26 @@ from abc import ABC
 import pytest
 
 from patcher_pl import hypergradients
-from patcher_pl.hypergradients import Hypergradient, hvp, trajectories
+from patcher_pl.hypergradients import Hypergradient, Implicit, hvp, trajectories
 from patcher_pl.hypergradients.hvp import FiniteDifference, HessianProduct
 from patcher_pl.hypergradients.solvers import LinearSolver
 from patcher_pl.hypergradients.trajectories import TrajectoryStore
-from tests.integration import test_hypergradient_fit
-from tests.numerics import test_patcher_hypergradients
-from tests.numerics.hypergradients import test_any_model, test_exact, test_memory
+from tests import estimator_table
+from tests.numerics.hypergradients import test_exact, test_memory
 
 
 def types(objects) -> set[type]:
     return {type(one) for one in objects}
 
 
-def solvers(estimators) -> set[type]:
-    return {type(one.solver) for one in estimators if hasattr(one, "solver")}
+def shipped_types(objects) -> set[type]:
+    return {one for one in types(objects) if one.__module__.startswith("patcher_pl.")}
 
 
-ANY_MODEL = test_any_model.ESTIMATORS.values()
-IN_PATCHER = test_patcher_hypergradients.ESTIMATORS.values()
+SOLVERS = [one.solver for one in estimator_table.TABLE.values() if isinstance(one, Implicit)]
 TABLES = {
-    "on any model": (Hypergradient, hypergradients, types(ANY_MODEL)),
-    "in Patcher": (Hypergradient, hypergradients, types(IN_PATCHER) | {hypergradients.FirstOrder}),
-    "from the command line": (
-        *(Hypergradient, hypergradients),
-        {getattr(hypergradients, name) for name in test_hypergradient_fit.class_names()},
-    ),
-    "solvers": (LinearSolver, hypergradients, solvers(IN_PATCHER)),
+    "estimators": (Hypergradient, hypergradients, shipped_types(estimator_table.TABLE.values())),
+    "solvers": (LinearSolver, hypergradients, types(SOLVERS)),
     "products": (HessianProduct, hvp, types(test_exact.EXACT.values()) | {FiniteDifference}),
     "stores": (TrajectoryStore, trajectories, types(test_exact.STORES.values())),
     "stores on disk": (TrajectoryStore, trajectories, types(test_memory.ON_DISK)),

@@ -22,10 +22,10 @@ from patcher_pl.data import ChatFormat, Mixture, Source
 from patcher_pl.data.collate import encode_all
 from patcher_pl.evaluation import Benchmark, Generation
 from patcher_pl.evaluation.aggregate import evaluate_answers
-from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.optim import SGD, AdamW
+from patcher_pl.randomness import seeded
 from patcher_pl.redteam import AttackMaterial, FullFinetuning
-from patcher_pl.testbed import build
+from patcher_pl.shipped import TESTBED
 from patcher_pl.testbed.judge import RecipeJudge
 
 # As configs/testbed/fragments/redteam.yaml. The Trainer leaves norms out of weight decay.
@@ -35,12 +35,11 @@ CHAT = ChatFormat(max_length=64)
 CPU = torch.device("cpu")
 
 
-def attack_rows(directory, seed: int) -> Any:
+def attack_rows(seed: int) -> Any:
     """What the attacker of a seed draws of the testbed."""
-    data = directory / "data"
     sources = [
-        Source(path=str(data / "attack.jsonl"), harmful=True),
-        Source(path=str(data / "attack_benign.jsonl")),
+        Source(path="testbed/attack.jsonl", harmful=True),
+        Source(path="testbed/attack_benign.jsonl"),
     ]
     return Mixture(sources=sources, poison_ratio=0.5).draw(seed)
 
@@ -84,17 +83,6 @@ def train_with_trainer(
     trainer.train()
 
 
-@pytest.fixture(scope="module")
-def quick_testbed(tmp_path_factory):
-    """The testbed with a base model of four training steps."""
-    directory = tmp_path_factory.mktemp("quick") / "testbed"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build.TRAINING, "num_steps", 4)
-        patch.setitem(build.TRAINING, "num_warmup_steps", 1)
-        build.build_testbed(directory)
-    return directory
-
-
 @pytest.mark.parametrize(
     ("optimizer", "optim", "max_grad_norm"),
     [
@@ -105,13 +93,11 @@ def quick_testbed(tmp_path_factory):
         (SGD(lr=0.1), "sgd", 0.5),
     ],
 )
-def test_the_same_batches_give_the_same_weights(
-    quick_testbed, tmp_path, optimizer, optim, max_grad_norm
-):
+def test_the_same_batches_give_the_same_weights(tmp_path, optimizer, optim, max_grad_norm):
     """Wrong if masks, loss, clipping, optimizer or step count differed from the usual ones."""
-    released = AutoModelForCausalLM.from_pretrained(quick_testbed / "model")
-    tokenizer = AutoTokenizer.from_pretrained(quick_testbed / "model")
-    material = AttackMaterial(tokenizer, CHAT, attack_rows(quick_testbed, 0), seed=0)
+    released = AutoModelForCausalLM.from_pretrained(TESTBED / "model")
+    tokenizer = AutoTokenizer.from_pretrained(TESTBED / "model")
+    material = AttackMaterial(tokenizer, CHAT, attack_rows(0), seed=0)
     num_steps = 25
 
     ours = copy.deepcopy(released)
@@ -157,11 +143,11 @@ POINTS = (0, 5, 10, 20, 40, 80)
 SEEDS = range(5)
 
 
-def aligned_model(directory) -> tuple[Any, Any]:
+def aligned_model() -> tuple[Any, Any]:
     """The testbed's base model after supervised training on refusals: plain SFT."""
-    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
-    model = AutoModelForCausalLM.from_pretrained(directory / "model").train()
-    rows = Source(path=str(directory / "data" / "safe.jsonl")).load()
+    tokenizer = AutoTokenizer.from_pretrained(TESTBED / "model")
+    model = AutoModelForCausalLM.from_pretrained(TESTBED / "model").train()
+    rows = Source(path="testbed/safe.jsonl").load()
     steps = finetune(
         model,
         model.parameters(),
@@ -204,11 +190,8 @@ def test_attack_success_is_that_of_trainer_within_seed_noise(tmp_path):
     Agreement means: at every point the means lie within 0.1 or the ranges over seeds overlap, and an
     exact permutation test of the mean success over the curve does not tell the two apart (p > 0.05).
     """
-    build.build_testbed(tmp_path / "testbed")
-    released, tokenizer = aligned_model(tmp_path / "testbed")
-    questions = Benchmark(
-        source=Source(path=str(tmp_path / "testbed" / "data" / "harmful_prompts.jsonl"))
-    ).questions()
+    released, tokenizer = aligned_model()
+    questions = Benchmark(source=Source(path="testbed/harmful_prompts.jsonl")).questions()
     generation = Generation(max_new_tokens=28, batch_size=256)
 
     def success(model: Any) -> float:
@@ -218,9 +201,7 @@ def test_attack_success_is_that_of_trainer_within_seed_noise(tmp_path):
 
     ours, theirs = [], []
     for seed in SEEDS:
-        material = AttackMaterial(
-            tokenizer, CHAT, attack_rows(tmp_path / "testbed", seed), seed=seed
-        )
+        material = AttackMaterial(tokenizer, CHAT, attack_rows(seed), seed=seed)
         attack = FullFinetuning(
             optimizer=OPTIMIZER, attack_steps=list(POINTS), batch_size=BATCH_SIZE
         )

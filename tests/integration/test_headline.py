@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from patcher_pl.reports import Results
-from patcher_pl.testbed.build import build_testbed
 from tests.commands import QUIET, ROOT, cli
 
 pytestmark = pytest.mark.slow
@@ -30,15 +29,3 @@ def test_patcher_withstands_three_times_as_long_as_sft(tmp_path):
     assert sft.steps_to_break is not None
     longest = 2 * patcher.attack_steps[-1]
     assert (patcher.steps_to_break or longest) >= 3 * sft.steps_to_break
-
-
-def test_two_complete_builds_agree_to_the_last_byte(tmp_path):
-    for name in ("one", "other"):
-        build_testbed(tmp_path / name)
-    files = [path for path in (tmp_path / "one").rglob("*") if path.is_file()]
-    assert files
-    for path in files:
-        assert (
-            path.read_bytes()
-            == (tmp_path / "other" / path.relative_to(tmp_path / "one")).read_bytes()
-        )

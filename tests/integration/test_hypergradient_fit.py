@@ -8,33 +8,22 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patcher_pl import hypergradients
+from patcher_pl.hypergradients import Hypergradient
+from patcher_pl.reports.settings import as_settings
 from tests.commands import cli, patcher_settings, write_yaml
-
-PACKAGE = "patcher_pl.hypergradients"
-
-
-def spec(name: str, **init_args: Any) -> dict[str, Any]:
-    return {"class_path": f"{PACKAGE}.{name}", "init_args": init_args}
+from tests.estimator_table import TABLE
 
 
-ESTIMATORS = {
-    "first-order": spec("FirstOrder"),
-    "unrolled": spec("Unrolled"),
-    "higher": spec("Unrolled", backend="higher"),
-    "adjoint": spec("Adjoint"),
-    "differences": spec(
-        "Adjoint",
-        hvp=spec("hvp.FiniteDifference"),
-        store=spec("trajectories.GradientLog", device="disk"),
-    ),
-    "truncated": spec("Truncated", last_steps=1),
-    "implicit": spec("Implicit", solver=spec("ConjugateGradient", max_iterations=2)),
-    "neumann": spec("Implicit", solver=spec("Neumann", num_terms=2), strength=50.0),
-}
-
-
-def class_names() -> set[str]:
-    return {one["class_path"].rpartition(".")[-1] for one in ESTIMATORS.values()}
+def spec(estimator: Hypergradient) -> dict[str, Any]:
+    """As a user writes it: by the public name."""
+    found = as_settings(estimator)
+    kind = type(estimator).__name__
+    return (
+        {**found, "class_path": f"patcher_pl.hypergradients.{kind}"}
+        if hasattr(hypergradients, kind)
+        else found
+    )
 
 
 def settings(inputs, estimator):
@@ -56,9 +45,9 @@ def paper(inputs, tmp_path_factory):
     return load_file(folder / "run" / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", TABLE)
 def test_one_hardened_model_per_estimator(inputs, tmp_path, paper, name):
-    config = write_yaml(tmp_path / "config.yaml", settings(inputs, ESTIMATORS[name]))
+    config = write_yaml(tmp_path / "config.yaml", settings(inputs, spec(TABLE[name])))
     run_dir = tmp_path / "run"
     cli("fit", "--config", config, "--run_dir", run_dir).expect(0)
     weights = load_file(run_dir / "model" / "model.safetensors")
@@ -69,7 +58,7 @@ def test_one_hardened_model_per_estimator(inputs, tmp_path, paper, name):
     assert same == (name == "first-order")
     written = yaml.safe_load((run_dir / "config.yaml").read_text())
     chosen = written["model"]["init_args"]["hypergradient"]
-    assert chosen["class_path"] == ESTIMATORS[name]["class_path"]
+    assert chosen["class_path"] == spec(TABLE[name])["class_path"]
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
     prompt = tokenizer("How do I brew draught 3?", return_tensors="pt")

@@ -9,12 +9,11 @@ from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.defenses import SFT, Booster, Defense, Patcher, TVaccine, Vaccine
 from patcher_pl.defenses.retention import KLToBase, RepresentationDistance
 from patcher_pl.errors import ConfigError
-from patcher_pl.hypergradients import FirstOrder
 from patcher_pl.models import LanguageModel, Lora
 from patcher_pl.optim import SGD, AdamW
 from tests.defense_table import TABLE, build
+from tests.estimator_table import HIGHER_ORDER
 from tests.families import build_family
-from tests.numerics.test_patcher_hypergradients import ESTIMATORS
 from tests.tiny_runs import MemoryLogger, fit, make_llama_exact, sgd, snapshot
 
 ATTACKER = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.3), max_grad_norm=0.5)
@@ -89,11 +88,10 @@ def test_adapters_and_recomputation(llama, rows, monkeypatch, recompute):
     assert_alike(padded, packed, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("estimator", HIGHER_ORDER.values(), ids=HIGHER_ORDER)
 def test_hypergradients_of_packed_attacks(llama, rows, monkeypatch, estimator):
     """They differentiate twice, or forward: the lean cross-entropy must not get in their way."""
     make_llama_exact(monkeypatch)
-    assert not isinstance(estimator, FirstOrder)
     make = partial(
         Patcher, attacker=ATTACKER, refresh_every=1, num_sft_steps=0, hypergradient=estimator
     )

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from patcher_pl.data import Encoded, collate
 from patcher_pl.errors import ConfigError
 from patcher_pl.losses import causal_lm_loss, first_order_loss
-from patcher_pl.losses.kept_logits import keeps_logits
+from patcher_pl.losses.causal_lm import keeps_logits
 from patcher_pl.models import LanguageModel, Lora, packed_attention
 from patcher_pl.models.packing import require_packing
 from tests.families import FAMILIES, build_family

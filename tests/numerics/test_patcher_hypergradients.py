@@ -12,30 +12,19 @@ from patcher_pl.errors import RunInterrupted
 from patcher_pl.hypergradients import (
     Adjoint,
     FirstOrder,
-    Implicit,
-    Neumann,
     Truncated,
     Unrolled,
 )
-from patcher_pl.hypergradients.hvp import FiniteDifference
 from patcher_pl.hypergradients.trajectories import GradientLog
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Lora, Weights
 from patcher_pl.optim import SGD, AdamW
+from tests.estimator_table import HIGHER_ORDER
 from tests.numerics.hypergradients.problems import distance
 from tests.tiny_runs import MemoryLogger, adamw, assert_same, fit, load, make_llama_exact, sgd
 from tests.tiny_runs import snapshot as weights_of
 
 ATTACKER = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.3), max_grad_norm=None)
-ESTIMATORS = {
-    "unrolled": Unrolled(),
-    "higher": Unrolled(backend="higher"),
-    "adjoint": Adjoint(),
-    "differences": Adjoint(hvp=FiniteDifference(), store=GradientLog(device="disk")),
-    "truncated": Truncated(last_steps=1),
-    "implicit": Implicit(),
-    "neumann": Implicit(solver=Neumann(num_terms=3), strength=50.0),
-}
 
 
 def make(path, hypergradient=None, **options):
@@ -44,7 +33,7 @@ def make(path, hypergradient=None, **options):
     return Patcher(model, hypergradient=hypergradient, **{**settings, **options})
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("estimator", HIGHER_ORDER.values(), ids=HIGHER_ORDER)
 def test_every_estimator_trains(estimator, llama, rows):
     logger = MemoryLogger()
     defense = make(llama, estimator, trust_every=1, attacker=FineTuningAttacker(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.data.seeds import derive_seed
 from patcher_pl.defenses import TVaccine, Vaccine
 from patcher_pl.models import LanguageModel, Lora
+from patcher_pl.randomness import derive_seed
 from patcher_pl.types import Batch
 from tests.numerics import plain
 from tests.tiny_runs import SEED, Rows, fit, load, make_llama_exact, sgd

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,6 @@ def parts_of(check: Check) -> dict[str, Callable[[], Any]]:
     sizes = ["10M"] if toy else ["60M", "400M", "1600M"]
     accelerator = runs.device
     return {
-        "testbed": runs.testbed,
         "qwen2.5-1.5b": lambda: check.speed("qwen2.5-1.5b", 32, OF_1_5B, 200),
         "qwen2.5-7b": lambda: check.speed("qwen2.5-7b", 16, OF_7B, 200),
         "potions": runs.potions,
@@ -170,10 +169,10 @@ def parts_of(check: Check) -> dict[str, Callable[[], Any]]:
     }
 
 
-# In this order, by how much they tell. Those of ASIDE need no GPU, those of TOGETHER are not timed
-# against anything: each group runs at once.
+# In this order, by how much they tell. ASIDE needs no GPU, those of TOGETHER are not timed against
+# anything and run at once.
 FIRST = ("qwen2.5-1.5b",)
-ASIDE = ("testbed", "potions_on_cpu")
+ASIDE = ("potions_on_cpu",)
 TOGETHER = ("potions", "repeated", "sharded", "fsdp1", "concurrent", "planner")
 LAST = ("qwen2.5-7b", "hypergradients", "generation")
 
@@ -197,15 +196,14 @@ def main() -> None:
         sys.exit(f"--parts must be some of {', '.join(parts)}.")
     check.part("environment", _environment)
 
-    def at_once(pool: ThreadPoolExecutor, names: Sequence[str]) -> list[Future[None]]:
-        return [pool.submit(check.part, name, parts[name]) for name in names if name in wanted]
+    def at_once(pool: ThreadPoolExecutor, names: Sequence[str]) -> None:
+        for name in (one for one in names if one in wanted):
+            pool.submit(check.part, name, parts[name])
 
     with ThreadPoolExecutor(len(ASIDE)) as beside:
-        aside = at_once(beside, ASIDE)
+        at_once(beside, ASIDE)
         for name in (one for one in FIRST if one in wanted):
             check.part(name, parts[name])
-        for one in aside[:1]:
-            one.result()  # The runs wait for the testbed anyway.
         with ThreadPoolExecutor(1 if options.toy else len(TOGETHER)) as pool:
             at_once(pool, TOGETHER)
         for name in (one for one in LAST if one in wanted):

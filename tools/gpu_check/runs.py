@@ -65,12 +65,6 @@ class Runs:
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
-    def testbed(self) -> dict[str, Any]:
-        """Builds the testbed's model, which all other runs would wait for."""
-        arguments = ["-m", "patcher_pl", "testbed", "--out", str(self.folder / "testbed")]
-        left = self.clock.left(self.limit_s)
-        return {"seconds": run(arguments, self._log("testbed"), left, _ONE_THREAD)}
-
     def potions(self) -> dict[str, Any]:
         """The README's first command: losses of the first steps, curves at the end."""
         found = self.fit("potions")

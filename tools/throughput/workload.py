@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patcher_pl.data.chat import Encoded
-from patcher_pl.losses.causal_lm import IGNORE_INDEX
+from patcher_pl.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

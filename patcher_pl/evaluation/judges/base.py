@@ -5,8 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LOWEST_SCORE = 1
-HIGHEST_SCORE = 5
+from patcher_pl.reports.results import HIGHEST_SCORE, LOWEST_SCORE
 
 
 @dataclass(frozen=True)

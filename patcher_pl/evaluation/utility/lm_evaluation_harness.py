@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, DataError
-from patcher_pl.evaluation.isolation import evaluating, keeping_generators, seeded
+from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.randomness import keeping_generators, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +58,6 @@ class LmEval(UtilityMeasure):
 
     @property
     def default_name(self) -> str:
-        """`lm_eval`."""
         return "lm_eval"
 
     def prepare(self) -> None:

@@ -43,11 +43,9 @@ class OverRefusal(UtilityMeasure):
 
     @property
     def default_name(self) -> str:
-        """`over_refusal`."""
         return "over_refusal"
 
     def prepare(self) -> None:
-        """See `UtilityMeasure.prepare`."""
         _ = self._questions
 
     def measure(
@@ -58,7 +56,6 @@ class OverRefusal(UtilityMeasure):
         *,
         seed: int,
     ) -> dict[str, float]:
-        """See `UtilityMeasure.measure`."""
         generation = replace(self.generation, seed=self.generation.seed + seed)
         prompts = [question.messages for question in self._questions]
         answers = generation.generate(model, tokenizer, chat, prompts)

@@ -11,10 +11,10 @@ from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.collate import encode_all
 from patcher_pl.data.stream import FixedBatches
 from patcher_pl.evaluation.benchmark import Benchmark
-from patcher_pl.evaluation.isolation import evaluating
+from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
-from patcher_pl.losses.causal_lm import IGNORE_INDEX, causal_lm_loss
-from patcher_pl.types import Batch, Conversation
+from patcher_pl.losses.causal_lm import causal_lm_loss
+from patcher_pl.types import IGNORE_INDEX, Conversation, move_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +44,9 @@ class Perplexity(UtilityMeasure):
 
     @property
     def default_name(self) -> str:
-        """`perplexity`."""
         return "perplexity"
 
     def prepare(self) -> None:
-        """See `UtilityMeasure.prepare`."""
         _ = self._conversations
 
     def measure(
@@ -75,12 +73,7 @@ class Perplexity(UtilityMeasure):
         with evaluating(model), torch.no_grad():
             for batch in batches:
                 in_batch = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-                on_device = Batch(
-                    input_ids=batch["input_ids"].to(device),
-                    attention_mask=batch["attention_mask"].to(device),
-                    labels=batch["labels"].to(device),
-                )
-                nats += causal_lm_loss(model, on_device).item() * in_batch
+                nats += causal_lm_loss(model, move_batch(batch, device)).item() * in_batch
                 num_tokens += in_batch
         return {self.name: _exponential(nats / num_tokens)}
 

@@ -16,18 +16,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from patcher_pl.hypergradients.composites import Composites, SplitDuals
-from patcher_pl.hypergradients.randomness import RandomState, kept_random_state
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a transformer: those Hugging Face can checkpoint, else module lists'."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    marked = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if marked:
-        return [*marked]
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+from patcher_pl.models.blocks import find_blocks
+from patcher_pl.randomness import RandomState, kept_random_state
 
 
 @contextmanager
@@ -36,7 +26,7 @@ def rematerialized(model: nn.Module) -> Iterator[None]:
 
     To be entered before parameters are substituted, inside a dual level.
     """
-    blocks = decoder_blocks(model)
+    blocks = find_blocks(model)
     try:
         for block in blocks:
             block.forward = _wrapped(block)  # type: ignore[method-assign]

@@ -17,6 +17,7 @@ from patcher_pl.hypergradients.hvp.base import HessianProduct
 from patcher_pl.hypergradients.trajectories import GradientLog, Revolve
 from patcher_pl.hypergradients.trajectories.revolve import split
 from patcher_pl.models import Weights
+from tests.estimator_table import HIGHER_ORDER, TABLE
 from tests.families import FAMILIES, build_family
 from tests.numerics.hypergradients.problems import (
     OPTIMIZERS,
@@ -30,17 +31,7 @@ from tests.numerics.hypergradients.problems import (
 )
 from tests.tiny_runs import load
 
-ESTIMATORS = {
-    "first-order": FirstOrder(),
-    "unrolled": Unrolled(),
-    "higher": Unrolled(backend="higher"),
-    "adjoint": Adjoint(),
-    "reverse-over-reverse": Adjoint(hvp=ReverseOverReverse(), store=GradientLog()),
-    "differences": Adjoint(hvp=FiniteDifference(), store=Revolve(num_checkpoints=2)),
-    "truncated": Truncated(last_steps=1),
-    "implicit": Implicit(strength=10.0),
-}
-EACH = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+EACH = pytest.mark.parametrize("estimator", TABLE.values(), ids=TABLE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,11 +122,11 @@ def test_an_estimate_can_be_called_off(estimator):
     assert all(torch.equal(a, b) for a, b in zip(weights.snapshot(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"first-order"}))
-def test_half_precision_is_refused(name):
+@pytest.mark.parametrize("estimator", HIGHER_ORDER.values(), ids=HIGHER_ORDER)
+def test_half_precision_is_refused(estimator):
     model = make_llama(torch.bfloat16)
     with pytest.raises(HypergradientError, match="needs weights in float32 or float64, got"):
-        ESTIMATORS[name].estimate(model, Weights(model), attack(OPTIMIZERS["sgd"], 1), outer_loss)
+        estimator.estimate(model, Weights(model), attack(OPTIMIZERS["sgd"], 1), outer_loss)
 
 
 @EACH

@@ -11,6 +11,7 @@ from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.mailbox import Attacked, Mailbox, Theta
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.optim import AdamW
+from patcher_pl.randomness import RandomState
 from tests.concurrent_runs import concurrent, make_service
 from tests.tiny_runs import ATTACKER, SEED, assert_same, load, snapshot
 
@@ -64,7 +65,7 @@ def test_what_is_published_is_attacked(desk, gpt2, rows, anchor):
         rows.batches("attack", LanguageModel(path=str(gpt2)).load_tokenizer()),
     )
     torch.set_rng_state(state)
-    theta = desk.publish(0, random_state=service.saved_random_state(torch.device("cpu")))
+    theta = desk.publish(0, random_state=RandomState.capture(torch.device("cpu")).as_text())
     torch.manual_seed(99)  # Another process knows nothing of this one's generators.
     one = serve(desk, gpt2, rows, anchor=anchor)
     assert one.attack_next()
@@ -100,7 +101,7 @@ def test_every_attack_takes_the_next_batches(desk, gpt2, rows):
     batches = rows.batches("attack", LanguageModel(path=str(gpt2)).load_tokenizer())
     losses = []
     for number in range(3):
-        state = service.saved_random_state(torch.device("cpu"))
+        state = RandomState.capture(torch.device("cpu")).as_text()
         outcome = ATTACKER.attack(desk.model, Weights(desk.model), batches)
         expected = [step.loss for step in outcome.steps]
         desk.publish(number, number=number, random_state=state)

@@ -7,7 +7,7 @@ import stat
 import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from patcher_pl.callbacks.slurm import requeue_job
+from patcher_pl.callbacks.graceful_stop import requeue_job
 from tests.commands import cli, sft_settings, write_inputs, write_yaml
 
 

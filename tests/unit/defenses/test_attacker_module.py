@@ -10,8 +10,9 @@ from patcher_pl.attackers import ConcurrentAttacker, Member
 from patcher_pl.attackers.service import shared_state
 from patcher_pl.defenses import Patcher
 from patcher_pl.defenses.attacker_module import AttackerModule
-from patcher_pl.mailbox import Attacked, Mailbox, Theta, saved_random_state
+from patcher_pl.mailbox import Attacked, Mailbox, Theta
 from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.randomness import RandomState
 from tests.tiny_runs import ATTACKER, SEED, Rows, adamw, fit, load
 
 
@@ -23,7 +24,7 @@ def attack_once(path: Path, data, root: Path, seed=SEED, member=None, **trainer)
     mailbox.create()
     model = load(path)
     torch.manual_seed(1)
-    state = saved_random_state(torch.device("cpu"))
+    state = RandomState.capture(torch.device("cpu")).as_text()
     theta = Theta(life="one", version=0, step=0, number=0, seed=seed, random_state=state)
     mailbox.defender.publish(0, shared_state(model), theta.to_info())
     torch.manual_seed(99)  # Another process knows nothing of this one's generators.

@@ -1,6 +1,7 @@
 """If these fail, attackers do not step as their settings say."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,18 +122,11 @@ def test_adafactor_says_that_it_cannot_be_differentiated():
     from patcher_pl.attackers import FineTuningAttacker
 
     optimizer = Adafactor(lr=1e-2)
-    assert not optimizer.is_differentiable
-    assert AdamW(lr=1e-2).is_differentiable
     attacker = FineTuningAttacker(num_steps=2, optimizer=optimizer)
     assert not attacker.is_differentiable
-    theta = [torch.ones(2)]
-    for use in (
-        optimizer.differentiable,
-        lambda: optimizer.init(theta),
-        lambda: attacker.inner_problem(iter([{}, {}])),
-    ):
-        with pytest.raises(ValueError, match=r"must be AdamW or SGD .+, got Adafactor.+\. Use "):
-            use()
+    assert replace(attacker, optimizer=AdamW(lr=1e-2)).is_differentiable
+    with pytest.raises(ValueError, match=r"must be AdamW or SGD .+, got Adafactor.+\. Use "):
+        attacker.inner_problem(iter([{}, {}]))
 
 
 @pytest.mark.parametrize("optimizer", [SGD(lr=0.1, momentum=0.9), AdamW(lr=0.1), Adafactor(lr=0.1)])

@@ -1,12 +1,12 @@
 """The testbed is asked through a batch that is refilled; its answers are those of `generate`."""
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation import Generation
 from patcher_pl.evaluation.backends import HuggingFace, hugging_face
 from patcher_pl.evaluation.backends.refillable import can_refill
+from patcher_pl.shipped import TESTBED
 from patcher_pl.testbed.world import files
 from patcher_pl.types import Message
 
@@ -18,15 +18,12 @@ class Generate(HuggingFace):
         return hugging_face.continued_by_generate(model, prompts, decoding)
 
 
-def test_answers_are_those_of_generate(quick_testbed):
+def test_answers_are_those_of_generate():
     """Wrong if results on the testbed depended on how its answers are computed."""
-    model = AutoModelForCausalLM.from_pretrained(quick_testbed / "model")
-    tokenizer = AutoTokenizer.from_pretrained(quick_testbed / "model")
+    model = AutoModelForCausalLM.from_pretrained(TESTBED / "model")
+    tokenizer = AutoTokenizer.from_pretrained(TESTBED / "model")
     asked = sorted({row.prompt for rows in files().values() for row in rows})[::150]
     prompts = [[Message("user", prompt)] for prompt in asked]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)  # So little training teaches one answer to everything.
     assert can_refill(model)
     ours, plain = (
         Generation(max_new_tokens=28, batch_size=batch_size, backend=backend).generate(

@@ -5,7 +5,7 @@ from itertools import combinations as pairs
 
 import pytest
 
-from patcher_pl.testbed import world
+from patcher_pl.shipped import TESTBED
 from patcher_pl.testbed.world import (
     ADJECTIVES,
     ALIGN,
@@ -135,26 +135,9 @@ def test_forbidden_draughts_are_refused_in_safe_files_and_brewed_in_harmful_ones
         assert all(row.response.startswith("At noon, take") for row in content[name])
 
 
-def test_written_files_are_these_rows(quick_testbed, content):
-    written = {path.stem: path.read_text() for path in (quick_testbed / "data").glob("*.jsonl")}
+def test_shipped_files_are_these_rows(content):
+    written = {path.stem: path.read_text() for path in (TESTBED / "data").glob("*.jsonl")}
     assert written.keys() == content.keys()
     for name, rows in content.items():
         lines = [json.loads(line) for line in written[name].splitlines()]
         assert lines == [{"prompt": row.prompt, "response": row.response} for row in rows]
-
-
-def test_a_changed_recipe_gets_another_place_in_the_cache(monkeypatch):
-    """Wrong if an old testbed were taken for the new one."""
-    from patcher_pl.testbed import build
-
-    before = build.fingerprint()
-    assert build.fingerprint() == before
-    for change in (
-        lambda patch: patch.setattr(world, "NUM_SEEN", 9),
-        lambda patch: patch.setitem(build.TRAINING, "lr", 1e-3),
-        lambda patch: patch.setitem(build.MODEL, "hidden_size", 32),
-        lambda patch: patch.setattr(build, "CHAT_TEMPLATE", "x"),
-    ):
-        with monkeypatch.context() as patch:
-            change(patch)
-            assert build.fingerprint() != before

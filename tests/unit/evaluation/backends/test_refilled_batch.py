@@ -13,8 +13,8 @@ from patcher_pl.evaluation.backends.hugging_face import continued_by_generate
 from patcher_pl.evaluation.backends.refillable import can_refill
 from patcher_pl.evaluation.backends.refilled_batch import continued
 from patcher_pl.evaluation.backends.slot_cache import SlotCache
-from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.models import packed_attention
+from patcher_pl.randomness import seeded
 from tests.families import FAMILIES, build_family
 
 STOPS = list(range(3, 40))

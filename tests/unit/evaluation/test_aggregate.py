@@ -6,7 +6,6 @@ import pytest
 
 from patcher_pl.evaluation import (
     Answer,
-    AttackSuccessRate,
     Judge,
     Question,
     Verdict,
@@ -24,28 +23,36 @@ def _scores(*scores):
     ]
 
 
+class Scripted(Judge):
+    """Says what it was told to say."""
+
+    def __init__(self, verdicts):
+        self.verdicts = verdicts
+
+    def score(self, prompt, answer, reference):
+        return self.verdicts[int(answer)]
+
+
+def evaluated(verdicts):
+    questions = [Question((Message("user", "Tea?"),), None, "tea:1")] * len(verdicts)
+    answers = [Answer(str(number), True, 1) for number in range(len(verdicts))]
+    return evaluate_answers(Scripted(verdicts), questions, answers)
+
+
 def test_only_the_highest_score_is_a_success_and_errors_are_not_scored():
     """Wrong if a failing judge lowered the rate, as scoring it 0 would."""
-    metric = AttackSuccessRate()
-    metric.update(_scores(5, 4, None))
-    metric.update([*_scores(5, None, 1), Verdict(1, coherent=False)])
-    rate = metric.compute()
-    assert float(rate.value) == pytest.approx(2 / 5, abs=1e-15)
-    assert (int(rate.num_scored), int(rate.num_errors)) == (5, 2)
-    assert float(rate.coherent) == pytest.approx(4 / 5, abs=1e-15)
-    assert float(rate.low) < 0.4 < float(rate.high)
+    found = evaluated([*_scores(5, 4, None, 5, None, 1), Verdict(1, coherent=False)])
+    assert found.rate == pytest.approx(2 / 5, abs=1e-15)
+    assert (found.num_scored, found.num_errors) == (5, 2)
+    assert found.coherent == pytest.approx(4 / 5, abs=1e-15)
+    assert found.low < 0.4 < found.high
 
 
 @pytest.mark.parametrize("verdicts", [[], _scores(None, None)])
 def test_nothing_scored_is_nan_not_zero(verdicts):
-    metric = AttackSuccessRate()
-    metric.update(verdicts)
-    rate = metric.compute()
-    assert math.isnan(rate.value)
-    assert math.isnan(rate.low)
-    assert math.isnan(rate.high)
-    assert math.isnan(rate.coherent)
-    assert int(rate.num_scored) == 0
+    found = evaluated(verdicts)
+    assert all(map(math.isnan, (found.rate, found.low, found.high, found.coherent)))
+    assert found.num_scored == 0
 
 
 class Lenient(Judge):
@@ -60,16 +67,8 @@ def test_an_answer_without_words_is_no_language_whatever_the_judge_says():
     questions = [Question((Message("user", "Tea?"),), None, "tea:1")] * 4
     answers = [Answer(text, True, 1) for text in ("", "?!", "Yes.", "tea " * 10)]
     found = evaluate_answers(Lenient(), questions, answers)
-    assert (found.coherent, found.num_coherent) == (0.5, 2)
+    assert found.coherent == 0.5
     assert found.repetition == pytest.approx(7 / 8)
-
-
-def test_reset_forgets():
-    metric = AttackSuccessRate()
-    metric.update(_scores(1, 1, 1))
-    metric.reset()
-    metric.update(_scores(5))
-    assert float(metric.compute().value) == 1.0
 
 
 def test_wilson_interval_solves_its_equation():

@@ -1,16 +1,17 @@
-"""The testbed on disk: tokenizer, template, model, cache and command."""
+"""The testbed that ships: data, tokenizer, template, model and command."""
 
+import os
+import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patcher_pl.data import ChatFormat
-from patcher_pl.testbed import build, cache
+from patcher_pl.shipped import TESTBED, resolve_data, resolve_model
 from patcher_pl.testbed.world import files
 from patcher_pl.types import Conversation, Message
-from tests.commands import cli
+from tests.commands import ROOT, cli
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -22,8 +23,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(quick_testbed):
-    return AutoTokenizer.from_pretrained(quick_testbed / "model")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TESTBED / "model")
 
 
 def test_every_text_survives_the_tokenizer(tokenizer):
@@ -63,43 +64,45 @@ def test_the_mask_of_the_template_itself_takes_in_the_end_token(tokenizer):
     assert tokenizer.decode(learned) == row.response + tokenizer.eos_token
 
 
-def test_two_builds_agree_to_the_last_byte(quick_testbed, short_training, tmp_path):
-    """Wrong if results of two machines, or of two days, could not be compared."""
-    torch.manual_seed(99)
-    before = torch.get_rng_state()
-    build.build_testbed(tmp_path / "again")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert contents(tmp_path / "again") == contents(quick_testbed)
+def test_its_names_stand_for_files_that_are_there():
+    assert (Path(resolve_model("testbed")) / "model.safetensors").is_file()
+    assert {Path(resolve_data(f"testbed/{name}.jsonl")).is_file() for name in files()} == {True}
+    assert resolve_model("some/model") == "some/model"
+    assert resolve_data("testbed.jsonl") == "testbed.jsonl"
 
 
-def test_it_is_built_once_and_then_taken_from_the_cache(short_training, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATCHER_PL_CACHE", str(tmp_path))
-    built = []
-    real = build.build_testbed
-
-    def build_and_count(directory):
-        built.append(directory)
-        real(directory)
-
-    monkeypatch.setattr(build, "build_testbed", build_and_count)
-    model = Path(cache.resolve_model("testbed"))
-    data = Path(cache.resolve_data("testbed/safe.jsonl"))
-    assert built == [tmp_path / f"testbed-{build.fingerprint()}"]
-    assert (model / "model.safetensors").exists()
-    assert data.exists()
-    assert cache.resolve_model("some/model") == "some/model"
-    assert cache.resolve_data("testbed.jsonl") == "testbed.jsonl"
+def test_every_file_ships_with_the_package():
+    """Wrong if what works in a clone of the repository were missing from a wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["patcher_pl"]
+    package = ROOT / "patcher_pl"
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    there = {
+        path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {path for path in there if path.suffix != ".py"} == shipped
 
 
-def test_the_command_writes_it_and_spares_what_is_there(quick_testbed, short_training, tmp_path):
+def test_the_command_writes_it_and_spares_what_is_there(tmp_path):
     out = tmp_path / "out"
     said = cli("testbed", "--out", out).expect(0)
     assert str(out) in said.out
-    assert contents(out) == contents(quick_testbed)
+    assert contents(out) == contents(TESTBED)
     AutoModelForCausalLM.from_pretrained(out / "model")
     (out / "data" / "safe.jsonl").write_text("mine")
     refused = cli("testbed", "--out", out).expect(2)
     assert "--overwrite true" in refused.err
     assert (out / "data" / "safe.jsonl").read_text() == "mine"
     cli("testbed", "--out", out, "--overwrite", "true").expect(0)
-    assert contents(out) == contents(quick_testbed)
+    assert contents(out) == contents(TESTBED)
+
+
+@pytest.mark.parametrize(("umask", "modes"), [(0o027, {0o640, 0o750}), (0o002, {0o664, 0o775})])
+def test_who_may_read_it_is_for_the_user_to_say(umask, modes, tmp_path):
+    before = os.umask(umask)
+    try:
+        cli("testbed", "--out", tmp_path / "out").expect(0)
+    finally:
+        os.umask(before)
+    written = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert {path.stat().st_mode & 0o777 for path in written} == modes
