@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.defenses import Patcher
+from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.mailbox import Mailbox, Side
 from patcher_pl.private_directory import private_directory
 from patcher_pl.reports.environment import usable_cpus

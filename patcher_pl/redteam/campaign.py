@@ -38,9 +38,14 @@ class Subject:
     k1: int | None = None
     train_seed: int | None = None
 
+    @property
+    def model_key(self) -> tuple[str, int | None, int | None]:
+        """What tells its curves from those of other models."""
+        return (self.defense, self.k1, self.train_seed)
+
     def key(self, cell: Cell) -> CurveKey:
         """What tells the curve of a cell from all others."""
-        return (self.defense, self.k1, self.train_seed, cell.name, cell.seed)
+        return (*self.model_key, cell.name, cell.seed)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The settings of a red team: which attacks, with which data, and how their outcome is judged."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.mixing import Mixture
@@ -15,12 +15,11 @@ from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.campaign import Campaign, Subject
 from patcher_pl.redteam.examiner import Examiner
 from patcher_pl.redteam.grid import Cell, Grid, varied_cells
+from patcher_pl.redteam.variation import require_settings
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-OnCell = Callable[[Curve], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class RedTeam:
         benign_prompts: Prompts that a usable model answers; None skips benign accuracy.
         generation: How answers are drawn.
         seeds: One run per seed; a seed sets data subset, order, initialization and sampling.
-        grid: Settings that are varied for every attack that has them.
+        grid: Settings that are varied for every attack that has them, see `Grid`.
         threshold: Attack success rate from which on the defense counts as broken (in (0, 1]).
         num_samples: Answers to harmful prompts kept per measurement (count, >= 0).
         utility: Further measures of a usable model, taken before and after every attack.
@@ -60,7 +59,7 @@ class RedTeam:
     benign_prompts: Benchmark | None = None
     generation: Generation = field(default_factory=Generation)
     seeds: list[int] = field(default_factory=lambda: [0])
-    grid: Grid = field(default_factory=Grid)
+    grid: Mapping[str, list[Any]] = field(default_factory=Grid)
     threshold: float = DEFAULT_THRESHOLD
     num_samples: int = 3
     utility: list[UtilityMeasure] = field(default_factory=list)
@@ -86,6 +85,7 @@ class RedTeam:
             "measures of different names (`label`)",
             measures,
         )
+        require_settings("RedTeam.grid", Grid(**self.grid), self.attacks)
         for name in ("min_coherence", "max_judge_error_rate"):
             value = getattr(self, name)
             _require(0 <= value <= 1, name, "in [0, 1]", value)
@@ -96,10 +96,11 @@ class RedTeam:
         Raises:
             ValueError: If a value of the grid is out of its range.
         """
+        grid = Grid(**self.grid)
         return [
             cell
             for attack in self.attacks
-            for settings in self.grid.combinations(attack)
+            for settings in grid.combinations(attack)
             for cell in varied_cells(attack, self.data, settings, self.seeds)
         ]
 
@@ -138,10 +139,8 @@ class RedTeam:
         defense: str,
         k1: int | None = None,
         train_seed: int | None = None,
-        on_cell: OnCell | None = None,
-        done: Iterable[Curve] = (),
     ) -> list[Curve]:
-        """Runs every cell on a copy of `model`; `model` itself does not change.
+        """Runs every cell on a copy of `model`, and keeps nothing; `model` itself does not change.
 
         A cell that fails is kept with what it had measured and its error; the others still run.
         The state of torch's random generators is put back.
@@ -153,8 +152,6 @@ class RedTeam:
             defense: Name of the defense in the results.
             k1: Its simulated attack steps, where it has them.
             train_seed: Seed that it was trained with, where it is known.
-            on_cell: Called with every curve as soon as it is there, not with those in `done`.
-            done: Curves of an earlier run; cells that finished without an error are not repeated.
 
         Returns:
             One curve per cell, in the order of `cells`.
@@ -163,20 +160,8 @@ class RedTeam:
             DataError: If a benchmark or the attack's data cannot be used.
         """
         subject = Subject(defense, k1, train_seed)
-        finished = {curve.key: curve for curve in done if curve.error is None}
-        cells = self.cells()
-        if all(subject.key(cell) in finished for cell in cells):
-            return [finished[subject.key(cell)] for cell in cells]
         campaign = self.campaign(tokenizer, chat)
-        curves = []
-        for cell in cells:
-            curve = finished.get(subject.key(cell))
-            if curve is None:
-                curve = campaign.run(model, cell, subject)
-                if on_cell is not None:
-                    on_cell(curve)
-            curves.append(curve)
-        return curves
+        return [campaign.run(model, cell, subject) for cell in self.cells()]
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -1,17 +1,12 @@
 """Which models are attacked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
+from patcher_pl.errors import ConfigError
+from patcher_pl.jobs import ConfigFile
 from patcher_pl.redteam.campaign import Subject
-
-if TYPE_CHECKING:
-    ConfigFile = Path
-else:
-    # Relative to the configuration file that names it, and checked to be readable.
-    from jsonargparse.typing import Path_fr as ConfigFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +51,15 @@ class Target:
         """How it is called in results."""
         return Subject(self.defense, self.k1, self.train_seed)
 
-    @property
-    def key(self) -> tuple[str, int | None, int | None]:
-        """What tells its curves from those of other models."""
-        return (self.defense, self.k1, self.train_seed)
+
+def require_distinct(targets: Sequence[Target]) -> None:
+    """Sees to it that results can tell models apart.
+
+    Raises:
+        ConfigError: If there is none, or two have the same names.
+    """
+    names = [target.subject.model_key for target in targets]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"models must differ in defense, k1 or train_seed, got {[name[0] for name in names]}."
+        )
