@@ -19,7 +19,7 @@ from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board
-from patcher_pl.redteam.campaign import Subject
+from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.reports.settings import as_settings
 
@@ -158,7 +158,7 @@ class _Examination:
         seed = self._cli.options.seed_everything
         model = trained.model.to(self.board.device)
         attacked = AttackedModel(
-            subject=Subject(
+            name=ModelName(
                 defense.name,
                 defense.num_attack_steps,
                 None if isinstance(seed, bool) else seed,

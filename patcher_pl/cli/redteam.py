@@ -10,11 +10,10 @@ from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import Engine, InProcess, RunDirectory
 from patcher_pl.models.language_model import DtypeName, LanguageModel
 from patcher_pl.redteam.board import Board
-from patcher_pl.redteam.hardened import harden
-from patcher_pl.redteam.job import AttackedModel
+from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
-from patcher_pl.redteam.target import Target, require_distinct
+from patcher_pl.redteam.target import Target, harden, require_distinct
 from patcher_pl.redteam.variation import require_settings
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import as_settings, weight_files
@@ -88,9 +87,10 @@ def run_redteam(
         require_settings("search", search.space if search else (), redteam.attacks)
     targets = models or [Target(defense=defense, path=model, k1=k1, train_seed=train_seed)]
     require_distinct(targets)
+    bench = Bench()
     attacked = [
         AttackedModel(
-            subject=target.subject,
+            name=target.name,
             language_model=LanguageModel(
                 path=path,
                 chat=target.chat or chat or ChatFormat(),
@@ -101,6 +101,7 @@ def run_redteam(
                 trust_remote_code=trust_remote_code,
             ),
             weights=weight_files(Path(resolve_model(path))),
+            bench=bench,
         )
         for target, path in zip(
             targets, harden(targets, run_dir, fit_options or {}, engine), strict=True

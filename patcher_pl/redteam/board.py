@@ -70,10 +70,10 @@ class Board:
         for model in models:
             known: dict[str, list[Curve]] = defaultdict(list)
             for curve in grid:
-                if curve.key[:3] == model.subject.model_key:
+                if curve.key[:3] == model.name.model_key:
                     known[curve.attack].append(curve)
             outcome = search.run(self.redteam, list(known.values()), partial(self._try, model))
-            name, best = model.subject.defense, outcome[0]
+            name, best = model.name.defense, outcome[0]
             tried[name] = [asdict(trial) for trial in outcome]
             print(
                 f"Strongest attack on {name}: {best.attack} (strength {best.strength:.3f}, found by "

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.redteam.base import Attack
@@ -14,6 +15,7 @@ from patcher_pl.redteam.variation import (
     varied_data,
     varied_name,
 )
+from patcher_pl.reports.results import CurveKey
 
 
 class Grid(dict[str, list[Setting]]):
@@ -30,7 +32,7 @@ class Grid(dict[str, list[Setting]]):
         ValueError: If a value is there twice, or is neither a number nor a word.
     """
 
-    def __init__(self, **values: list[Setting]) -> None:
+    def __init__(self, **values: list[Any]) -> None:
         super().__init__(values)
         for name, entries in values.items():
             if not all(isinstance(entry, float | int | str) for entry in entries):
@@ -84,6 +86,30 @@ class Cell:
     def name(self) -> str:
         """Name of the attack in results, varied settings included."""
         return varied_name(self.family, self.varied)
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """How the attacked model is called in results.
+
+    Args:
+        defense: Name of its defense.
+        k1: Its simulated attack steps, where it has them.
+        train_seed: Seed that it was trained with, where it is known.
+    """
+
+    defense: str
+    k1: int | None = None
+    train_seed: int | None = None
+
+    @property
+    def model_key(self) -> tuple[str, int | None, int | None]:
+        """What tells its curves from those of other models."""
+        return (self.defense, self.k1, self.train_seed)
+
+    def key(self, cell: Cell) -> CurveKey:
+        """What tells the curve of a cell from all others."""
+        return (*self.model_key, cell.name, cell.seed)
 
 
 def varied_cells(

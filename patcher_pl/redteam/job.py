@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from patcher_pl.devices import choose_device
 from patcher_pl.jobs.job import Job
 from patcher_pl.models.language_model import LanguageModel
-from patcher_pl.redteam.campaign import Campaign, Subject
-from patcher_pl.redteam.grid import Cell, Grid
-from patcher_pl.redteam.red_team import RedTeam
+from patcher_pl.redteam.grid import Cell, Grid, ModelName
+from patcher_pl.redteam.red_team import Campaign, RedTeam
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
 from patcher_pl.threads import cpu_threads
@@ -76,16 +75,17 @@ class AttackedModel:
     """A model that is there.
 
     Args:
-        subject: Its name in results.
+        name: What it is called in results.
         language_model: The model.
         weights: What tells its weights from others at the same place.
-        bench: Where it is attacked, in this process.
+        bench: Where it is attacked, in this process; one for all models, which may not fit beside
+            each other.
     """
 
-    subject: Subject
+    name: ModelName
     language_model: LanguageModel
     weights: Any
-    bench: Bench = field(default_factory=Bench, compare=False)
+    bench: Bench
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +122,16 @@ class AttackJob(Job[Curve]):
                 team, attacks=[cell.attack], data=cell.data, seeds=[cell.seed], grid=Grid()
             ),
             "varied": cell.varied,
-            "subject": target.subject,
+            "subject": target.name,
             "language_model": target.language_model,
             "weights": target.weights,
         }
         digest = fingerprint(as_settings(settings, for_outcome=True))
         # Templates make long names, and file systems take 255 bytes.
-        name = f"{_slug(cell.name)[:100]}-seed-{cell.seed}-{digest[:8]}.json"
-        subject = target.subject
+        file = f"{_slug(cell.name)[:100]}-seed-{cell.seed}-{digest[:8]}.json"
+        name = target.name
         return cls(
-            path=directory / _slug(f"{subject.defense} {subject.k1 or ''}") / name,
+            path=directory / _slug(f"{name.defense} {name.k1 or ''}") / file,
             digest=digest,
             team=team,
             cell=cell,
@@ -148,14 +148,14 @@ class AttackJob(Job[Curve]):
         """
         with cpu_threads(self.num_threads):
             model, campaign = self.target.bench.prepared(self, device)
-            self.write(asdict(campaign.run(model, self.cell, self.target.subject)))
+            self.write(asdict(campaign.run(model, self.cell, self.target.name)))
 
     def parse(self, content: Mapping[str, Any]) -> Curve:
         return Curve.from_json(content)
 
     def fail(self, reason: str) -> None:
         """Writes why there is no curve; what was measured before is lost with the process."""
-        defense, k1, train_seed, attack, seed = self.target.subject.key(self.cell)
+        defense, k1, train_seed, attack, seed = self.target.name.key(self.cell)
         curve = Curve(
             defense=defense,
             seed=seed,

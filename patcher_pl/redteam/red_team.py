@@ -1,25 +1,34 @@
-"""The settings of a red team: which attacks, with which data, and how their outcome is judged."""
+"""A red team: which attacks, with which data, how they are run and how their outcome is judged."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.mixing import Mixture
+from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.evaluation.aggregate import DEFAULT_THRESHOLD
 from patcher_pl.evaluation.benchmark import Benchmark
 from patcher_pl.evaluation.generate import Generation
+from patcher_pl.evaluation.isolation import seeded
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.models.lora import merged_copy
+from patcher_pl.models.packing import require_packing
 from patcher_pl.redteam.base import Attack
-from patcher_pl.redteam.campaign import Campaign, Subject
-from patcher_pl.redteam.examiner import Examiner
-from patcher_pl.redteam.grid import Cell, Grid, varied_cells
+from patcher_pl.redteam.examiner import Examination, Examiner
+from patcher_pl.redteam.grid import Cell, Grid, ModelName, varied_cells
+from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.record import Record
 from patcher_pl.redteam.variation import require_settings
 from patcher_pl.reports.results import Curve
+from patcher_pl.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +113,7 @@ class RedTeam:
             for cell in varied_cells(attack, self.data, settings, self.seeds)
         ]
 
-    def campaign(self, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat) -> Campaign:
+    def campaign(self, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat) -> "Campaign":
         """Reads the questions, and what the utility measures need.
 
         Raises:
@@ -119,16 +128,7 @@ class RedTeam:
             second_judge=self.second_judge,
             utility=self.utility,
         )
-        return Campaign(
-            examiner,
-            tokenizer,
-            chat,
-            self.threshold,
-            self.num_samples,
-            self.min_coherence,
-            self.max_judge_error_rate,
-            self.packing,
-        )
+        return Campaign(self, examiner, tokenizer, chat)
 
     def run(
         self,
@@ -159,9 +159,127 @@ class RedTeam:
         Raises:
             DataError: If a benchmark or the attack's data cannot be used.
         """
-        subject = Subject(defense, k1, train_seed)
+        name = ModelName(defense, k1, train_seed)
         campaign = self.campaign(tokenizer, chat)
-        return [campaign.run(model, cell, subject) for cell in self.cells()]
+        return [campaign.run(model, cell, name) for cell in self.cells()]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A red team that has read its questions and knows how to talk to the model.
+
+    Args:
+        team: Its settings.
+        examiner: Questions and judge.
+        tokenizer: The model's tokenizer.
+        chat: How conversations become tokens, for the attack and for the answers.
+    """
+
+    team: "RedTeam"
+    examiner: Examiner
+    tokenizer: "PreTrainedTokenizerBase"
+    chat: ChatFormat
+    _drawn: list[tuple[Mixture, int, list[Conversation]]] = field(default_factory=list)
+
+    def material(self, cell: Cell) -> AttackMaterial:
+        """What the attacker of a cell works with; drawn once for all attacks with the same data.
+
+        Raises:
+            DataError: If the attack's data cannot be used.
+            ConfigError: If the tokenizer has no pad token.
+        """
+        for data, seed, rows in self._drawn:
+            if (data, seed) == (cell.data, cell.seed):
+                return self._material(rows, cell.seed)
+        rows = cell.data.draw(cell.seed) if cell.attack.uses_data else []
+        if cell.attack.uses_data:
+            self._drawn.append((cell.data, cell.seed, rows))
+        return self._material(rows, cell.seed)
+
+    def run(self, model: "PreTrainedModel", cell: Cell, name: ModelName) -> Curve:
+        """Attacks a copy of `model`; torch's random generators are put back.
+
+        An attack that fails gives a curve with what it had measured and its error.
+
+        Args:
+            model: Released weights; adapters are merged into the copy that is attacked.
+            cell: The attack.
+            name: Name of the model in results.
+
+        Raises:
+            DataError: If the attack's data cannot be used.
+            ConfigError: If the tokenizer has no pad token, the judge cannot work at all (a key
+                that its server refuses), or the model cannot take packed batches and shall.
+        """
+        record = Record(
+            self.examiner.harmful,
+            len(self.examiner.benign),
+            self.team.threshold,
+            self.team.num_samples,
+            self.team.min_coherence,
+            self.team.max_judge_error_rate,
+        )
+        try:
+            material = self.material(cell)
+        except DataError as failure:
+            if not cell.varied:
+                raise  # No attack can work with such data.
+            return record.curve(
+                name.key(cell), _reason(failure), family=cell.family, varied=cell.varied
+            )
+        if material.packing and material.rows:
+            prompts = [
+                self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]
+            ]
+            require_packing(model, prompts, next(model.parameters()).device, "redteam.packing")
+        error = None
+        with seeded(cell.seed, next(model.parameters()).device):
+            try:
+                # As released: whoever has the weights can merge adapters and train everything.
+                target: Any = merged_copy(model)
+                for point in cell.attack.run(target, material):
+                    found = self._examined(target, cell, material)
+                    usefulness = {} if len(record) else self._usefulness(target, cell)
+                    record.add(point, found, usefulness)
+                    logger.info(
+                        "%s under %s, seed %d, after %d steps: ASR %.3f",
+                        *(name.defense, cell.name, cell.seed, point.steps, found.harmful.rate),
+                    )
+                if len(record) > 1:
+                    # Only now is it known that the last measurement was the last one.
+                    record.add_usefulness(self._usefulness(target, cell))
+            except _UnusableJudgeError as stop:
+                raise stop.reason from None
+            except (PatcherError, RuntimeError) as failure:
+                error = _reason(failure)
+                logger.warning("%s, seed %d stopped early: %s", cell.name, cell.seed, error)
+        for concern in record.concerns():
+            logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
+        return record.curve(name.key(cell), error, family=cell.family, varied=cell.varied)
+
+    def _material(self, rows: Sequence[Conversation], seed: int) -> AttackMaterial:
+        return AttackMaterial(self.tokenizer, self.chat, rows, seed, self.team.packing)
+
+    def _examined(self, model: Any, cell: Cell, material: AttackMaterial) -> Examination:
+        try:
+            return self.examiner.examine(model, self.tokenizer, self.chat, cell.attack, material)
+        except ConfigError as error:
+            raise _UnusableJudgeError(error) from error
+
+    def _usefulness(self, model: "PreTrainedModel", cell: Cell) -> dict[str, float]:
+        return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed)
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
+
+
+class _UnusableJudgeError(Exception):
+    """What stops one examination would stop all others too."""
+
+    def __init__(self, reason: ConfigError) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -41,7 +41,7 @@ _COUNTS = (NUM_STEPS, "num_warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Attempt:
     """One tried setting.
 
     Args:
@@ -111,7 +111,7 @@ class Search:
 
     def run(
         self, team: RedTeam, grid: Sequence[Sequence[Curve]], run_settings: RunSettings
-    ) -> list[Trial]:
+    ) -> list[Attempt]:
         """Returns everything that was tried, the strongest first.
 
         Args:
@@ -128,12 +128,12 @@ class Search:
         budget = self._budget(team, grid)
         sampler = optuna.samplers.TPESampler(seed=self.seed, constant_liar=True)
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        tried: list[Trial] = []
+        tried: list[Attempt] = []
         for curves in grid:
             if not curves:
                 continue
             first, strength = curves[0], mean_strength(curves, budget)
-            trial = Trial(
+            trial = Attempt(
                 attack=first.attack, settings=first.varied, strength=strength, source="grid"
             )
             tried.append(trial)
@@ -151,7 +151,7 @@ class Search:
                     study.tell(trial, strength)
                 name = varied_name(attack.name, settings)
                 tried.append(
-                    Trial(attack=name, settings=settings, strength=strength, source="search")
+                    Attempt(attack=name, settings=settings, strength=strength, source="search")
                 )
         return sorted(tried, key=lambda trial: -_or_zero(trial.strength))
 
@@ -196,7 +196,7 @@ class Search:
         attacks: Mapping[str, Attack],
         family: str,
         data: Mixture,
-        trial: Trial,
+        trial: Attempt,
     ) -> None:
         """Tells the sampler what the grid found, where it lies in the space that is searched."""
         from optuna.distributions import CategoricalDistribution

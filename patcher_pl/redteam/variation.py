@@ -34,7 +34,9 @@ def has_setting(attack: Attack, name: str) -> bool:
     owner: Any = attack
     for part in path:
         owner = getattr(owner, part, None)
-    return ("attack_steps" if name == NUM_STEPS else last) in _names(owner)
+    if name == NUM_STEPS:
+        return "attack_steps" in _names(owner)
+    return last in _names(owner) and not is_dataclass(getattr(owner, last))
 
 
 def require_settings(owner: str, names: Iterable[str], attacks: Sequence[Attack]) -> None:

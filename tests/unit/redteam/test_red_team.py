@@ -18,7 +18,7 @@ from patcher_pl.models.lora import Lora
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import Attack, AttackPoint, FullFinetuning, LoraFinetuning, RedTeam
 from patcher_pl.redteam.board import Board
-from patcher_pl.redteam.campaign import Subject
+from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 
 CHAT = ChatFormat()
@@ -195,7 +195,7 @@ def test_finished_cells_are_not_repeated_and_failed_ones_are(model, tokenizer, r
         log.clear()  # Settings of an attack are part of its digest.
         language_model = LanguageModel(path="in memory")
         attacked = AttackedModel(
-            subject=Subject("sft"),
+            name=ModelName("sft"),
             language_model=language_model,
             weights=[],
             bench=Bench(model, tokenizer),

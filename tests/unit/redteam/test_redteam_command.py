@@ -13,8 +13,8 @@ from patcher_pl.evaluation.judges import LlmJudge
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import Attack, FullFinetuning, RedTeam
-from patcher_pl.redteam.campaign import Subject
-from patcher_pl.redteam.job import AttackedModel, AttackJob
+from patcher_pl.redteam.grid import ModelName
+from patcher_pl.redteam.job import AttackedModel, AttackJob, Bench
 from patcher_pl.reports import Results
 
 
@@ -191,7 +191,9 @@ def test_how_patiently_a_judge_is_asked_changes_no_outcome(quick, model_dir, tmp
     def digest(**judge):
         team = replace(quick, judge=LlmJudge(model="judge", rubric=rubric, **judge))
         language_model = LanguageModel(path=str(model_dir))
-        model = AttackedModel(subject=Subject("sft"), language_model=language_model, weights=[])
+        model = AttackedModel(
+            name=ModelName("sft"), language_model=language_model, weights=[], bench=Bench()
+        )
         return AttackJob.plan(team, team.cells()[0], model, tmp_path).digest
 
     known = digest()
