@@ -61,7 +61,9 @@ def _shared_threads(cli: "PatcherCLI") -> int | None:
     return max(1, usable_cpus() // (1 + len(settings.population)))
 
 
-def _job(member: int, mailbox: Mailbox, config: Path, log: Path, num_threads: int | None) -> Program:
+def _job(
+    member: int, mailbox: Mailbox, config: Path, log: Path, num_threads: int | None
+) -> Program:
     command = [sys.executable, "-m", "patcher_pl", "attacker", "--supervised"]
     command += ["--config", str(config), "--mailbox", str(mailbox.root), "--member", str(member)]
     environment = {}

@@ -84,7 +84,7 @@ def run_redteam(
     with readable_config_errors():
         # A mapping may name any setting of an attack, which no signature lists.
         search = Search(**search) if isinstance(search, dict) else search
-        require_settings("search", search.space if search else (), redteam.attacks)
+        require_settings("search", search.space if search else {}, redteam.attacks)
     targets = models or [Target(defense=defense, path=model, k1=k1, train_seed=train_seed)]
     require_distinct(targets)
     bench = Bench()

@@ -138,13 +138,8 @@ def run_fits(
 ) -> list[Fit]:
     """Runs what is not done yet and returns what failed; interrupted runs go on where they were.
 
-    Args:
-        fits: All runs.
-        engine: What runs them; `Processes` where it is None. CPUs are shared out among them.
-        num_processes: Of these; as many as there are CPUs where it is None.
-
     Raises:
-        ConfigError: If both are given.
+        ConfigError: See `choose_engine`.
         RunInterrupted: If a signal stopped them; they saved checkpoints.
     """
     engine = choose_engine(engine, num_processes)
@@ -156,7 +151,7 @@ def run_fits(
 
 
 def choose_engine(engine: Engine | None, num_processes: int | None) -> Engine:
-    """The engine of a command; `Processes` where none is given.
+    """The engine of a command; so many `Processes` where none is given, one per CPU for None.
 
     Raises:
         ConfigError: If both an engine and a number of processes are given.

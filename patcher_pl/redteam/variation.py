@@ -1,6 +1,6 @@
 """The settings of an attack that a grid or a search varies: dotted fields of it and of its data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any, get_type_hints
@@ -39,19 +39,21 @@ def has_setting(attack: Attack, name: str) -> bool:
     return last in _names(owner) and not is_dataclass(getattr(owner, last))
 
 
-def require_settings(owner: str, names: Iterable[str], attacks: Sequence[Attack]) -> None:
-    """Sees to it that every name is a setting of some attack.
+def require_settings(
+    owner: str, varied: Mapping[str, Sequence[Any]], attacks: Sequence[Attack]
+) -> None:
+    """Sees to it that everything that is varied is a setting of some attack.
 
     Args:
         owner: Where the names stand, for the message.
-        names: Settings.
+        varied: Settings, and what is tried for them.
         attacks: Those that may have them.
 
     Raises:
         ValueError: If no attack has one of them.
     """
-    for name in names:
-        if not any(has_setting(attack, name) for attack in attacks):
+    for name, values in varied.items():
+        if values and not any(has_setting(attack, name) for attack in attacks):
             raise ValueError(
                 f"{owner} must name settings of its attacks, got {name!r}, which none of "
                 f"{', '.join(attack.name for attack in attacks)} has. Give a field, such as "

@@ -24,7 +24,9 @@ def impatient(monkeypatch):
 def job(tmp_path, program, achieved=lambda: 0):
     command = [sys.executable, "-c", program]
     log = tmp_path / "logs" / "job.log"
-    return Program(name="job", command=command, log=log, environment={"X": "1"}, num_achieved=achieved)
+    return Program(
+        name="job", command=command, log=log, environment={"X": "1"}, num_achieved=achieved
+    )
 
 
 def is_running(process):

@@ -35,21 +35,7 @@ class Engine(ABC):
 
 
 def run_missing(jobs: Sequence[AnyJob], engine: Engine, device: str, label: str) -> list[AnyJob]:
-    """Runs what is not done yet.
-
-    Args:
-        jobs: All of them.
-        engine: What runs them.
-        device: See `Engine.run`.
-        label: What they are called.
-
-    Returns:
-        What failed.
-
-    Raises:
-        PatcherError: See `Engine.run`.
-        RunInterrupted: If a signal stopped it.
-    """
+    """Runs what is not done yet, as `Engine.run` does, and returns what failed."""
     todo = [job for job in jobs if not job.is_done]
     print(f"{len(jobs)} {label}, {len(jobs) - len(todo)} done already.")
     if todo:

@@ -68,7 +68,7 @@ class Processes(Engine):
                         worker = _Worker.start(context, waiting.popleft(), free.popleft())
                         running[worker.process.sentinel] = worker
                         if stopped:  # In between, where `stop` could not see it.
-                            stop()
+                            worker.process.terminate()
                     for sentinel in wait(list(running)):
                         assert isinstance(sentinel, int)
                         worker = running.pop(sentinel)

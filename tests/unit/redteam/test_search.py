@@ -134,6 +134,11 @@ class TestVariation:
         with pytest.raises(ValueError, match=message):
             replace(red_team, grid=grid).cells()
 
+    def test_settings_that_stand_there_empty_are_no_settings(self, red_team):
+        """Wrong if a configuration that an earlier version wrote out in full were refused."""
+        team = replace(red_team, attacks=[Dying(how="bug")], grid={"lr": [], "schedule": []})
+        assert [cell.varied for cell in team.cells()] == [{}]
+
     def test_a_longer_attack_is_still_measured_where_the_shorter_was(self):
         assert varied_attack(ATTACK, {"num_steps": 99}).attack_steps == [0, 10, 20, 40, 99]  # type: ignore[attr-defined]
 
