@@ -23,7 +23,7 @@ _LONGEST_DELAY_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Program:
     """A process to keep running.
 
     Args:
@@ -55,7 +55,7 @@ class Supervisor:
         max_failures: Failures in a row of one job that `check` raises for (count, >= 1).
     """
 
-    def __init__(self, jobs: Sequence[Job], max_failures: int) -> None:
+    def __init__(self, jobs: Sequence[Program], max_failures: int) -> None:
         self._workers = [_Worker(job, max_failures) for job in jobs]
 
     @property
@@ -107,7 +107,7 @@ class Supervisor:
 class _Worker:
     """One job and its process."""
 
-    def __init__(self, job: Job, max_failures: int) -> None:
+    def __init__(self, job: Program, max_failures: int) -> None:
         self.num_restarts = 0
         self._job = job
         self._max_failures = max_failures

@@ -1,8 +1,10 @@
-"""Estimators that fail."""
+"""Estimators that fail, or take for ever."""
 
 import os
 import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from patcher_pl.hypergradients import Hypergradient, HypergradientError
 
@@ -21,3 +23,15 @@ class Raising(Hypergradient):
 
     def estimate(self, *_, **__):
         raise HypergradientError("no way")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endless(Hypergradient):
+    """Says that it has begun, and never ends."""
+
+    announcement: str
+
+    def estimate(self, *_, **__):
+        Path(self.announcement).touch()
+        while True:
+            time.sleep(0.1)

@@ -1,84 +1,129 @@
-"""One estimate, in a process of its own: its angle to the exact one, its time and its memory."""
+"""One estimate as a job: its angle to the exact one, its time and its memory."""
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils.logging import disable_progress_bar
 
-from patcher_pl.ablation.cells import Cell
 from patcher_pl.attackers import InnerProblem
+from patcher_pl.devices import choose_device
+from patcher_pl.errors import PatcherError
 from patcher_pl.files import write_atomically
 from patcher_pl.hypergradients import (
     FirstOrder,
+    Hypergradient,
     HypergradientEstimate,
     OuterLoss,
     measure_trust,
 )
+from patcher_pl.jobs import Job
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.memory import peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.optim.clipping import inner_product
 from patcher_pl.reports.ablation import Comparison
+from patcher_pl.threads import cpu_threads
 from patcher_pl.types import Batch, move_batch
 
+REFERENCE = "exact"
+# What every measurement imports.
+_MODULES = [
+    "patcher_pl.ablation.measurement",
+    "torch._decomp.decompositions_for_jvp",
+    "transformers.generation",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+]
 # Gradients that are timed; fewer where the attack is shorter.
 _NUM_TIMED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What to measure.
+class Measurement(Job[Comparison]):
+    """One estimate on one attack, to be held against the exact one.
 
     Args:
-        cell: Which estimator, on which attack, and where the outcome goes.
+        row: Which estimator, optimizer, length and seed.
+        estimator: The estimator itself.
         language_model: The trained model, loaded anew.
         inner: The attack.
         outer_batch: Batch of the outer loss.
         trial_step: See `ComparisonGrid`.
-        device: Where to measure.
         num_threads: CPU threads of torch (count, >= 1).
     """
 
-    cell: Cell
+    row: Comparison
+    estimator: Hypergradient
     language_model: LanguageModel
     inner: InnerProblem
     outer_batch: Batch
     trial_step: float | None
-    device: torch.device
     num_threads: int
 
-    def run(self) -> None:
-        """Measures and writes the cell's file; what goes wrong is written there too."""
-        try:
-            self.cell.save(self._measured())
-        except Exception as error:
-            self.cell.fail(f"{type(error).__name__}: {error}")
+    key: ClassVar[str] = "comparison"
+    wants_own_process: ClassVar[bool] = True
+    if_killed: ClassVar[str] = "; `longest` can leave it out"
 
-    def _measured(self) -> Comparison:
-        disable_progress_bar()
-        torch.set_num_threads(self.num_threads)
-        torch.manual_seed(self.cell.row.seed)
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is the estimate that counts as exact."""
+        return self.row.estimator == REFERENCE
+
+    @property
+    def exact(self) -> Path:
+        """The exact hypergradient, for all estimators of the same attack."""
+        return self.path.with_name("exact.safetensors")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was measured, and against what."""
+        return super().is_done and self.exact.exists()
+
+    def perform(self, device: str) -> None:
+        """Measures, and writes what was found or why the estimator found nothing."""
+        if not self.is_reference and not self.exact.exists():
+            self.fail("there is no exact hypergradient to compare with")
+            return
+        try:
+            with cpu_threads(self.num_threads):
+                row = self._measured(choose_device(device))
+        except PatcherError as error:  # One estimator's; others may do.
+            self.fail(f"{type(error).__name__}: {error}")
+        else:
+            self.write(asdict(row))
+
+    def fail(self, reason: str) -> None:
+        self.write(asdict(replace(self.row, error=reason)))
+
+    def parse(self, content: Mapping[str, Any]) -> Comparison:
+        return Comparison(**content)
+
+    def modules(self) -> list[str]:
+        return [*_MODULES, self.language_model.module_name()]
+
+    def _measured(self, device: torch.device) -> Comparison:
+        torch.manual_seed(self.row.seed)
         model: Any = self.language_model.load_model()
-        model = model.to(self.device).train()
+        model = model.to(device).train()
         weights = Weights(model)
         gradient_s = _time_gradient(model, weights, self.inner, self._outer_loss)
-        memory_gib = peak_memory_gib(self.device)
-        clock = _Clock(self.device)
-        estimate = self.cell.estimator.estimate(model, weights, self.inner, self._outer_loss)
+        memory_gib = peak_memory_gib(device)
+        clock = _Clock(device)
+        estimate = self.estimator.estimate(model, weights, self.inner, self._outer_loss)
         time_s = clock.elapsed_s()
         row = replace(
-            self.cell.row,
+            self.row,
             outer_loss=estimate.outer_loss,
             gradient_evaluations=estimate.gradient_evaluations,
             time_s=time_s,
             time_in_attacks=time_s / gradient_s / self.inner.num_steps,
-            memory_mib=1024 * (peak_memory_gib(self.device) - memory_gib),
+            memory_mib=1024 * (peak_memory_gib(device) - memory_gib),
         )
         row = _compared(row, estimate.gradients, self._exact(weights, estimate))
         if self.trial_step is None:
@@ -86,15 +131,15 @@ class Measurement:
         return self._tried(row, model, weights, estimate)
 
     def _outer_loss(self, model: nn.Module) -> Tensor:
-        return causal_lm_loss(model, move_batch(self.outer_batch, self.device))
+        return causal_lm_loss(model, move_batch(self.outer_batch, next(model.parameters()).device))
 
     def _exact(self, weights: Weights, estimate: HypergradientEstimate) -> list[Tensor]:
         """Reads the exact hypergradient, after writing it where this is the one."""
-        if self.cell.is_reference:
+        if self.is_reference:
             pairs = zip(weights.names, estimate.gradients, strict=True)
             named = {name: gradient.contiguous() for name, gradient in pairs}
-            write_atomically(self.cell.exact, lambda temporary: save_file(named, temporary))
-        exact = load_file(self.cell.exact, str(self.device))
+            write_atomically(self.exact, lambda temporary: save_file(named, temporary))
+        exact = load_file(self.exact, str(weights.parameters[0].device))
         return [exact[name] for name in weights.names]
 
     def _tried(

@@ -1,64 +1,22 @@
-"""The `ablate` command: how good must the bi-level gradient be?"""
+"""Options of the `ablate` command: how good must the bi-level gradient be?"""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from patcher_pl.ablation import ComparisonGrid, Subject, compare_estimators
-from patcher_pl.cli.fits import Fit, run_fits
-from patcher_pl.cli.run_directory import RunDirectory
-from patcher_pl.cli.sweep import seed_options
+from patcher_pl.ablation import ComparisonGrid, Hardening, Subject, compare_estimators
+from patcher_pl.ablation.hardening import hardened, plan_hardening
+from patcher_pl.cli.console import wide_console
 from patcher_pl.devices import choose_device
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.reports.ablation import (
-    Ablation,
-    Hardened,
-    comparison_table,
-    hardened_table,
-)
+from patcher_pl.jobs import ConfigFile, Engine, Fit, choose_engine, run_fits
+from patcher_pl.reports.ablation import Ablation, comparison_table, hardened_table
 from patcher_pl.reports.ablation_figures import ablation_figures
 from patcher_pl.reports.curves import save_figure
-from patcher_pl.reports.environment import environment, usable_cpus
-from patcher_pl.reports.grouping import CONTROL
+from patcher_pl.reports.environment import environment
 from patcher_pl.reports.settings import as_settings
 from patcher_pl.reports.tables import rich_table
-
-if TYPE_CHECKING:
-    ConfigFile = Path
-else:
-    # Relative to the configuration file that names it, and checked to be readable.
-    from jsonargparse.typing import Path_fr as ConfigFile
-
-# Hardening ends by its budget, not after a number of steps.
-_UNTIL_SPENT = {"trainer.max_steps": -1, "trainer.max_epochs": -1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardening:
-    """Models to be hardened with each estimator, at equal compute.
-
-    Args:
-        variants: Name of each, and the options of `fit` by which it differs from the base.
-        budgets: Gradient evaluations after which training ends (counts, >= 1 each).
-
-    Raises:
-        ValueError: If there is no variant or a budget is below 1.
-    """
-
-    variants: Mapping[str, Mapping[str, Any]]
-    budgets: list[int]
-
-    def __post_init__(self) -> None:
-        if not self.variants:
-            raise ValueError(
-                "Hardening.variants must not be empty, got none. Use `hardening: null` to skip it."
-            )
-        if not self.budgets or min(self.budgets) < 1:
-            raise ValueError(
-                f"Hardening.budgets must be >= 1 each, got {self.budgets}. "
-                "Give numbers of gradient evaluations."
-            )
 
 
 def run_ablate(
@@ -71,6 +29,7 @@ def run_ablate(
     seeds: list[int] | None = None,
     num_processes: int | None = None,
     device: str = "auto",
+    engine: Engine | None = None,
 ) -> Ablation:
     """Compares hypergradient estimators, on one trained model and by the models they harden.
 
@@ -96,6 +55,7 @@ def run_ablate(
         num_processes: Processes at the same time; as many as there are CPUs unless given.
         device: Where estimators are compared: `cpu`, `cuda`, ...; `auto` takes a GPU where there is
             one. Hardening goes by `trainer.accelerator` of the base.
+        engine: What runs them, in place of `num_processes`; processes of this machine unless given.
 
     Returns:
         What was written to `ablation.json`.
@@ -106,17 +66,16 @@ def run_ablate(
         RunInterrupted: If a signal stopped it; nothing finished is lost.
     """
     seeds = seeds or [0]
-    num_processes = num_processes or usable_cpus()
+    engine = choose_engine(engine, num_processes)
     place = choose_device(device)
-    path = model or str(_train(Path(base), trained or {}, run_dir / "trained"))
+    path = model or str(_train(Path(base), trained or {}, run_dir / "trained", engine))
     comparisons = compare_estimators(
         comparison,
         _subject(Path(base), path),
         seeds,
         run_dir / "comparisons",
-        device=place,
-        num_threads=max(1, usable_cpus() // num_processes),
-        num_processes=num_processes,
+        engine=engine,
+        device=str(place),
     )
     settings = {"base": Path(base), "trained": trained, "model": model, "seeds": seeds}
     settings |= {"comparison": comparison, "hardening": hardening}
@@ -132,8 +91,8 @@ def run_ablate(
     ]
     if hardening is not None:
         fits = plan_hardening(Path(base), hardening, seeds, run_dir / "hardened")
-        failed += [f"see {fit.log}" for fit in run_fits(list(fits.values()), num_processes)]
-        ablation = replace(ablation, hardened=_hardened(fits))
+        failed += [f"see {fit.log}" for fit in run_fits(list(fits.values()), engine)]
+        ablation = replace(ablation, hardened=hardened(fits))
         _write(ablation, run_dir)
     _show(ablation, run_dir)
 
@@ -158,24 +117,24 @@ def _write(ablation: Ablation, run_dir: Path) -> None:
 
 def _show(ablation: Ablation, run_dir: Path) -> None:
     """Prints the tables."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # A log file has no width of its own.
-    compared, hardened = comparison_table(ablation.comparisons), hardened_table(ablation.hardened)
+    console = wide_console(160)
+    compared = comparison_table(ablation.comparisons)
     console.print(rich_table("Estimators, mean over seeds", compared, num_names=2))
     if ablation.hardened:
-        console.print(rich_table("Hardened models, over seeds", hardened, num_names=2))
+        console.print(
+            rich_table(
+                "Hardened models, over seeds", hardened_table(ablation.hardened), num_names=2
+            )
+        )
     console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)
 
 
-def _train(base: Path, options: Mapping[str, Any], directory: Path) -> Path:
+def _train(base: Path, options: Mapping[str, Any], directory: Path, engine: Engine) -> Path:
     """Trains the model of the comparison, unless it is there already."""
     fit = Fit.plan(directory, base, options)
-    if run_fits([fit], num_processes=1, label="model to compare on"):
+    if run_fits([fit], engine):
         raise PatcherError(f"The model to compare on could not be trained; see {fit.log}.")
-    return RunDirectory(directory).model
+    return fit.run_directory.model
 
 
 def _subject(base: Path, model: str) -> Subject:
@@ -207,48 +166,3 @@ def _subject(base: Path, model: str) -> Subject:
         batch_size=batch_size,
         attack_batch_size=attack_batch_size,
     )
-
-
-_Key = tuple[str, int, int]
-"""Variant, budget and seed."""
-
-
-def plan_hardening(
-    base: Path, hardening: Hardening, seeds: Sequence[int], directory: Path
-) -> dict[_Key, Fit]:
-    """The runs that harden the models of an ablation."""
-    fits = {}
-    for name, variant in hardening.variants.items():
-        for budget in hardening.budgets:
-            for seed in seeds:
-                options = {**_UNTIL_SPENT, "max_gradient_evaluations": budget, **seed_options(seed)}
-                place = directory / name / f"budget-{budget}" / f"seed-{seed}"
-                fits[name, budget, seed] = Fit.plan(place, base, {**options, **variant})
-    return fits
-
-
-def _hardened(fits: Mapping[_Key, Fit]) -> list[Hardened]:
-    """What finished runs found; the control of a run is a variant of its own."""
-    rows = []
-    for (variant, budget, seed), fit in fits.items():
-        if not fit.is_done:
-            continue
-        results = fit.results
-        for curve in results.curves:
-            if not curve.attack_steps:
-                continue
-            is_control = curve.defense == CONTROL and variant != CONTROL
-            rows.append(
-                Hardened(
-                    variant=CONTROL if is_control else variant,
-                    budget=budget,
-                    seed=seed,
-                    gradient_evaluations=results.settings["gradient_evaluations"],
-                    num_steps=None if is_control else results.settings["num_steps"],
-                    attack=curve.attack,
-                    steps_to_break=curve.steps_to_break,
-                    longest_attack=curve.attack_steps[-1],
-                    benign_accuracy=curve.benign_accuracy[0],
-                )
-            )
-    return rows

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.defenses import Patcher
+from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.mailbox import Mailbox, Side
 from patcher_pl.private_directory import private_directory
 from patcher_pl.reports.environment import usable_cpus
-from patcher_pl.supervision import Job, Supervisor
+from patcher_pl.supervision import Program, Supervisor
 from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def _shared_threads(cli: "PatcherCLI") -> int | None:
     return max(1, usable_cpus() // (1 + len(settings.population)))
 
 
-def _job(member: int, mailbox: Mailbox, config: Path, log: Path, num_threads: int | None) -> Job:
+def _job(
+    member: int, mailbox: Mailbox, config: Path, log: Path, num_threads: int | None
+) -> Program:
     command = [sys.executable, "-m", "patcher_pl", "attacker", "--supervised"]
     command += ["--config", str(config), "--mailbox", str(mailbox.root), "--member", str(member)]
     environment = {}
@@ -69,7 +71,7 @@ def _job(member: int, mailbox: Mailbox, config: Path, log: Path, num_threads: in
         command += ["--num_threads", str(num_threads)]
         environment["OMP_NUM_THREADS"] = str(num_threads)
     side: Side = mailbox.attackers[member]
-    return Job(
+    return Program(
         name=f"attacker {member}",
         command=command,
         log=log,

@@ -1,6 +1,14 @@
-"""What a run says on the terminal: its own lines and progress."""
+"""What a run says on the terminal: its own lines, progress and tables."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from patcher_pl.reports.results import Curve
 
 
 def log_progress() -> None:
@@ -13,3 +21,26 @@ def log_progress() -> None:
         package.addHandler(handler)
         package.setLevel(logging.INFO)
         package.propagate = False
+
+
+def wide_console(width: int) -> "Console":
+    """The terminal; of that width (columns) where it is a log file, which has none of its own."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
+
+
+def write_reports(curves: "Sequence[Curve]", run_dir: Path, title: str) -> None:
+    """Writes `results.csv`, `asr.png` and `asr.svg` into `run_dir` and prints the table."""
+    from patcher_pl.files import write_text
+    from patcher_pl.reports.curves import asr_figure, save_figure
+    from patcher_pl.reports.tables import to_csv, to_rich
+
+    write_text(run_dir / "results.csv", to_csv(curves))
+    figure = asr_figure(curves)
+    save_figure(figure, run_dir / "asr.png")
+    save_figure(figure, run_dir / "asr.svg")
+    console = wide_console(120)
+    console.print(to_rich(curves, title=title))
+    console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)

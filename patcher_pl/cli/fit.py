@@ -1,7 +1,7 @@
 """What `fit` does once a model is trained: export, attack, control, results."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +10,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from patcher_pl.callbacks.robustness_probe import log_robustness, robustness_scalars
 from patcher_pl.callbacks.run_checkpoint import find_last
+from patcher_pl.cli.console import write_reports
 from patcher_pl.cli.lightning_cli import PatcherCLI, fit_or_stop
-from patcher_pl.cli.redteam import write_reports
-from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
+from patcher_pl.errors import RunInterrupted
+from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
-from patcher_pl.reports.environment import environment
-from patcher_pl.reports.results import Curve, Results
-from patcher_pl.reports.settings import as_settings, fingerprint
+from patcher_pl.redteam.board import Board
+from patcher_pl.redteam.grid import ModelName
+from patcher_pl.redteam.job import AttackedModel, Bench
+from patcher_pl.reports.settings import as_settings
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,16 @@ class _Trained:
 def finish_fit(cli: PatcherCLI) -> None:
     """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
 
-    Writes `results.json` after every attack; what is in it already, from an interrupted run that
-    trained equally far, is not measured again. A sharded run trains the control first: then the
-    first process attacks alone, and the others are done.
+    The red team's cells go below `cells/`, as those of `redteam` do: what is there already, from an
+    interrupted run that trained equally far, is not measured again. A sharded run trains the
+    control first: then the first process attacks alone, and the others are done.
+
+    Raises:
+        RunInterrupted: If a signal stopped an attack.
     """
     run_directory = RunDirectory(cli.options.run_dir)
     defense: Any = cli.model
-    outcome = _Outcome.open(cli, run_directory, defense)
+    examination = _Examination(cli, run_directory, defense)
     models: Iterable[_Trained] = _trained_models(cli, defense, run_directory)
     if shards(cli.trainer):
         models = list(models)
@@ -56,9 +61,10 @@ def finish_fit(cli: PatcherCLI) -> None:
         if not cli.trainer.is_global_zero:
             return
     for trained in models:
-        outcome.examine(trained)
-    if outcome.results.curves:
-        write_reports(outcome.results.curves, run_directory.root, title="Fine-tuning attacks")
+        examination.examine(trained)
+    curves = examination.board.save().curves
+    if curves:
+        write_reports(curves, run_directory.root, title="Fine-tuning attacks")
     else:
         print(f"Written to {run_directory.root}")
 
@@ -125,52 +131,47 @@ def train_control(
     return control, trainer
 
 
-@dataclass
-class _Outcome:
-    """Collects and keeps the curves of a run."""
+class _Examination:
+    """Attacks the models of a run, and logs how they fared."""
 
-    cli: PatcherCLI
-    run_directory: RunDirectory
-    results: Results
-
-    @classmethod
-    def open(cls, cli: PatcherCLI, run_directory: RunDirectory, defense: Defense) -> "_Outcome":
-        settings = as_settings(
-            {
-                "redteam": cli.options.redteam,
-                "num_steps": cli.trainer.global_step,
-                "gradient_evaluations": defense.cost.gradient_evaluations,
-            }
+    def __init__(self, cli: PatcherCLI, run_directory: RunDirectory, defense: Defense) -> None:
+        options = cli.options
+        spent = {
+            "num_steps": cli.trainer.global_step,
+            "gradient_evaluations": defense.cost.gradient_evaluations,
+        }
+        self._cli = cli
+        self._weights = spent  # A run that goes on trains its model further.
+        self.board = Board(
+            redteam=options.redteam,
+            run_directory=run_directory,
+            engine=InProcess(),
+            device=str(cli.trainer.strategy.root_device),
+            num_threads=options.num_threads,
+            settings=as_settings({"redteam": options.redteam, **spent}),
         )
-        digest = fingerprint(settings)
-        done: list[Curve] = []
-        if run_directory.results.exists():
-            earlier = Results.load(run_directory.results)
-            done = earlier.curves if earlier.fingerprint == digest else []
-        results = Results(
-            curves=done, environment=environment(), settings=settings, fingerprint=digest
-        )
-        return cls(cli, run_directory, results)
 
     def examine(self, trained: _Trained) -> None:
-        """Attacks the model and logs how it fared."""
-        redteam, defense, logger = self.cli.options.redteam, trained.defense, trained.logger
-        if redteam is None:
-            self.results.save(self.run_directory.results)
+        if self._cli.options.redteam is None:
             return
-        model = trained.model.to(self.cli.trainer.strategy.root_device)
-        seed = self.cli.options.seed_everything
-        curves = redteam.run(
-            model,
-            defense.tokenizer,
-            defense.language_model.chat,
-            defense=defense.name,
-            k1=defense.num_attack_steps,
-            train_seed=None if isinstance(seed, bool) else seed,
-            on_cell=lambda curve: self._keep([curve]),
-            done=list(self.results.curves),
+        defense, logger = trained.defense, trained.logger
+        seed = self._cli.options.seed_everything
+        model = trained.model.to(self.board.device)
+        attacked = AttackedModel(
+            name=ModelName(
+                defense.name,
+                defense.num_attack_steps,
+                None if isinstance(seed, bool) else seed,
+            ),
+            language_model=defense.language_model,
+            weights=self._weights,
+            bench=Bench(model, defense.tokenizer),
         )
-        self._keep(curves)
+        try:
+            curves = self.board.attack([attacked])
+        except RunInterrupted as stop:
+            how = f"{str(stop).removesuffix('.')} and --ckpt_path last."
+            raise RunInterrupted(how, signal=stop.signal) from stop
         trained.model.cpu()  # Room for the next one on the device.
         curves = [curve for curve in curves if curve.attack_steps]  # The others failed at once.
         if curves and isinstance(logger, TensorBoardLogger):
@@ -180,17 +181,11 @@ class _Outcome:
             logger.log_hyperparams(self._hyperparameters(defense), final)
             logger.finalize("success")
 
-    def _keep(self, curves: Sequence[Curve]) -> None:
-        keys = [curve.key for curve in curves]
-        others = [curve for curve in self.results.curves if curve.key not in keys]
-        self.results = replace(self.results, curves=[*others, *curves])
-        self.results.save(self.run_directory.results)
-
     def _hyperparameters(self, defense: Defense) -> dict[str, Any]:
         """The configured numbers that tell runs apart in TensorBoard's table."""
-        config = self.cli.config[self.cli.command]
+        config = self._cli.config[self._cli.command]
         chosen = {"defense": defense.name, "seed": config.seed_everything}
-        if defense is self.cli.model:
+        if defense is self._cli.model:
             flat = dict(config.model.init_args.items(branches=False))
             chosen |= {
                 key.replace("init_args.", ""): value

@@ -22,12 +22,12 @@ from patcher_pl.callbacks import (
 from patcher_pl.callbacks.checkpoint_files import is_whole
 from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.errors import readable_config_errors
-from patcher_pl.cli.run_directory import RunDirectory
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported, shards
 from patcher_pl.errors import CheckpointError, ConfigError, PatcherError, RunInterrupted
 from patcher_pl.files import write_text
+from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.redteam import RedTeam
 from patcher_pl.threads import cpu_threads
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl import __version__
@@ -27,6 +28,14 @@ COMMANDS = {
     "report": "one HTML page, and tables for papers, from the results of one or several runs",
     "ablate": "compare hypergradient estimators, on one model and by the models they harden",
     "testbed": "write the built-in testbed (model, tokenizer, data) into a folder",
+}
+# Commands whose options are the parameters of a function.
+_FUNCTIONS = {
+    "redteam": "patcher_pl.cli.redteam.run_redteam",
+    "sweep": "patcher_pl.cli.sweep.run_sweep",
+    "compare": "patcher_pl.cli.compare.run_compare",
+    "ablate": "patcher_pl.cli.ablate.run_ablate",
+    "testbed": "patcher_pl.testbed.command.run_testbed",
 }
 TRACEBACK = "PATCHER_PL_TRACEBACK"
 
@@ -97,36 +106,23 @@ def _run(command: str, arguments: list[str]) -> None:
 
     log_progress()
     quiet_warnings()
-    if command in ("fit", "validate", "test", "plan"):
-        quiet_libraries()  # Lightning imports transformers anyway.
-    if command in ("fit", "validate", "test"):
-        from patcher_pl.cli.lightning_cli import run_lightning
-
-        run_lightning(command, arguments)
-    elif command == "plan":
+    if command in _FUNCTIONS:
+        run_function(command, _imported(_FUNCTIONS[command]), arguments)
+        return
+    quiet_libraries()  # Lightning imports transformers anyway.
+    if command == "plan":
         from patcher_pl.cli.plan import run_plan
 
         run_plan(arguments)
-    elif command == "redteam":
-        from patcher_pl.cli.redteam import run_redteam
+        return
+    from patcher_pl.cli.lightning_cli import run_lightning
 
-        run_function(command, run_redteam, arguments)
-    elif command == "sweep":
-        from patcher_pl.cli.sweep import run_sweep
+    run_lightning(command, arguments)
 
-        run_function(command, run_sweep, arguments)
-    elif command == "compare":
-        from patcher_pl.cli.compare import run_compare
 
-        run_function(command, run_compare, arguments)
-    elif command == "ablate":
-        from patcher_pl.cli.ablate import run_ablate
-
-        run_function(command, run_ablate, arguments)
-    else:
-        from patcher_pl.testbed.command import run_testbed
-
-        run_function(command, run_testbed, arguments)
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def run_function(command: str, function: Callable[..., Any], arguments: list[str]) -> None:

@@ -1,30 +1,23 @@
-"""The `redteam` command: attack released models and write down what happened."""
+"""Options of the `redteam` command."""
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patcher_pl.cli.hardened import harden
+from patcher_pl.cli.console import write_reports
+from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.files import write_json, write_text
+from patcher_pl.jobs import Engine, InProcess, RunDirectory
 from patcher_pl.models.language_model import DtypeName, LanguageModel
-from patcher_pl.redteam.assignment import Assignment, located
-from patcher_pl.redteam.base import Attack
-from patcher_pl.redteam.engines import Engine, InProcess
-from patcher_pl.redteam.grid import Cell, varied_cells
+from patcher_pl.redteam.board import Board
+from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
-from patcher_pl.redteam.target import Target
-from patcher_pl.redteam.variation import Setting
-from patcher_pl.reports.curves import asr_figure, save_figure
-from patcher_pl.reports.environment import environment
-from patcher_pl.reports.results import Curve, Results
-from patcher_pl.reports.settings import as_settings, fingerprint, weight_files
-from patcher_pl.reports.tables import to_csv, to_rich
+from patcher_pl.redteam.target import Target, harden, require_distinct
+from patcher_pl.redteam.variation import require_settings
+from patcher_pl.reports.results import Results
+from patcher_pl.reports.settings import as_settings, weight_files
+from patcher_pl.shipped import resolve_model
 
 
 def run_redteam(
@@ -32,7 +25,7 @@ def run_redteam(
     run_dir: Path,
     model: str | None = None,
     models: list[Target] | None = None,
-    search: Search | None = None,
+    search: dict[str, Any] | Search | None = None,
     engine: Engine | None = None,
     chat: ChatFormat | None = None,
     dtype: DtypeName = "float32",
@@ -59,7 +52,8 @@ def run_redteam(
         run_dir: Where everything goes; created when missing.
         model: Hub id, local directory, or `testbed`: the only model. `models` takes several.
         models: Models to attack alike.
-        search: Look for the strongest attack on every model, starting from the grid; none without.
+        search: Look for the strongest attack on every model, starting from the grid, see
+            `patcher_pl.redteam.Search`; settings may stand beside `num_trials`. None without.
         engine: What runs the attacks; one after the other in this process unless given.
         chat: How conversations become tokens; as in training, or the model meets a strange prompt.
         dtype: Number format of the attacked weights.
@@ -87,13 +81,17 @@ def run_redteam(
     """
     if (model is None) == (models is None):
         raise ConfigError(f"model or models must be given, and not both, got {model} and {models}.")
+    with readable_config_errors():
+        # A mapping may name any setting of an attack, which no signature lists.
+        search = Search(**search) if isinstance(search, dict) else search
+        require_settings("search", search.space if search else {}, redteam.attacks)
     targets = models or [Target(defense=defense, path=model, k1=k1, train_seed=train_seed)]
-    _require_distinct(targets)
-    paths = harden(targets, run_dir, fit_options or {})
-    subjects = [
-        _Subject(
-            target,
-            LanguageModel(
+    require_distinct(targets)
+    bench = Bench()
+    attacked = [
+        AttackedModel(
+            name=target.name,
+            language_model=LanguageModel(
                 path=path,
                 chat=target.chat or chat or ChatFormat(),
                 dtype=dtype,
@@ -102,173 +100,29 @@ def run_redteam(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
             ),
+            weights=weight_files(Path(resolve_model(path))),
+            bench=bench,
         )
-        for target, path in zip(targets, paths, strict=True)
+        for target, path in zip(
+            targets, harden(targets, run_dir, fit_options or {}, engine), strict=True
+        )
     ]
-    settings = as_settings({"redteam": redteam, "models": targets, "search": search})
-    board = _Board(redteam, subjects, run_dir, engine or InProcess(), device, num_threads, settings)
+    board = Board(
+        redteam=redteam,
+        run_directory=RunDirectory(run_dir),
+        engine=engine or InProcess(),
+        device=device,
+        num_threads=num_threads,
+        settings=as_settings({"redteam": redteam, "models": targets, "search": search}),
+    )
     board.claim()
-    curves = board.run_cells([(subject, cell) for subject in subjects for cell in redteam.cells()])
+    curves = board.attack(attacked)
     if search is not None:
-        board.run_search(search, curves)
+        board.search(search, attacked, curves)
     curves = board.save().curves
     names = ", ".join(target.defense if model is None else str(model) for target in targets)
     write_reports(curves, run_dir, title=f"Red team of {names}")
+    results = board.run_directory.results
     if all(curve.error is not None for curve in curves):
-        raise PatcherError(
-            f"Every attack failed; the first with {curves[0].error}. See {board.results}."
-        )
-    return Results.load(board.results)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model that is there.
-
-    Args:
-        target: What it is called.
-        language_model: The model.
-        weights: What tells its weights from others at the same place.
-    """
-
-    target: Target
-    language_model: LanguageModel
-    weights: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", weight_files(located(self.language_model)))
-
-
-@dataclass(frozen=True)
-class _Board:
-    """Plans cells, has an engine run what is not done, and collects what is."""
-
-    redteam: RedTeam
-    subjects: Sequence[_Subject]
-    run_dir: Path
-    engine: Engine
-    device: str
-    num_threads: int | None
-    settings: Any
-    _planned: dict[Path, Assignment] = field(default_factory=dict)
-
-    @property
-    def results(self) -> Path:
-        """The machine-readable outcome."""
-        return self.run_dir / "results.json"
-
-    @property
-    def cells(self) -> Path:
-        """Where the outcome of every attack is kept."""
-        return self.run_dir / "cells"
-
-    def claim(self) -> None:
-        """Sees to it that results of another command are not replaced.
-
-        Raises:
-            ConfigError: If there are some.
-        """
-        if self.results.exists() and not self.cells.is_dir():
-            raise ConfigError(
-                f"--run_dir {self.run_dir} holds results of another command. "
-                "Give another directory, or move results.json away."
-            )
-
-    def run_cells(self, wanted: Sequence[tuple[_Subject, Cell]]) -> list[Curve]:
-        """Curves of all cells, in their order."""
-        assignments = [self._assignment(subject, cell) for subject, cell in wanted]
-        self._planned.update({assignment.path: assignment for assignment in assignments})
-        todo = [assignment for assignment in assignments if not assignment.is_done]
-        print(f"{len(assignments)} attacks, {len(assignments) - len(todo)} done already.")
-        if todo:
-            self.cells.mkdir(parents=True, exist_ok=True)
-            try:
-                self.engine.run(todo, self.device)
-            finally:
-                self.save()  # What is there, also where the rest was interrupted.
-        return _outcomes(assignments)
-
-    def save(self) -> Results:
-        """Writes the curves of everything that was planned and has an outcome."""
-        results = Results(
-            curves=_outcomes(list(self._planned.values())),
-            environment=environment(),
-            settings=self.settings,
-            fingerprint=fingerprint(self.settings),
-        )
-        results.save(self.results)
-        return results
-
-    def run_search(self, search: Search, grid: Sequence[Curve]) -> None:
-        """Searches for the strongest attack on every model.
-
-        Writes what was tried to `search.json`, by defense, the strongest first.
-        """
-        tried: dict[str, list[dict[str, Any]]] = {}
-        for subject in self.subjects:
-            known: dict[str, list[Curve]] = defaultdict(list)
-            for curve in grid:
-                if curve.key[:3] == subject.target.key:
-                    known[curve.attack].append(curve)
-            outcome = search.run(self.redteam, list(known.values()), partial(self._try, subject))
-            name = subject.target.defense
-            tried[name] = [asdict(trial) for trial in outcome]
-            best = outcome[0]
-            print(
-                f"Strongest attack on {name}: {best.attack} (strength {best.strength:.3f}, found by "
-                f"the {best.source})"
-            )
-        write_json(self.run_dir / "search.json", tried)
-
-    def _try(
-        self, subject: _Subject, chosen: Sequence[tuple[Attack, dict[str, Setting]]]
-    ) -> list[list[Curve]]:
-        groups = [self._cells_of(attack, settings) for attack, settings in chosen]
-        self.run_cells([(subject, cell) for cells in groups for cell in cells])
-        return [_outcomes([self._assignment(subject, cell) for cell in cells]) for cells in groups]
-
-    def _cells_of(self, attack: Attack, settings: dict[str, Setting]) -> list[Cell]:
-        """The cells of a trial; none where the attack cannot have such settings."""
-        try:
-            return varied_cells(attack, self.redteam.data, settings, self.redteam.seeds)
-        except ValueError as error:
-            print(f"Passed over: {error}")
-            return []
-
-    def _assignment(self, subject: _Subject, cell: Cell) -> Assignment:
-        return Assignment.plan(
-            self.redteam,
-            cell,
-            subject.target.subject,
-            subject.language_model,
-            subject.weights,
-            self.cells,
-            self.num_threads,
-        )
-
-
-def _outcomes(assignments: Sequence[Assignment]) -> list[Curve]:
-    return [curve for assignment in assignments if (curve := assignment.load()) is not None]
-
-
-def write_reports(curves: list[Curve], run_dir: Path, title: str) -> None:
-    """Writes `results.csv`, `asr.png` and `asr.svg` into `run_dir` and prints the table."""
-    from rich.console import Console
-
-    write_text(run_dir / "results.csv", to_csv(curves))
-    figure = asr_figure(curves)
-    save_figure(figure, run_dir / "asr.png")
-    save_figure(figure, run_dir / "asr.svg")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # A log file has no width of its own.
-    console.print(to_rich(curves, title=title))
-    console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)
-
-
-def _require_distinct(targets: Sequence[Target]) -> None:
-    names = [target.key for target in targets]
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(
-            f"models must differ in defense, k1 or train_seed, got {[name[0] for name in names]}."
-        )
+        raise PatcherError(f"Every attack failed; the first with {curves[0].error}. See {results}.")
+    return Results.load(results)

@@ -1,22 +1,14 @@
-"""The `sweep` command: one `fit` per setting and seed, each in its own process, one figure."""
+"""Options of the `sweep` command: one `fit` per setting and seed, one figure."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from patcher_pl.cli.fits import Fit, run_fits
-from patcher_pl.cli.redteam import write_reports
-from patcher_pl.cli.run_directory import RunDirectory
+from patcher_pl.cli.console import write_reports
 from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.jobs import ConfigFile, Engine, RunDirectory, plan_sweep, run_fits
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import as_settings
-
-if TYPE_CHECKING:
-    ConfigFile = Path
-else:
-    # Relative to the configuration file that names it, and checked to be readable.
-    from jsonargparse.typing import Path_fr as ConfigFile
 
 
 def run_sweep(
@@ -25,6 +17,7 @@ def run_sweep(
     run_dir: Path,
     seeds: list[int] | None = None,
     num_processes: int | None = None,
+    engine: Engine | None = None,
 ) -> Results:
     """Runs `fit` for every variant and seed and collects the curves.
 
@@ -41,6 +34,7 @@ def run_sweep(
         seeds: Seeds of every variant; one run with seed 0 unless given.
         num_processes: Runs at the same time; as many as there are CPUs unless given. CPUs are
             shared out among them.
+        engine: What runs them, in place of `num_processes`; processes of this machine unless given.
 
     Returns:
         What was written to `results.json`.
@@ -53,7 +47,7 @@ def run_sweep(
     if not variants:
         raise ConfigError("variants: must name at least one variant, got none.")
     fits = plan_sweep(Path(base), variants, run_dir, seeds or [0])
-    failed = run_fits(fits, num_processes)
+    failed = run_fits(fits, engine, num_processes)
     curves = [curve for fit in fits if fit.is_done for curve in fit.results.curves]
     results = Results(
         curves=curves,
@@ -67,19 +61,3 @@ def run_sweep(
         logs = ", ".join(str(fit.log) for fit in failed)
         raise PatcherError(f"{len(failed)} of {len(fits)} runs failed; see {logs}.")
     return results
-
-
-def plan_sweep(
-    base: Path, variants: Mapping[str, Mapping[str, Any]], run_dir: Path, seeds: Sequence[int]
-) -> list[Fit]:
-    """The runs of a sweep."""
-    return [
-        Fit.plan(run_dir / name / f"seed-{seed}", base, {**options, **seed_options(seed)})
-        for name, options in variants.items()
-        for seed in seeds
-    ]
-
-
-def seed_options(seed: int) -> dict[str, Any]:
-    """The options of `fit` that give training and red team the same seed."""
-    return {"seed_everything": seed, "redteam.seeds": [seed]}

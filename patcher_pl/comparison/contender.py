@@ -1,16 +1,12 @@
 """One defense of a comparison, and the settings that are tried for it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    ConfigFile = Path
-else:
-    # Relative to the configuration file that names it, and checked to be readable.
-    from jsonargparse.typing import Path_fr as ConfigFile
+from patcher_pl.jobs import ConfigFile, Fit, seed_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,4 +70,27 @@ class Contender:
         return [
             {name: values[at] for at, (name, values) in zip(point, self.space.items(), strict=True)}
             for point in chosen
+        ]
+
+    def fits(
+        self,
+        common: Mapping[str, Any],
+        chosen: Mapping[str, Any],
+        redteam: Path,
+        seeds: Sequence[int],
+        directory: Path,
+    ) -> list[Fit]:
+        """One run per seed below `directory`.
+
+        Args:
+            common: Options of all defenses; this one's own go before them.
+            chosen: Point of the space; goes before both.
+            redteam: Configuration of the red team that attacks the models.
+            seeds: Of training and attacks.
+            directory: Where the runs go.
+        """
+        options = {"redteam": redteam.resolve(), **common, **self.options, **chosen}
+        return [
+            Fit.plan(directory / f"seed-{seed}", Path(self.fit), {**options, **seed_options(seed)})
+            for seed in seeds
         ]

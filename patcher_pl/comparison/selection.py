@@ -4,17 +4,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from patcher_pl.jobs import ConfigFile
 from patcher_pl.reports.comparison import Trial
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.statistics import area_under_asr
-
-if TYPE_CHECKING:
-    ConfigFile = Path
-else:
-    from jsonargparse.typing import Path_fr as ConfigFile
 
 
 @dataclass(frozen=True, kw_only=True)

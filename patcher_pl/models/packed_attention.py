@@ -101,8 +101,8 @@ def packed_sdpa(
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")  # As autocast does for torch's own attention.
     if plain and query.is_cuda and dtype in HALF_PRECISION and _takes_many() is not None:
-        tensors = (tensor.to(dtype) for tensor in (query, key, value))
-        return _all_at_once(*tensors, attention_mask, options.get("scaling")), None
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        return _all_at_once(query, key, value, attention_mask, options.get("scaling")), None
     lengths = attention_mask.bounds.diff().tolist()
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = [
@@ -133,7 +133,7 @@ def _all_at_once(
 
 
 @cache
-def _takes_many() -> Callable[..., Tensor] | None:
+def _takes_many() -> Callable[..., Any] | None:
     """Torch's attention over conversations of several lengths; None before torch 2.10."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -2,53 +2,61 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
 
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.variation import (
     Setting,
-    Varied,
+    field_of,
+    has_setting,
     varied_attack,
     varied_data,
     varied_name,
 )
+from patcher_pl.reports.results import CurveKey
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid(Varied):
+class Grid(dict[str, list[Setting]]):
     """Values that are tried for every attack that has such a setting; all combinations of them.
 
-    An empty list leaves a setting as the attack, or the red team's data, has it.
-
     Args:
-        lr: Step sizes of the attack's optimizer.
-        num_steps: Optimizer steps (counts); ends the attack there, its schedule included.
-        batch_size: Rows per step (counts).
-        schedule: Learning-rate curves.
-        num_warmup_steps: Steps of linear warm-up (counts).
-        template: Prompt templates, see `Asking`.
-        poison_ratio: Shares of harmful rows (in [0, 1]).
-        num_examples: Rows of the attacker's data (counts).
+        values: Dotted fields of attacks (`batch_size`, `optimizer.lr`, `lora.rank`, ...) or of the
+            red team's data (`data.poison_ratio`, ...), each with what to try. `num_steps`, the
+            length of an attack, is `attack_steps` cut off there; `lr`, `template`, `poison_ratio`
+            and `num_examples` are short for `optimizer.lr`, `asking.template` and fields of `data`.
+            An empty list leaves a setting as it is.
 
     Raises:
-        ValueError: If a list holds a value twice.
+        ValueError: If a value is there twice, or is neither a number nor a word.
     """
 
-    def __post_init__(self) -> None:
-        for name, values in asdict(self).items():
-            if len(set(values)) < len(values):
-                raise ValueError(f"Grid.{name} must hold different values, got {values}.")
+    def __init__(self, **values: list[Any]) -> None:
+        super().__init__(values)
+        for name, entries in values.items():
+            if not all(isinstance(entry, float | int | str) for entry in entries):
+                raise ValueError(f"Grid.{name} must hold numbers or words, got {entries}.")
+            if len(set(entries)) < len(entries):
+                raise ValueError(f"Grid.{name} must hold different values, got {entries}.")
+        if len({field_of(name) for name in values}) < len(values):
+            raise ValueError(
+                f"Grid must name a setting once, got {', '.join(values)}, of which two are the "
+                "same. Leave one out."
+            )
 
     def combinations(self, attack: Attack) -> Iterator[dict[str, Setting]]:
         """Settings of every cell of one attack; one empty entry where nothing varies.
 
         Leaves out shares of harmful rows that would take from an attack what it cannot do without.
         """
-        varied = self.lists_of(attack)
+        varied = {
+            name: values for name, values in self.items() if values and has_setting(attack, name)
+        }
         for chosen in itertools.product(*varied.values()):
             settings = dict(zip(varied, chosen, strict=True))
-            share = settings.get("poison_ratio")
+            shares = {field_of(name): value for name, value in settings.items()}
+            share = shares.get("data.poison_ratio")
             if not (
                 (share == 1 and "benign" in attack.needed_rows)
                 or (share == 0 and "harmful" in attack.needed_rows)
@@ -78,6 +86,30 @@ class Cell:
     def name(self) -> str:
         """Name of the attack in results, varied settings included."""
         return varied_name(self.family, self.varied)
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """How the attacked model is called in results.
+
+    Args:
+        defense: Name of its defense.
+        k1: Its simulated attack steps, where it has them.
+        train_seed: Seed that it was trained with, where it is known.
+    """
+
+    defense: str
+    k1: int | None = None
+    train_seed: int | None = None
+
+    @property
+    def model_key(self) -> tuple[str, int | None, int | None]:
+        """What tells its curves from those of other models."""
+        return (self.defense, self.k1, self.train_seed)
+
+    def key(self, cell: Cell) -> CurveKey:
+        """What tells the curve of a cell from all others."""
+        return (*self.model_key, cell.name, cell.seed)
 
 
 def varied_cells(

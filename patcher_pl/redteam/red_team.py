@@ -1,26 +1,34 @@
-"""The settings of a red team: which attacks, with which data, and how their outcome is judged."""
+"""A red team: which attacks, with which data, how they are run and how their outcome is judged."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.mixing import Mixture
+from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.evaluation.aggregate import DEFAULT_THRESHOLD
 from patcher_pl.evaluation.benchmark import Benchmark
 from patcher_pl.evaluation.generate import Generation
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.models.lora import merged_copy
+from patcher_pl.models.packing import require_packing
+from patcher_pl.randomness import seeded
 from patcher_pl.redteam.base import Attack
-from patcher_pl.redteam.campaign import Campaign, Subject
-from patcher_pl.redteam.examiner import Examiner
-from patcher_pl.redteam.grid import Cell, Grid, varied_cells
+from patcher_pl.redteam.examiner import Examination, Examiner
+from patcher_pl.redteam.grid import Cell, Grid, ModelName, varied_cells
+from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.redteam.record import Record
+from patcher_pl.redteam.variation import require_settings
 from patcher_pl.reports.results import Curve
+from patcher_pl.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OnCell = Callable[[Curve], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,7 @@ class RedTeam:
         benign_prompts: Prompts that a usable model answers; None skips benign accuracy.
         generation: How answers are drawn.
         seeds: One run per seed; a seed sets data subset, order, initialization and sampling.
-        grid: Settings that are varied for every attack that has them.
+        grid: Settings that are varied for every attack that has them, see `Grid`.
         threshold: Attack success rate from which on the defense counts as broken (in (0, 1]).
         num_samples: Answers to harmful prompts kept per measurement (count, >= 0).
         utility: Further measures of a usable model, taken before and after every attack.
@@ -60,7 +68,7 @@ class RedTeam:
     benign_prompts: Benchmark | None = None
     generation: Generation = field(default_factory=Generation)
     seeds: list[int] = field(default_factory=lambda: [0])
-    grid: Grid = field(default_factory=Grid)
+    grid: Mapping[str, list[Any]] = field(default_factory=Grid)
     threshold: float = DEFAULT_THRESHOLD
     num_samples: int = 3
     utility: list[UtilityMeasure] = field(default_factory=list)
@@ -86,6 +94,7 @@ class RedTeam:
             "measures of different names (`label`)",
             measures,
         )
+        require_settings("RedTeam.grid", Grid(**self.grid), self.attacks)
         for name in ("min_coherence", "max_judge_error_rate"):
             value = getattr(self, name)
             _require(0 <= value <= 1, name, "in [0, 1]", value)
@@ -96,14 +105,15 @@ class RedTeam:
         Raises:
             ValueError: If a value of the grid is out of its range.
         """
+        grid = Grid(**self.grid)
         return [
             cell
             for attack in self.attacks
-            for settings in self.grid.combinations(attack)
+            for settings in grid.combinations(attack)
             for cell in varied_cells(attack, self.data, settings, self.seeds)
         ]
 
-    def campaign(self, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat) -> Campaign:
+    def campaign(self, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat) -> "Campaign":
         """Reads the questions, and what the utility measures need.
 
         Raises:
@@ -118,16 +128,7 @@ class RedTeam:
             second_judge=self.second_judge,
             utility=self.utility,
         )
-        return Campaign(
-            examiner,
-            tokenizer,
-            chat,
-            self.threshold,
-            self.num_samples,
-            self.min_coherence,
-            self.max_judge_error_rate,
-            self.packing,
-        )
+        return Campaign(self, examiner, tokenizer, chat)
 
     def run(
         self,
@@ -138,10 +139,8 @@ class RedTeam:
         defense: str,
         k1: int | None = None,
         train_seed: int | None = None,
-        on_cell: OnCell | None = None,
-        done: Iterable[Curve] = (),
     ) -> list[Curve]:
-        """Runs every cell on a copy of `model`; `model` itself does not change.
+        """Runs every cell on a copy of `model`, and keeps nothing; `model` itself does not change.
 
         A cell that fails is kept with what it had measured and its error; the others still run.
         The state of torch's random generators is put back.
@@ -153,8 +152,6 @@ class RedTeam:
             defense: Name of the defense in the results.
             k1: Its simulated attack steps, where it has them.
             train_seed: Seed that it was trained with, where it is known.
-            on_cell: Called with every curve as soon as it is there, not with those in `done`.
-            done: Curves of an earlier run; cells that finished without an error are not repeated.
 
         Returns:
             One curve per cell, in the order of `cells`.
@@ -162,21 +159,127 @@ class RedTeam:
         Raises:
             DataError: If a benchmark or the attack's data cannot be used.
         """
-        subject = Subject(defense, k1, train_seed)
-        finished = {curve.key: curve for curve in done if curve.error is None}
-        cells = self.cells()
-        if all(subject.key(cell) in finished for cell in cells):
-            return [finished[subject.key(cell)] for cell in cells]
+        name = ModelName(defense, k1, train_seed)
         campaign = self.campaign(tokenizer, chat)
-        curves = []
-        for cell in cells:
-            curve = finished.get(subject.key(cell))
-            if curve is None:
-                curve = campaign.run(model, cell, subject)
-                if on_cell is not None:
-                    on_cell(curve)
-            curves.append(curve)
-        return curves
+        return [campaign.run(model, cell, name) for cell in self.cells()]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A red team that has read its questions and knows how to talk to the model.
+
+    Args:
+        team: Its settings.
+        examiner: Questions and judge.
+        tokenizer: The model's tokenizer.
+        chat: How conversations become tokens, for the attack and for the answers.
+    """
+
+    team: "RedTeam"
+    examiner: Examiner
+    tokenizer: "PreTrainedTokenizerBase"
+    chat: ChatFormat
+    _drawn: list[tuple[Mixture, int, list[Conversation]]] = field(default_factory=list)
+
+    def material(self, cell: Cell) -> AttackMaterial:
+        """What the attacker of a cell works with; drawn once for all attacks with the same data.
+
+        Raises:
+            DataError: If the attack's data cannot be used.
+            ConfigError: If the tokenizer has no pad token.
+        """
+        for data, seed, rows in self._drawn:
+            if (data, seed) == (cell.data, cell.seed):
+                return self._material(rows, cell.seed)
+        rows = cell.data.draw(cell.seed) if cell.attack.uses_data else []
+        if cell.attack.uses_data:
+            self._drawn.append((cell.data, cell.seed, rows))
+        return self._material(rows, cell.seed)
+
+    def run(self, model: "PreTrainedModel", cell: Cell, name: ModelName) -> Curve:
+        """Attacks a copy of `model`; torch's random generators are put back.
+
+        An attack that fails gives a curve with what it had measured and its error.
+
+        Args:
+            model: Released weights; adapters are merged into the copy that is attacked.
+            cell: The attack.
+            name: Name of the model in results.
+
+        Raises:
+            DataError: If the attack's data cannot be used.
+            ConfigError: If the tokenizer has no pad token, the judge cannot work at all (a key
+                that its server refuses), or the model cannot take packed batches and shall.
+        """
+        record = Record(
+            self.examiner.harmful,
+            len(self.examiner.benign),
+            self.team.threshold,
+            self.team.num_samples,
+            self.team.min_coherence,
+            self.team.max_judge_error_rate,
+        )
+        try:
+            material = self.material(cell)
+        except DataError as failure:
+            if not cell.varied:
+                raise  # No attack can work with such data.
+            return record.curve(
+                name.key(cell), _reason(failure), family=cell.family, varied=cell.varied
+            )
+        if material.packing and material.rows:
+            prompts = [
+                self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]
+            ]
+            require_packing(model, prompts, next(model.parameters()).device, "redteam.packing")
+        error = None
+        with seeded(cell.seed, next(model.parameters()).device):
+            try:
+                # As released: whoever has the weights can merge adapters and train everything.
+                target: Any = merged_copy(model)
+                for point in cell.attack.run(target, material):
+                    found = self._examined(target, cell, material)
+                    usefulness = {} if len(record) else self._usefulness(target, cell)
+                    record.add(point, found, usefulness)
+                    logger.info(
+                        "%s under %s, seed %d, after %d steps: ASR %.3f",
+                        *(name.defense, cell.name, cell.seed, point.steps, found.harmful.rate),
+                    )
+                if len(record) > 1:
+                    # Only now is it known that the last measurement was the last one.
+                    record.add_usefulness(self._usefulness(target, cell))
+            except _UnusableJudgeError as stop:
+                raise stop.reason from None
+            except (PatcherError, RuntimeError) as failure:
+                error = _reason(failure)
+                logger.warning("%s, seed %d stopped early: %s", cell.name, cell.seed, error)
+        for concern in record.concerns():
+            logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
+        return record.curve(name.key(cell), error, family=cell.family, varied=cell.varied)
+
+    def _material(self, rows: Sequence[Conversation], seed: int) -> AttackMaterial:
+        return AttackMaterial(self.tokenizer, self.chat, rows, seed, self.team.packing)
+
+    def _examined(self, model: Any, cell: Cell, material: AttackMaterial) -> Examination:
+        try:
+            return self.examiner.examine(model, self.tokenizer, self.chat, cell.attack, material)
+        except ConfigError as error:
+            raise _UnusableJudgeError(error) from error
+
+    def _usefulness(self, model: "PreTrainedModel", cell: Cell) -> dict[str, float]:
+        return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed)
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
+
+
+class _UnusableJudgeError(Exception):
+    """What stops one examination would stop all others too."""
+
+    def __init__(self, reason: ConfigError) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

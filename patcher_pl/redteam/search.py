@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import ConfigError
 from patcher_pl.redteam.base import Attack
+from patcher_pl.redteam.grid import Grid
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.strength import mean_strength
-from patcher_pl.redteam.variation import Setting, Varied, setting_of, varied_name
+from patcher_pl.redteam.variation import (
+    NUM_STEPS,
+    Setting,
+    field_of,
+    has_setting,
+    setting_of,
+    varied_name,
+)
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
@@ -22,14 +30,18 @@ RunSettings = Callable[[Sequence[tuple[Attack, dict[str, Setting]]]], list[list[
 """Runs attacks with these settings with every seed, and returns the curves of each."""
 
 _ATTACK = "attack"
-# Searched over ranges; all other settings are chosen from a list.
-_BY_LOGARITHM = ("lr", "num_steps")
-_LINEAR = ("num_warmup_steps", "poison_ratio")
-_COUNTS = ("num_steps", "num_warmup_steps")
+# Searched over ranges, by their logarithm or not; all other settings are chosen from a list.
+_RANGES = {
+    "optimizer.lr": True,
+    NUM_STEPS: True,
+    "num_warmup_steps": False,
+    "data.poison_ratio": False,
+}
+_COUNTS = (NUM_STEPS, "num_warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Attempt:
     """One tried setting.
 
     Args:
@@ -45,29 +57,21 @@ class Trial:
     source: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Search(Varied):
+@dataclass(frozen=True, init=False)
+class Search:
     """Optuna's tree-structured Parzen estimator over attacks and their settings.
 
     Begins with what the grid found, so that its strongest cell is the one to beat. Trials are asked
     for in batches that run at the same time. The same settings give the same trials, so that an
     interrupted search goes on by asking again: attacks that finished are not repeated.
 
-    Every entry of the space that an attack has is searched for it; [low, high] are ranges, other
-    lists are choices. An empty list leaves a setting alone.
-
     Args:
         num_trials: Settings to try for every model, each with every seed (count, >= 1).
-        lr: Range of step sizes, searched by their logarithm.
-        num_steps: Range of optimizer steps, searched by their logarithm.
-        batch_size: Choices of rows per step.
-        schedule: Choices of learning-rate curves.
-        num_warmup_steps: Range of warm-up steps.
-        template: Choices of prompt templates.
-        poison_ratio: Range of shares of harmful rows.
-        num_examples: Choices of numbers of rows.
         batch: Trials asked for at a time (count, >= 1); more run side by side, fewer learn sooner.
         seed: Of the sampler.
+        space: What is searched of every attack that has it, by the names of `Grid`: [low, high] of
+            `lr` and `num_steps` (by their logarithm), `num_warmup_steps` and `poison_ratio`, choices
+            of all others. An empty list leaves a setting alone.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -78,23 +82,36 @@ class Search(Varied):
     """
 
     num_trials: int
-    batch: int = 4
-    seed: int = 0
+    batch: int
+    seed: int
+    space: Mapping[str, list[Any]]
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        num_trials: int,
+        batch: int = 4,
+        seed: int = 0,
+        space: Mapping[str, list[Any]] | None = None,
+        **more: list[Any],
+    ) -> None:
+        space = {**(space or {}), **more}
+        given = {"num_trials": num_trials, "batch": batch, "seed": seed, "space": space}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
         for name in ("num_trials", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Search.{name} must be >= 1, got {getattr(self, name)}.")
-        for name in (*_BY_LOGARITHM, *_LINEAR):
-            ends = getattr(self, name)
-            if ends and (len(ends) != 2 or not ends[0] < ends[1]):
+            if not isinstance(given[name], int) or given[name] < 1:
+                raise ValueError(f"Search.{name} must be >= 1, got {given[name]!r}.")
+        for name, ends in space.items():
+            if ends and field_of(name) in _RANGES and not (len(ends) == 2 and ends[0] < ends[1]):
                 raise ValueError(
                     f"Search.{name} must be [low, high] with low < high, or empty, got {ends}."
                 )
+        Grid(**space)  # Checks what grids and searches have in common.
 
     def run(
         self, team: RedTeam, grid: Sequence[Sequence[Curve]], run_settings: RunSettings
-    ) -> list[Trial]:
+    ) -> list[Attempt]:
         """Returns everything that was tried, the strongest first.
 
         Args:
@@ -111,12 +128,12 @@ class Search(Varied):
         budget = self._budget(team, grid)
         sampler = optuna.samplers.TPESampler(seed=self.seed, constant_liar=True)
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        tried: list[Trial] = []
+        tried: list[Attempt] = []
         for curves in grid:
             if not curves:
                 continue
             first, strength = curves[0], mean_strength(curves, budget)
-            trial = Trial(
+            trial = Attempt(
                 attack=first.attack, settings=first.varied, strength=strength, source="grid"
             )
             tried.append(trial)
@@ -134,7 +151,7 @@ class Search(Varied):
                     study.tell(trial, strength)
                 name = varied_name(attack.name, settings)
                 tried.append(
-                    Trial(attack=name, settings=settings, strength=strength, source="search")
+                    Attempt(attack=name, settings=settings, strength=strength, source="search")
                 )
         return sorted(tried, key=lambda trial: -_or_zero(trial.strength))
 
@@ -142,7 +159,7 @@ class Search(Varied):
         """The longest attack of all: strengths of shorter ones count their last point to there."""
         longest = [int(setting_of(attack, team.data, "num_steps") or 0) for attack in team.attacks]
         longest += [max(curve.attack_steps, default=0) for curves in grid for curve in curves]
-        return max([1, *longest, *self.num_steps[1:]])
+        return max([1, *longest, *map(int, self.space.get(NUM_STEPS, [])[1:])])
 
     def _suggested(
         self, trial: "optuna.Trial", attacks: Mapping[str, Attack]
@@ -159,16 +176,18 @@ class Search(Varied):
             IntDistribution,
         )
 
-        ranges, space = (*_BY_LOGARITHM, *_LINEAR), {}
-        lists = self.lists_of(attack)
+        names = [
+            name for name, values in self.space.items() if values and has_setting(attack, name)
+        ]
+        space = {}
         # Ranges first: the order decides what the sampler draws, and how trials are called.
-        for name in sorted(lists, key=lambda one: one not in ranges):
-            if name not in ranges:
-                space[name] = CategoricalDistribution(lists[name])
+        for name in sorted(names, key=lambda one: field_of(one) not in _RANGES):
+            if field_of(name) not in _RANGES:
+                space[name] = CategoricalDistribution(self.space[name])
                 continue
-            low, high = lists[name]
+            low, high = self.space[name]
             kind: Any = IntDistribution if name in _COUNTS else FloatDistribution
-            space[name] = kind(low, high, log=name in _BY_LOGARITHM)
+            space[name] = kind(low, high, log=_RANGES[field_of(name)])
         return space
 
     def _teach(
@@ -177,7 +196,7 @@ class Search(Varied):
         attacks: Mapping[str, Attack],
         family: str,
         data: Mixture,
-        trial: Trial,
+        trial: Attempt,
     ) -> None:
         """Tells the sampler what the grid found, where it lies in the space that is searched."""
         from optuna.distributions import CategoricalDistribution

@@ -1,17 +1,14 @@
-"""Which models are attacked."""
+"""Which models are attacked, and how `fit` makes them first."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from patcher_pl.data.chat import ChatFormat
-from patcher_pl.redteam.campaign import Subject
-
-if TYPE_CHECKING:
-    ConfigFile = Path
-else:
-    # Relative to the configuration file that names it, and checked to be readable.
-    from jsonargparse.typing import Path_fr as ConfigFile
+from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.jobs import ConfigFile, Engine, Fit, run_fits
+from patcher_pl.redteam.grid import ModelName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +49,69 @@ class Target:
             )
 
     @property
-    def subject(self) -> Subject:
+    def name(self) -> ModelName:
         """How it is called in results."""
-        return Subject(self.defense, self.k1, self.train_seed)
+        return ModelName(self.defense, self.k1, self.train_seed)
 
-    @property
-    def key(self) -> tuple[str, int | None, int | None]:
-        """What tells its curves from those of other models."""
-        return (self.defense, self.k1, self.train_seed)
+
+def require_distinct(targets: Sequence[Target]) -> None:
+    """Sees to it that results can tell models apart.
+
+    Raises:
+        ConfigError: If there is none, or two have the same names.
+    """
+    names = [target.name.model_key for target in targets]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"models must differ in defense, k1 or train_seed, got {[name[0] for name in names]}."
+        )
+
+
+def harden(
+    targets: Sequence[Target], run_dir: Path, options: Mapping[str, Any], engine: Engine | None
+) -> list[str]:
+    """Runs `fit` for every target that names one and is not made yet.
+
+    Targets of the same configuration share a run, below `run_dir/hardened`.
+
+    Args:
+        targets: What will be attacked.
+        run_dir: Directory of the red team's run.
+        options: Options of `fit` (dotted names) that differ from the configurations.
+        engine: What runs them; `Processes` where it is None.
+
+    Returns:
+        Path of every model, in order.
+
+    Raises:
+        ConfigError: If a target wants a control that its configuration does not train.
+        PatcherError: If a run failed.
+        RunInterrupted: If a signal stopped it; runs saved checkpoints.
+    """
+    fits: dict[Path, Fit] = {}
+    for target in targets:
+        if target.fit is not None:
+            config = Path(target.fit)
+            directory = run_dir / "hardened" / config.stem
+            known = fits.setdefault(config, Fit.plan(directory, config, options))
+            if [fit.path for fit in fits.values()].count(known.path) > 1:
+                raise ConfigError(
+                    f"models: two configurations are called {config.name}; rename one of them."
+                )
+    if failed := run_fits(list(fits.values()), engine) if fits else []:
+        logs = ", ".join(str(fit.log) for fit in failed)
+        raise PatcherError(f"{len(failed)} of {len(fits)} `fit` runs failed; see {logs}.")
+    return [_path(target, fits) for target in targets]
+
+
+def _path(target: Target, fits: Mapping[Path, Fit]) -> str:
+    if target.fit is None:
+        assert target.path is not None
+        return target.path
+    made = fits[Path(target.fit)].run_directory
+    model = made.control.model if target.control else made.model
+    if not model.is_dir():
+        raise ConfigError(
+            f"models: {target.fit} left no {model}; `control: true` takes a `fit` with a control."
+        )
+    return str(model)

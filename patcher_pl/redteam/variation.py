@@ -1,90 +1,92 @@
-"""The settings of an attack that a grid or a search varies."""
+"""The settings of an attack that a grid or a search varies: dotted fields of it and of its data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
+from typing import Any, get_type_hints
 
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.redteam.base import Attack
 
 Setting = float | int | str
 
-# Settings of the attacker's data; all others are the attack's own.
-DATA_SETTINGS = ("poison_ratio", "num_examples")
+# Short names of settings that many attacks have.
+_FIELDS = {
+    "lr": "optimizer.lr",
+    "template": "asking.template",
+    "poison_ratio": "data.poison_ratio",
+    "num_examples": "data.num_examples",
+}
+# No field: ends the attack there, its schedule included, and keeps the measurements before it.
+NUM_STEPS = "num_steps"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Varied:
-    """One list for every setting that can be varied; an empty one leaves the setting alone.
-
-    What the lists hold, values or ends of ranges, is for subclasses to say.
-    """
-
-    lr: list[float] = field(default_factory=list)
-    num_steps: list[int] = field(default_factory=list)
-    batch_size: list[int] = field(default_factory=list)
-    schedule: list[str] = field(default_factory=list)
-    num_warmup_steps: list[int] = field(default_factory=list)
-    template: list[str] = field(default_factory=list)
-    poison_ratio: list[float] = field(default_factory=list)
-    num_examples: list[int] = field(default_factory=list)
-
-    def lists_of(self, attack: Attack) -> dict[str, list[Setting]]:
-        """The lists that are not empty and whose setting the attack has."""
-        lists = {one.name: getattr(self, one.name) for one in fields(Varied)}
-        return {
-            name: values for name, values in lists.items() if values and has_setting(attack, name)
-        }
+def field_of(name: str) -> str:
+    """The field that a setting's name stands for, such as `optimizer.lr` for `lr`."""
+    return _FIELDS.get(name, name)
 
 
 def has_setting(attack: Attack, name: str) -> bool:
-    """Whether varying `name` (a field of `Varied`) changes what this attack does."""
-    own = {one.name for one in fields(attack)}
-    if name in DATA_SETTINGS:
-        return attack.uses_data
-    if name == "lr":
-        return "optimizer" in own
-    if name == "num_steps":
-        return "attack_steps" in own
-    return name == "template" or name in own
+    """Whether varying `name` changes what this attack does."""
+    *path, last = field_of(name).split(".")
+    if path == ["data"]:
+        return attack.uses_data and last in _names(Mixture)
+    owner: Any = attack
+    for part in path:
+        owner = getattr(owner, part, None)
+    if name == NUM_STEPS:
+        return "attack_steps" in _names(owner)
+    return last in _names(owner) and not is_dataclass(getattr(owner, last))
+
+
+def require_settings(
+    owner: str, varied: Mapping[str, Sequence[Any]], attacks: Sequence[Attack]
+) -> None:
+    """Sees to it that everything that is varied is a setting of some attack.
+
+    Args:
+        owner: Where the names stand, for the message.
+        varied: Settings, and what is tried for them.
+        attacks: Those that may have them.
+
+    Raises:
+        ValueError: If no attack has one of them.
+    """
+    for name, values in varied.items():
+        if values and not any(has_setting(attack, name) for attack in attacks):
+            raise ValueError(
+                f"{owner} must name settings of its attacks, got {name!r}, which none of "
+                f"{', '.join(attack.name for attack in attacks)} has. Give a field, such as "
+                f"`optimizer.lr` or `data.poison_ratio`, `{NUM_STEPS}`, or one of "
+                f"{', '.join(f'`{short}`' for short in _FIELDS)}."
+            )
 
 
 def setting_of(attack: Attack, data: Mixture, name: str) -> Setting | None:
     """The value that an attack, or the red team's data, has; None where it has none."""
-    if name in DATA_SETTINGS:
-        return getattr(data, name)
     if not has_setting(attack, name):
         return None
-    own: Any = attack
-    if name == "lr":
-        return own.optimizer.lr
-    if name == "num_steps":
-        return own.attack_steps[-1]
-    return own.asking.template if name == "template" else getattr(own, name)
+    if name == NUM_STEPS:
+        return attrgetter("attack_steps")(attack)[-1]
+    path = field_of(name)
+    own = path.removeprefix("data.")
+    return attrgetter(own)(attack if own == path else data)
 
 
 def varied_attack(attack: Attack, settings: Mapping[str, Setting]) -> Attack:
     """The attack with some of its settings replaced; those of the data are passed over.
 
-    `num_steps` ends the attack there and keeps the measurements before it. The label goes: whoever
-    varies an attack names it.
-
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its range, or of another type.
     """
     changed: Any = attack
     for name, value in settings.items():
-        if name in DATA_SETTINGS:
-            continue
-        if name == "lr":
-            changed = replace(changed, optimizer=replace(changed.optimizer, lr=value))
-        elif name == "num_steps":
+        path = field_of(name)
+        if name == NUM_STEPS:
             kept = [steps for steps in changed.attack_steps if steps < value]
-            changed = replace(changed, attack_steps=[*kept, value])
-        elif name == "template":
-            changed = replace(changed, asking=replace(changed.asking, template=value))
-        else:
-            changed = replace(changed, **{name: value})
+            changed = _replaced(changed, "attack_steps", [*kept, value])
+        elif not path.startswith("data."):
+            changed = _replaced(changed, path, value)
     return changed
 
 
@@ -92,15 +94,41 @@ def varied_data(data: Mixture, settings: Mapping[str, Setting]) -> Mixture:
     """The data with its share or number of rows replaced; the attack's settings are passed over.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its range, or of another type.
     """
-    own: dict[str, Any] = {name: settings[name] for name in DATA_SETTINGS if name in settings}
-    return replace(data, **own) if own else data
+    for name, value in settings.items():
+        path = field_of(name)
+        if path.startswith("data."):
+            data = _replaced(data, path.removeprefix("data."), value)
+    return data
 
 
 def varied_name(name: str, settings: Mapping[str, Setting]) -> str:
     """Name of a varied attack, such as `full_adamw lr=0.0003 poison_ratio=1`."""
     return " ".join([name, *(f"{key}={_shown(value)}" for key, value in settings.items())])
+
+
+def _names(owner: Any) -> set[str]:
+    return {one.name for one in fields(owner)} if is_dataclass(owner) else set()
+
+
+def _replaced(owner: Any, path: str, value: Any) -> Any:
+    first, _, rest = path.partition(".")
+    new = _replaced(getattr(owner, first), rest, value) if rest else _parsed(owner, first, value)
+    return replace(owner, **{first: new})
+
+
+def _parsed(owner: Any, name: str, value: Any) -> Any:
+    """The value as a configuration would give it to that field."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    kind = type(owner)
+    parser.add_argument(f"--{name}", type=get_type_hints(kind)[name])
+    try:
+        return parser.parse_object({name: value})[name]
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{kind.__name__}.{name} cannot be {value!r}: {error}") from error
 
 
 def _shown(value: Setting) -> str:

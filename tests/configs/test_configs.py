@@ -8,16 +8,17 @@ from jsonargparse import ArgumentParser
 
 from patcher_pl import defenses
 from patcher_pl.ablation import ComparisonGrid
-from patcher_pl.cli.ablate import plan_hardening, run_ablate
-from patcher_pl.cli.compare import plan_trials, run_compare
-from patcher_pl.cli.fits import Fit
+from patcher_pl.ablation.hardening import plan_hardening
+from patcher_pl.cli.ablate import run_ablate
+from patcher_pl.cli.compare import run_compare
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.cli.main import function_parser
 from patcher_pl.cli.redteam import run_redteam
-from patcher_pl.cli.sweep import plan_sweep
+from patcher_pl.comparison.trials import plan_trials
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation import Benchmark, Judge
+from patcher_pl.jobs import Fit, plan_sweep
 from patcher_pl.redteam import RedTeam
 from patcher_pl.reports import Results
 from tests.commands import QUIET, ROOT, cli, write_rows, write_yaml

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from patcher_pl.cli.compare import plan_trials
-from patcher_pl.cli.fits import Fit
 from patcher_pl.comparison import Contender, Selection
+from patcher_pl.comparison.trials import plan_trials
+from patcher_pl.jobs import Fit
 from tests.commands import cli, patcher_settings, redteam_settings, sft_settings, write_yaml
 
 LR = "model.init_args.optimizer.init_args.lr"

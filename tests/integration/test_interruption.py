@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patcher_pl.cli import fit
 from patcher_pl.redteam import FullFinetuning
+from patcher_pl.redteam.job import AttackJob
 from patcher_pl.reports import Results
 from tests.commands import (
     ROOT,
@@ -173,17 +173,17 @@ def test_an_interrupted_red_team_goes_on_after_its_last_curve(inputs, tmp_path, 
     config = write_yaml(tmp_path / "config.yaml", settings)
     command = ("fit", "--config", config, "--run_dir", tmp_path / "run")
     results = tmp_path / "run" / "results.json"
-    keep = fit._Outcome._keep
+    write = AttackJob.write
 
-    def keep_then_interrupt(self, curves):
-        keep(self, curves)
+    def write_then_interrupt(self, content):
+        write(self, content)
         raise KeyboardInterrupt
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit._Outcome, "_keep", keep_then_interrupt)
+        patch.setattr(AttackJob, "write", write_then_interrupt)
         said = cli(*command).expect(128 + signal.SIGINT)
     assert "Traceback" not in said.err
     assert [curve.seed for curve in Results.load(results).curves] == [0]

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from patcher_pl.cli import fits
 from patcher_pl.cli.sweep import run_sweep
 from patcher_pl.errors import PatcherError
+from patcher_pl.jobs import InProcess, fit
 from patcher_pl.supervision import SUPERVISED
 from tests.commands import ROOT, cli, redteam_settings, sft_settings, write_yaml
 
@@ -86,7 +86,7 @@ class Recorder:
 
 def replace_processes(monkeypatch, recorder):
     stand_in = SimpleNamespace(Popen=recorder, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(fits, "subprocess", stand_in)
+    monkeypatch.setattr(fit, "subprocess", stand_in)
 
 
 def test_a_run_is_resumed_with_its_own_settings_only(inputs, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_run_is_resumed_with_its_own_settings_only(inputs, tmp_path, monkeypat
     replace_processes(monkeypatch, interrupted)
     for settings in ({"trainer.max_steps": 2}, {"trainer.max_steps": 2}, {"trainer.max_steps": 3}):
         with pytest.raises(PatcherError, match="1 of 1 runs failed"):
-            run_sweep(base, {"one": settings}, tmp_path / "sweep")
+            run_sweep(base, {"one": settings}, tmp_path / "sweep", engine=InProcess())
     how = [{"--ckpt_path=last", "--overwrite=true"} & set(line) for line in interrupted.commands]
     assert how == [{"--overwrite=true"}, {"--ckpt_path=last"}, {"--overwrite=true"}]
 
@@ -107,7 +107,7 @@ def test_settings_reach_fit_as_they_were_written(inputs, tmp_path, monkeypatch):
     replace_processes(monkeypatch, failing)
     settings = {"a": None, "b": True, "c": [1, None], "d": {"e": False}, "f": "x"}
     with pytest.raises(PatcherError):
-        run_sweep(base, {"one": settings}, tmp_path / "sweep")
+        run_sweep(base, {"one": settings}, tmp_path / "sweep", engine=InProcess())
     told = ("--a=null", "--b=true", "--c=[1, null]", '--d={"e": false}', "--f=x")
     assert set(told) <= set(failing.commands[0])
 

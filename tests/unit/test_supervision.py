@@ -9,7 +9,7 @@ import pytest
 
 from patcher_pl import supervision
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.supervision import Job, Supervisor
+from patcher_pl.supervision import Program, Supervisor
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
@@ -24,7 +24,9 @@ def impatient(monkeypatch):
 def job(tmp_path, program, achieved=lambda: 0):
     command = [sys.executable, "-c", program]
     log = tmp_path / "logs" / "job.log"
-    return Job(name="job", command=command, log=log, environment={"X": "1"}, num_achieved=achieved)
+    return Program(
+        name="job", command=command, log=log, environment={"X": "1"}, num_achieved=achieved
+    )
 
 
 def is_running(process):
@@ -100,11 +102,11 @@ def test_delays_double_up_to_half_a_minute():
 
 PARENT = """
 import pathlib, sys, time
-from patcher_pl.supervision import Job, Supervisor
+from patcher_pl.supervision import Program, Supervisor
 child = "from patcher_pl.supervision import end_with_parent; import pathlib, time;" \\
     "end_with_parent(lambda: pathlib.Path({cleaned!r}).touch()); print('up', flush=True); time.sleep(600)"
 log = pathlib.Path(sys.argv[1])
-job = Job(name="job", command=[sys.executable, "-c", child.format(cleaned=sys.argv[2])], log=log,
+job = Program(name="job", command=[sys.executable, "-c", child.format(cleaned=sys.argv[2])], log=log,
           environment={{}}, num_achieved=lambda: 0)
 with Supervisor([job], 3) as supervisor:
     print(*supervisor.process_ids, flush=True)

@@ -12,9 +12,14 @@ from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.sources import Source
 from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation import Benchmark, Generation
+from patcher_pl.jobs import InProcess, RunDirectory
+from patcher_pl.models import LanguageModel
 from patcher_pl.models.lora import Lora
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import Attack, AttackPoint, FullFinetuning, LoraFinetuning, RedTeam
+from patcher_pl.redteam.board import Board
+from patcher_pl.redteam.grid import ModelName
+from patcher_pl.redteam.job import AttackedModel, Bench
 
 CHAT = ChatFormat()
 
@@ -180,27 +185,48 @@ def test_adapters_of_the_defense_are_merged_before_the_attack(model, tokenizer, 
     assert [name for name, _ in adapted.named_parameters() if "lora" in name]
 
 
-def test_finished_cells_are_not_repeated_and_failed_ones_are(model, tokenizer, red_team):
-    log, seen = [], []
+def test_finished_cells_are_not_repeated_and_failed_ones_are(model, tokenizer, red_team, tmp_path):
+    log = []
     good, bad = Scripted(label="good", log=log), Scripted(label="bad", log=log)
     broken = Scripted(label="bad", log=log, failure=RuntimeError("out of memory"))
     team = replace(red_team, attacks=[good, broken], seeds=[0, 1])
-    first = team.run(model, tokenizer, CHAT, defense="sft")
+
+    def attack(team):
+        log.clear()  # Settings of an attack are part of its digest.
+        language_model = LanguageModel(path="in memory")
+        attacked = AttackedModel(
+            name=ModelName("sft"),
+            language_model=language_model,
+            weights=[],
+            bench=Bench(model, tokenizer),
+        )
+        board = Board(
+            redteam=team,
+            run_directory=RunDirectory(tmp_path),
+            engine=InProcess(),
+            device="cpu",
+            num_threads=None,
+            settings={},
+        )
+        return board.attack([attacked])
+
+    first = attack(team)
     assert [(curve.attack, curve.seed) for curve in first] == [
         ("good", 0),
         ("good", 1),
         ("bad", 0),
         ("bad", 1),
     ]
-    log.clear()
-    repaired = replace(team, attacks=[good, bad])
-    second = repaired.run(
-        model, tokenizer, CHAT, defense="sft", done=first[:1] + first[2:], on_cell=seen.append
-    )
+    assert [curve.error for curve in first[2:]] == ["RuntimeError: out of memory"] * 2
+    next((tmp_path / "cells").rglob("good-seed-1*.json")).unlink()
+    second = attack(replace(team, attacks=[good, bad]))
     assert [(name, seed) for name, seed, _ in log] == [("good", 1), ("bad", 0), ("bad", 1)]
-    assert seen == second[1:]
-    assert second[0] is first[0]
+    assert second[0] == first[0]
     assert all(curve.error is None for curve in second)
+    assert attack(replace(team, attacks=[good, bad])) == second
+    assert not log
+    attack(team)
+    assert [(name, seed) for name, seed, _ in log] == [("bad", 0), ("bad", 1)], "failed: again"
 
 
 def test_a_failing_attack_keeps_what_it_measured_and_the_others_still_run(

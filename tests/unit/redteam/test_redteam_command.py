@@ -13,8 +13,8 @@ from patcher_pl.evaluation.judges import LlmJudge
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import Attack, FullFinetuning, RedTeam
-from patcher_pl.redteam.assignment import Assignment
-from patcher_pl.redteam.campaign import Subject
+from patcher_pl.redteam.grid import ModelName
+from patcher_pl.redteam.job import AttackedModel, AttackJob, Bench
 from patcher_pl.reports import Results
 
 
@@ -190,9 +190,11 @@ def test_how_patiently_a_judge_is_asked_changes_no_outcome(quick, model_dir, tmp
 
     def digest(**judge):
         team = replace(quick, judge=LlmJudge(model="judge", rubric=rubric, **judge))
-        subject, language_model = Subject("sft"), LanguageModel(path=str(model_dir))
-        cell = team.cells()[0]
-        return Assignment.plan(team, cell, subject, language_model, [], tmp_path, None).digest
+        language_model = LanguageModel(path=str(model_dir))
+        model = AttackedModel(
+            name=ModelName("sft"), language_model=language_model, weights=[], bench=Bench()
+        )
+        return AttackJob.plan(team, team.cells()[0], model, tmp_path).digest
 
     known = digest()
     assert digest(timeout_s=5.0, concurrency=2, max_attempts=9, cache=tmp_path / "a") == known

@@ -8,8 +8,9 @@ import pytest
 
 from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.models.lora import Lora
 from patcher_pl.optim import AdamW
-from patcher_pl.redteam import BenignThenHarmful, FullFinetuning, Grid, Search
+from patcher_pl.redteam import BenignThenHarmful, FullFinetuning, Grid, LoraFinetuning, Search
 from patcher_pl.redteam.grid import varied_cells
 from patcher_pl.redteam.strength import attack_strength, mean_strength
 from patcher_pl.redteam.variation import has_setting, setting_of, varied_attack
@@ -93,6 +94,51 @@ class TestVariation:
             assert has_setting(ATTACK, name)
             assert setting_of(first.attack, first.data, name) == value
 
+    def test_any_field_of_an_attack_is_varied_by_its_dotted_name(self, red_team):
+        """Wrong if a field without a short name could not be in a grid, or short ones were others."""
+        lora = LoraFinetuning(optimizer=AdamW(lr=1e-3), attack_steps=[0, 10], lora=Lora(rank=8))
+        settings = {"optimizer.lr": 1, "lora.rank": 2, "asking.prefill": "So,"}
+        settings |= {"data.num_examples": 3}
+        (cell,) = varied_cells(lora, red_team.data, settings, [0])
+        assert cell.attack == replace(
+            lora,
+            optimizer=AdamW(lr=1.0),
+            lora=replace(lora.lora, rank=2),
+            asking=replace(lora.asking, prefill="So,"),
+        )
+        assert cell.data == replace(red_team.data, num_examples=3)
+        assert (
+            cell.name
+            == "lora_adamw optimizer.lr=1 lora.rank=2 asking.prefill=So, data.num_examples=3"
+        )
+        assert not has_setting(ATTACK, "lora.rank")
+        assert list(Grid(**{"lora.rank": [2, 4]}).combinations(ATTACK)) == [{}]
+        short = varied_cells(lora, red_team.data, {"lr": 1e-2, "num_examples": 3}, [0])
+        full = {"optimizer.lr": 1e-2, "data.num_examples": 3}
+        long = varied_cells(lora, red_team.data, full, [0])
+        assert (short[0].attack, short[0].data) == (long[0].attack, long[0].data)
+
+    @pytest.mark.parametrize(
+        ("grid", "message"),
+        [
+            ({"lora.rnak": [1]}, r"RedTeam\.grid must name settings .* got 'lora\.rnak'"),
+            ({"data.rows": [1]}, r"RedTeam\.grid must name settings .* got 'data\.rows'"),
+            ({"asking": [1]}, r"RedTeam\.grid must name settings .* got 'asking'"),
+            ({"batch_size": ["x"]}, r"FullFinetuning\.batch_size cannot be 'x'"),
+            ({"lr": [1e-3], "optimizer.lr": [1e-4]}, "Grid must name a setting once"),
+            ({"lr": [[1e-3]]}, r"Grid\.lr must hold numbers or words"),
+        ],
+    )
+    def test_a_grid_that_varies_nothing_or_nonsense_is_refused(self, red_team, grid, message):
+        """Wrong if a misspelled setting were a night's red team that varied nothing."""
+        with pytest.raises(ValueError, match=message):
+            replace(red_team, grid=grid).cells()
+
+    def test_settings_that_stand_there_empty_are_no_settings(self, red_team):
+        """Wrong if a configuration that an earlier version wrote out in full were refused."""
+        team = replace(red_team, attacks=[Dying(how="bug")], grid={"lr": [], "schedule": []})
+        assert [cell.varied for cell in team.cells()] == [{}]
+
     def test_a_longer_attack_is_still_measured_where_the_shorter_was(self):
         assert varied_attack(ATTACK, {"num_steps": 99}).attack_steps == [0, 10, 20, 40, 99]  # type: ignore[attr-defined]
 
@@ -112,6 +158,10 @@ def run_scripted(chosen):
         curve = make_curve([0, rate], steps=[0, 1], attack=str(settings), varied=settings)
         outcomes.append([replace(curve, family=attack.name)])
     return outcomes
+
+
+def run_anything(chosen):
+    return [[make_curve([0, 1], steps=[0, 1], family=attack.name)] for attack, _ in chosen]
 
 
 class TestSearch:
@@ -173,6 +223,15 @@ class TestSearch:
         ]:
             with pytest.raises(ValueError, match=message):
                 Search(**fields)
+
+    def test_any_field_may_be_searched_among_choices(self, team):
+        attack = replace(ATTACK, label="warm")
+        team = replace(team, attacks=[attack])
+        search = Search(num_trials=4, space={"optimizer.lr": [1e-5, 1.0]}, max_grad_norm=[0.5, 1.0])
+        tried = search.run(team, [], run_anything)
+        assert {trial.settings["max_grad_norm"] for trial in tried} <= {0.5, 1.0}
+        assert all(1e-5 <= trial.settings["optimizer.lr"] <= 1.0 for trial in tried)
+        assert search == Search(num_trials=4, space=search.space)
 
     def test_without_optuna_the_remedy_is_named(self, team, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "optuna", None)

@@ -43,6 +43,11 @@ class RunDirectory:
         return self.root / "attackers"
 
     @property
+    def cells(self) -> Path:
+        """The outcome of every attack of the red team."""
+        return self.root / "cells"
+
+    @property
     def results(self) -> Path:
         """The machine-readable outcome."""
         return self.root / "results.json"
@@ -83,6 +88,7 @@ class RunDirectory:
             self.tensorboard,
             self.model,
             self.results,
+            self.cells,
             self.attackers,
             self.control.root,
         ]

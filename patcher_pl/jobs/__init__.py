@@ -1,0 +1,22 @@
+"""Jobs that leave a file each, and what runs them: red teams, ablations, sweeps, comparisons."""
+
+from patcher_pl.jobs.engines import Engine, InProcess, Processes, RayCluster, run_missing
+from patcher_pl.jobs.fit import ConfigFile, Fit, choose_engine, plan_sweep, run_fits, seed_options
+from patcher_pl.jobs.job import Job
+from patcher_pl.jobs.run_directory import RunDirectory
+
+__all__ = [
+    "ConfigFile",
+    "Engine",
+    "Fit",
+    "InProcess",
+    "Job",
+    "Processes",
+    "RayCluster",
+    "RunDirectory",
+    "choose_engine",
+    "plan_sweep",
+    "run_fits",
+    "run_missing",
+    "seed_options",
+]

@@ -1,0 +1,43 @@
+"""The interface of an engine, and how every command uses it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
+
+from patcher_pl.jobs.job import Job
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+class Engine(ABC):
+    """Runs jobs, with a progress bar that shows the remaining time."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Job], device: str, label: str) -> None:
+        """Runs every job once; each leaves its file.
+
+        One that fails, or whose process dies, leaves a file with its error, and the others go on.
+        No job outlives this process, however it ends.
+
+        Args:
+            jobs: What is not done yet.
+            device: Where to run, unless the engine has devices of its own.
+            label: What the jobs are called.
+
+        Raises:
+            PatcherError: If a job met what all others would meet too, or the engine cannot be used.
+            RunInterrupted: If a signal stopped it; finished jobs are kept.
+        """
+
+    @abstractmethod
+    def num_threads(self, num_jobs: int) -> int:
+        """CPU threads for each of so many jobs (count, >= 1)."""
+
+
+def run_missing(jobs: Sequence[AnyJob], engine: Engine, device: str, label: str) -> list[AnyJob]:
+    """Runs what is not done yet, as `Engine.run` does, and returns what failed."""
+    todo = [job for job in jobs if not job.is_done]
+    print(f"{len(jobs)} {label}, {len(jobs) - len(todo)} done already.")
+    if todo:
+        engine.run(todo, device, label)
+    return [job for job in todo if not job.is_done]

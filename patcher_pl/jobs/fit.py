@@ -1,0 +1,187 @@
+"""Many runs of `fit` that differ in a few options, each a process with a directory of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from patcher_pl.errors import ConfigError
+from patcher_pl.jobs.engines import Engine, Processes, run_missing
+from patcher_pl.jobs.job import Job
+from patcher_pl.jobs.run_directory import RunDirectory
+from patcher_pl.reports.results import Results
+from patcher_pl.reports.settings import fingerprint
+from patcher_pl.supervision import SUPERVISED
+
+if TYPE_CHECKING:
+    ConfigFile = Path
+else:
+    # Relative to the configuration file that names it, and checked to be readable.
+    from jsonargparse.typing import Path_fr as ConfigFile  # noqa: F401 (for others' signatures)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run of `fit` ended.
+
+    Args:
+        error: Why it is not finished; None where it is.
+    """
+
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Job[Ending]):
+    """One run of `fit`, in the directory of `path`, where its `log.txt` goes too.
+
+    Args:
+        arguments: Its options, but for the directory.
+        num_threads: CPU threads; None leaves them to the run.
+    """
+
+    arguments: list[str]
+    num_threads: int | None = None
+
+    key: ClassVar[str] = "done"
+
+    @classmethod
+    def plan(cls, directory: Path, base: Path, options: Mapping[str, Any]) -> "Fit":
+        """The run of configuration `base` with `options` (dotted names and values) changed.
+
+        Values that are files (`Path`) count with their content.
+        """
+        changed = [f"--{key}={_as_option(value)}" for key, value in options.items()]
+        arguments = ["--config", str(base), *changed]
+        files = [base, *(value for value in options.values() if isinstance(value, Path))]
+        contents = [file.read_text(encoding="utf-8") for file in files]
+        digest = fingerprint([arguments, *contents])
+        return cls(path=directory / "sweep.json", digest=digest, arguments=arguments)
+
+    @property
+    def run_directory(self) -> RunDirectory:
+        """Its `--run_dir`."""
+        return RunDirectory(self.path.parent)
+
+    @property
+    def log(self) -> Path:
+        """What it printed."""
+        return self.run_directory.root / "log.txt"
+
+    @property
+    def results(self) -> Results:
+        """What it found out."""
+        return Results.load(self.run_directory.results)
+
+    def parse(self, content: Any) -> Ending:
+        return Ending(None if content else f"see {self.log}")
+
+    def fail(self, reason: str) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"{reason}\n")
+
+    def perform(self, device: str) -> None:
+        """Runs it; where it was interrupted, it goes on from its checkpoint."""
+        checkpoint = self.run_directory.checkpoints / "last.ckpt"
+        is_begun = self.load() is not None and checkpoint.exists()
+        if not is_begun:
+            # Before the digest is written, or a checkpoint of other settings would pass for its own.
+            self.run_directory.clear()
+        self.write(False)
+        command = [
+            *(sys.executable, "-m", "patcher_pl", "fit", *self.arguments),
+            *("--run_dir", str(self.run_directory.root)),
+            "--ckpt_path=last" if is_begun else "--overwrite=true",
+            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        ]
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # Closes when this process dies, and the run ends.
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(device),
+                start_new_session=True,
+            )
+            assert process.stdin is not None
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()  # It saves a checkpoint.
+                raise
+            finally:
+                process.stdin.close()
+        if status == 0:
+            self.write(True)
+
+    def _environment(self, device: str) -> dict[str, str]:
+        environment = {**os.environ, SUPERVISED: "1"}
+        if self.num_threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.num_threads)
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and index:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = (
+                visible.split(",")[int(index)] if visible else index
+            )
+        return environment
+
+
+def run_fits(
+    fits: Sequence[Fit], engine: Engine | None = None, num_processes: int | None = None
+) -> list[Fit]:
+    """Runs what is not done yet and returns what failed; interrupted runs go on where they were.
+
+    Raises:
+        ConfigError: See `choose_engine`.
+        RunInterrupted: If a signal stopped them; they saved checkpoints.
+    """
+    engine = choose_engine(engine, num_processes)
+    num_threads = engine.num_threads(len(fits))
+    # Which devices a run takes is for its own configuration, unless the engine deals them out.
+    return run_missing(
+        [replace(fit, num_threads=num_threads) for fit in fits], engine, "auto", "runs"
+    )
+
+
+def choose_engine(engine: Engine | None, num_processes: int | None) -> Engine:
+    """The engine of a command; so many `Processes` where none is given, one per CPU for None.
+
+    Raises:
+        ConfigError: If both an engine and a number of processes are given.
+    """
+    if engine is None:
+        return Processes(num_processes=num_processes)
+    if num_processes is not None:
+        raise ConfigError(
+            f"num_processes is for the default engine, got {num_processes} and {engine}. "
+            "Set engine.init_args.num_processes instead."
+        )
+    return engine
+
+
+def plan_sweep(
+    base: Path, variants: Mapping[str, Mapping[str, Any]], run_dir: Path, seeds: Sequence[int]
+) -> list[Fit]:
+    """The runs of a sweep."""
+    return [
+        Fit.plan(run_dir / name / f"seed-{seed}", base, {**options, **seed_options(seed)})
+        for name, options in variants.items()
+        for seed in seeds
+    ]
+
+
+def seed_options(seed: int) -> dict[str, Any]:
+    """The options of `fit` that give training and red team the same seed."""
+    return {"seed_everything": seed, "redteam.seeds": [seed]}
+
+
+def _as_option(value: Any) -> str:
+    # jsonargparse hands class_path mappings over as namespaces.
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=vars)

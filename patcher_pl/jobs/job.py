@@ -1,0 +1,108 @@
+"""The idea of a job: work whose outcome is one file, whole or absent, that says what it depends on."""
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from patcher_pl.errors import PatcherError
+from patcher_pl.files import write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Outcome(Protocol):
+    """What a job found, or why it found nothing."""
+
+    @property
+    def error(self) -> str | None: ...
+
+
+Found = TypeVar("Found", bound=Outcome)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(ABC, Generic[Found]):
+    """Work that runs, fails and is resumed by itself; engines run it, in any process.
+
+    Args:
+        path: File of the outcome; whole or absent.
+        digest: Of everything that the outcome depends on; a file with another one does not count.
+    """
+
+    path: Path
+    digest: str
+
+    key: ClassVar[str]
+    """Of the outcome in the file."""
+    wants_own_process: ClassVar[bool] = False
+    """Whether it measures its process, which must not have done anything else."""
+    if_killed: ClassVar[str] = ""
+    """What helps where the system killed its process."""
+
+    @abstractmethod
+    def perform(self, device: str) -> None:
+        """Does the work and leaves the outcome.
+
+        Args:
+            device: `cpu`, `cuda:1`, `auto`, ...
+
+        Raises:
+            PatcherError: For what all other jobs would meet too: it ends the whole run. Any other
+                exception is this job's failure alone.
+        """
+
+    @abstractmethod
+    def fail(self, reason: str) -> None:
+        """Leaves why there is no outcome; the next run tries again."""
+
+    @abstractmethod
+    def parse(self, content: Any) -> Found:
+        """Builds the outcome from what `write` was given."""
+
+    def modules(self) -> list[str]:
+        """What takes long to import; a process that has done so is forked for every job."""
+        return []
+
+    def attempt(self, device: str) -> None:
+        """`perform`, as engines call it: a failure of this job's own is written down.
+
+        Raises:
+            PatcherError: See `perform`.
+        """
+        try:
+            self.perform(device)
+        except PatcherError:
+            raise
+        except Exception as error:
+            logger.warning("%s failed", self.path, exc_info=error)
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def write(self, content: Any) -> None:
+        """Writes the outcome, as plain JSON values."""
+        write_json(self.path, {"fingerprint": self.digest, self.key: content})
+
+    def load(self) -> Found | None:
+        """The outcome, failures included; None where there is none with this digest.
+
+        Raises:
+            PatcherError: If the file is broken.
+        """
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return self.parse(content[self.key]) if content["fingerprint"] == self.digest else None
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise PatcherError(
+                f"{self.path}: this is no outcome of a job ({error}). Delete it and go on with the "
+                "same command."
+            ) from error
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ran to its end; what failed is tried again."""
+        outcome = self.load()
+        return outcome is not None and outcome.error is None

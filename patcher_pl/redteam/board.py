@@ -1,0 +1,125 @@
+"""The executor of a red team: what is not done yet is run, and everything that is done is collected."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from patcher_pl.errors import ConfigError
+from patcher_pl.files import write_json
+from patcher_pl.jobs import Engine, RunDirectory, run_missing
+from patcher_pl.redteam.base import Attack
+from patcher_pl.redteam.grid import Cell, varied_cells
+from patcher_pl.redteam.job import AttackedModel, AttackJob
+from patcher_pl.redteam.red_team import RedTeam
+from patcher_pl.redteam.search import Search
+from patcher_pl.redteam.variation import Setting
+from patcher_pl.reports.environment import environment
+from patcher_pl.reports.results import Curve, Results
+from patcher_pl.reports.settings import fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """Plans attacks on models, has an engine run what is not done, and collects what is.
+
+    Args:
+        redteam: Attacks, questions and judge.
+        run_directory: Gets `results.json`, and `cells/` with the outcome of every attack.
+        engine: What runs the attacks.
+        device: Where, unless the engine has devices of its own.
+        num_threads: CPU threads of torch for each; None leaves it to torch.
+        settings: What the run was asked to do, for the results.
+    """
+
+    redteam: RedTeam
+    run_directory: RunDirectory
+    engine: Engine
+    device: str
+    num_threads: int | None
+    settings: Any
+    _planned: dict[Path, AttackJob] = field(default_factory=dict)
+
+    def claim(self) -> None:
+        """Sees to it that results of another command are not replaced.
+
+        Raises:
+            ConfigError: If there are some.
+        """
+        where = self.run_directory
+        if where.results.exists() and (where.config.exists() or not where.cells.is_dir()):
+            raise ConfigError(
+                f"--run_dir {where.root} holds results of another command. "
+                "Give another directory, or move results.json away."
+            )
+
+    def attack(self, models: Sequence[AttackedModel]) -> list[Curve]:
+        """Curves of the whole grid on every model, in order."""
+        return self._run([(model, cell) for model in models for cell in self.redteam.cells()])
+
+    def search(
+        self, search: Search, models: Sequence[AttackedModel], grid: Sequence[Curve]
+    ) -> None:
+        """Searches for the strongest attack on every model.
+
+        Writes what was tried to `search.json`, by defense, the strongest first.
+        """
+        tried: dict[str, list[dict[str, Any]]] = {}
+        for model in models:
+            known: dict[str, list[Curve]] = defaultdict(list)
+            for curve in grid:
+                if curve.key[:3] == model.name.model_key:
+                    known[curve.attack].append(curve)
+            outcome = search.run(self.redteam, list(known.values()), partial(self._try, model))
+            name, best = model.name.defense, outcome[0]
+            tried[name] = [asdict(trial) for trial in outcome]
+            print(
+                f"Strongest attack on {name}: {best.attack} (strength {best.strength:.3f}, found by "
+                f"the {best.source})"
+            )
+        write_json(self.run_directory.root / "search.json", tried)
+
+    def save(self) -> Results:
+        """Writes the curves of everything that was planned and has an outcome."""
+        results = Results(
+            curves=_outcomes(list(self._planned.values())),
+            environment=environment(),
+            settings=self.settings,
+            fingerprint=fingerprint(self.settings),
+        )
+        results.save(self.run_directory.results)
+        return results
+
+    def _run(self, wanted: Sequence[tuple[AttackedModel, Cell]]) -> list[Curve]:
+        jobs = [self._job(model, cell) for model, cell in wanted]
+        self._planned.update({job.path: job for job in jobs})
+        try:
+            run_missing(jobs, self.engine, self.device, "attacks")
+        finally:
+            if self.run_directory.cells.is_dir():
+                self.save()  # What is there, also where the rest was interrupted.
+        return _outcomes(jobs)
+
+    def _try(
+        self, model: AttackedModel, chosen: Sequence[tuple[Attack, dict[str, Setting]]]
+    ) -> list[list[Curve]]:
+        groups = [self._cells_of(attack, settings) for attack, settings in chosen]
+        self._run([(model, cell) for cells in groups for cell in cells])
+        return [_outcomes([self._job(model, cell) for cell in cells]) for cells in groups]
+
+    def _cells_of(self, attack: Attack, settings: dict[str, Setting]) -> list[Cell]:
+        """The cells of a trial; none where the attack cannot have such settings."""
+        try:
+            return varied_cells(attack, self.redteam.data, settings, self.redteam.seeds)
+        except ValueError as error:
+            print(f"Passed over: {error}")
+            return []
+
+    def _job(self, model: AttackedModel, cell: Cell) -> AttackJob:
+        return AttackJob.plan(self.redteam, cell, model, self.run_directory.cells, self.num_threads)
+
+
+def _outcomes(jobs: Sequence[AttackJob]) -> list[Curve]:
+    return [curve for job in jobs if (curve := job.load()) is not None]

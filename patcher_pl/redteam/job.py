@@ -1,0 +1,186 @@
+"""One attack on one model as a job: what an engine runs, anywhere, and the file that is left of it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from patcher_pl.devices import choose_device
+from patcher_pl.jobs.job import Job
+from patcher_pl.models.language_model import LanguageModel
+from patcher_pl.redteam.grid import Cell, Grid, ModelName
+from patcher_pl.redteam.red_team import Campaign, RedTeam
+from patcher_pl.reports.results import Curve
+from patcher_pl.reports.settings import as_settings, fingerprint
+from patcher_pl.threads import cpu_threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What every attack imports.
+_MODULES = [
+    "patcher_pl.redteam.job",
+    "transformers.generation",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+]
+
+
+class Bench:
+    """The model on the table and the red team around it; both stay for the next attack.
+
+    In another process it arrives empty, and loads what a job names.
+
+    Args:
+        model: What is attacked, whatever the jobs name; None loads that.
+        tokenizer: Of `model`.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | None" = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> None:
+        self._given = model, tokenizer
+        self._key: Any = None
+        self._model: PreTrainedModel | None = None
+        self._campaign: Campaign | None = None
+
+    def __reduce__(self) -> Any:
+        assert self._given == (None, None), "only this process has the model"
+        return Bench, ()
+
+    def prepared(self, job: "AttackJob", device: str) -> "tuple[PreTrainedModel, Campaign]":
+        """The released model on its device, and who attacks it."""
+        # Attacks and seeds are the cell's business; questions and judge are the campaign's.
+        team = replace(job.team, attacks=job.team.attacks[:1], seeds=[0], grid=Grid())
+        key = (job.language_model, device, team)
+        if self._model is None or self._campaign is None or self._key != key:
+            self._model = None  # Two models may not fit.
+            model, tokenizer = self._given
+            language_model = job.language_model
+            if model is None or tokenizer is None:
+                place = choose_device(device)
+                model = language_model.load_model().to(place)  # type: ignore[arg-type]
+                tokenizer = language_model.load_tokenizer()
+            self._model = model
+            self._campaign = team.campaign(tokenizer, language_model.chat)
+            self._key = key
+        return self._model, self._campaign
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackedModel:
+    """A model that is there.
+
+    Args:
+        name: What it is called in results.
+        language_model: The model.
+        weights: What tells its weights from others at the same place.
+        bench: Where it is attacked, in this process; one for all models, which may not fit beside
+            each other.
+    """
+
+    name: ModelName
+    language_model: LanguageModel
+    weights: Any
+    bench: Bench
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackJob(Job[Curve]):
+    """A cell of a red team and the model that it is for.
+
+    Args:
+        team: Questions and judge.
+        cell: The attack.
+        target: The model.
+        num_threads: CPU threads of torch; None leaves it to torch.
+    """
+
+    team: RedTeam
+    cell: Cell
+    target: AttackedModel
+    num_threads: int | None = None
+
+    key: ClassVar[str] = "curve"
+
+    @classmethod
+    def plan(
+        cls,
+        team: RedTeam,
+        cell: Cell,
+        target: AttackedModel,
+        directory: Path,
+        num_threads: int | None = None,
+    ) -> "AttackJob":
+        """The job of a cell, its file below `directory`."""
+        settings = {
+            # Which other cells there are does not matter to this one.
+            "team": replace(
+                team, attacks=[cell.attack], data=cell.data, seeds=[cell.seed], grid=Grid()
+            ),
+            "varied": cell.varied,
+            "subject": target.name,
+            "language_model": target.language_model,
+            "weights": target.weights,
+        }
+        digest = fingerprint(as_settings(settings, for_outcome=True))
+        # Templates make long names, and file systems take 255 bytes.
+        file = f"{_slug(cell.name)[:100]}-seed-{cell.seed}-{digest[:8]}.json"
+        name = target.name
+        return cls(
+            path=directory / _slug(f"{name.defense} {name.k1 or ''}") / file,
+            digest=digest,
+            team=team,
+            cell=cell,
+            target=target,
+            num_threads=num_threads,
+        )
+
+    def perform(self, device: str) -> None:
+        """Attacks, and writes the curve.
+
+        Raises:
+            DataError: If prompts or data cannot be used.
+            ConfigError: If the model or the device cannot be used.
+        """
+        with cpu_threads(self.num_threads):
+            model, campaign = self.target.bench.prepared(self, device)
+            self.write(asdict(campaign.run(model, self.cell, self.target.name)))
+
+    def parse(self, content: Mapping[str, Any]) -> Curve:
+        return Curve.from_json(content)
+
+    def fail(self, reason: str) -> None:
+        """Writes why there is no curve; what was measured before is lost with the process."""
+        defense, k1, train_seed, attack, seed = self.target.name.key(self.cell)
+        curve = Curve(
+            defense=defense,
+            seed=seed,
+            k1=k1,
+            attack=attack,
+            attack_steps=[],
+            asr=[],
+            benign_accuracy=[],
+            steps_to_break=None,
+            threshold=self.team.threshold,
+            train_seed=train_seed,
+            error=reason,
+            family=self.cell.family,
+            varied=dict(self.cell.varied),
+        )
+        self.write(asdict(curve))
+
+    def modules(self) -> list[str]:
+        return [*_MODULES, self.target.language_model.module_name()]
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model."""
+        return self.target.language_model
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=]+", "-", name).strip("-")
