@@ -88,12 +88,13 @@ def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> 
 
 def planned_bytes(config: Path) -> int:
     """Peak of the tensors, according to the plan."""
-    from patcher_pl.cli.plan import PlanCLI, make_plan
+    from patcher_pl.cli.plan import PlanCLI
+    from patcher_pl.planning import make_plan
 
     cli = PlanCLI(
         ["--config", str(config), "--overhead.fixed_gib", "0", "--overhead.fragmentation", "0"]
     )
-    return make_plan(cli, cli.settings).configured.device_bytes
+    return make_plan(cli.run, cli.settings).configured.device_bytes
 
 
 def measured_bytes(warm_up: Path, config: Path) -> int:
@@ -129,7 +130,9 @@ def _fit(warm_up: str, config: str) -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
-def compare(folder: Path, size: str, hypergradient: str, accelerator: str) -> dict[str, Any]:
+def compare(
+    folder: Path, size: str, hypergradient: str, accelerator: str = "cpu"
+) -> dict[str, Any]:
     """Plans and measures one run."""
     name = f"{hypergradient}-{size}"
     warm_up = write_run(folder / f"warm-up-{name}", "2M", hypergradient, accelerator)

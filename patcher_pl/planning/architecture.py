@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,11 +38,16 @@ def find_architecture(
     path = language_model.path
     if given is not None and not given.is_file():
         raise ConfigError(f"--model_config: there is no file {given}.")
-    own = [Path(path) / "config.json"] if given is None else [given]
-    beside = [] if given is not None else [folder / "config.json" for folder in neighbors]
-    for place in own + [place for place in beside if _is_of(place, path)]:
+    own, beside = Path(path) / "config.json", [folder / "config.json" for folder in neighbors]
+    places = [own, *(p for p in beside if _is_of(p, path))] if given is None else [given]
+    for place in places:
         if place.is_file():
-            return _read(place)
+            try:
+                return AutoConfig.from_pretrained(place)
+            except (OSError, ValueError, KeyError) as error:
+                raise ConfigError(
+                    f"{place}: no model configuration of transformers ({error})."
+                ) from error
     try:
         return AutoConfig.from_pretrained(
             path,
@@ -58,19 +63,8 @@ def find_architecture(
 
 
 def _is_of(place: Path, path: str) -> bool:
-    if not place.is_file():
-        return False
-    content = json.loads(place.read_text(encoding="utf-8"))
+    content = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
     return isinstance(content, dict) and content.get("_name_or_path") == path
-
-
-def _read(place: Path) -> "PretrainedConfig":
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{place}: no model configuration of transformers ({error}).") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +78,25 @@ class UnloadedModel(LanguageModel):
     architecture: "PretrainedConfig"
 
     @classmethod
-    def of(cls, language_model: LanguageModel, architecture: "PretrainedConfig") -> "UnloadedModel":
-        """Returns the same model, to be built from `architecture`."""
-        settings = {
+    def of(
+        cls, language_model: LanguageModel, architecture: "PretrainedConfig", **changes: Any
+    ) -> "UnloadedModel":
+        """Returns the same model but for `changes`, to be built from `architecture`."""
+        given = {
             field.name: getattr(language_model, field.name) for field in fields(language_model)
         }
         # The kernels of `flash_attention_2` need values; `sdpa` keeps as much for the way back.
-        if settings["attn_implementation"] not in (None, "sdpa", "eager"):
-            settings["attn_implementation"] = "sdpa"
-        settings |= {"compile": False, "liger": False}
-        return cls(**settings, architecture=architecture)
+        if given["attn_implementation"] not in (None, "sdpa", "eager"):
+            given["attn_implementation"] = "sdpa"
+        given |= {"compile": False, "liger": False, **changes}
+        return cls(**given, architecture=architecture)
 
     def load_model(self) -> "PreTrainedModel":
         """Builds the model; under fake tensors this takes no memory."""
         from transformers import AutoModelForCausalLM
 
-        options = (
-            {}
-            if self.attn_implementation is None
-            else {"attn_implementation": self.attn_implementation}
-        )
+        name = self.attn_implementation
+        options = {} if name is None else {"attn_implementation": name}
         model = AutoModelForCausalLM.from_config(
             self.architecture, dtype=getattr(torch, self.dtype), **options
         )

@@ -1,25 +1,14 @@
-"""Ways to place a run on devices, what each needs there, and which of them fit."""
+"""Ways to place a run on devices, and what each needs there."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from patcher_pl.planning.footprint import Footprint, LayerSizes, Parts
-from patcher_pl.planning.parts import PER_WEIGHT, Part
+from patcher_pl.planning.footprint import Footprint, LayerSizes
+from patcher_pl.planning.tracker import PER_WEIGHT, Part, Parts
 
-OFFLOADED = frozenset(
-    {
-        Part.PARAMETERS,
-        Part.GRADIENTS,
-        Part.DEFENDER_OPTIMIZER,
-        Part.ATTACKER_OPTIMIZER,
-        Part.WEIGHT_TEMPORARIES,
-        Part.ATTACK_VECTOR,
-        Part.SAVED_WEIGHTS,
-        Part.TRAJECTORY,
-    }
-)
+OFFLOADED = PER_WEIGHT  # What CPU offload keeps in host memory.
 VECTORS = frozenset({Part.ATTACK_VECTOR, Part.SAVED_WEIGHTS})
 
 
@@ -39,11 +28,9 @@ class Overhead:
     fragmentation: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("fixed_gib", "fragmentation"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"Overhead.{name} must be >= 0, got {getattr(self, name)}. Use 0 for none."
-                )
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ValueError(f"Overhead.{name} must be >= 0, got {value}. Use 0 for none.")
 
     def of(self, tensor_bytes: int) -> int:
         """Returns the overhead on so many bytes of tensors."""
@@ -52,22 +39,15 @@ class Overhead:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a run keeps what.
+    """Where a run keeps what."""
 
-    Args:
-        num_devices: Devices, on all nodes together (count, >= 1). Each has batches of its own.
-        sharded: Whether weights, and all that has their shape, are split among the devices (FSDP2);
-            otherwise each device has them whole.
-        checkpointing: Whether activations are recomputed in the backward pass.
-        on_host: Parts that wait in host memory.
-        keeps_gathered: Whether gathered layers stay until the backward pass.
-    """
-
-    num_devices: int = 1
-    sharded: bool = False
-    keeps_gathered: bool = False
-    checkpointing: bool = False
-    on_host: frozenset[Part] = frozenset()
+    num_devices: int = 1  # On all nodes together (count); each has batches of its own.
+    sharded: bool = (
+        False  # Whether FSDP2 splits weights, and all of their shape, among the devices.
+    )
+    keeps_gathered: bool = False  # Whether gathered layers stay until the backward pass.
+    checkpointing: bool = False  # Whether activations are recomputed in the backward pass.
+    on_host: frozenset[Part] = frozenset()  # What waits in host memory.
 
     def __str__(self) -> str:
         words = [f"{self.num_devices} device{'s' if self.num_devices > 1 else ''}"]
@@ -81,46 +61,36 @@ class Placement:
 
     def need(self, footprint: Footprint, overhead: Overhead) -> "Need":
         """Returns what a device and the host must hold in every phase."""
-        phases: dict[str, tuple[Parts, Parts]] = {}
+        device, host = {}, {}
         for phase, moments in footprint.peaks.items():
             split = [self._split(parts, footprint.layers, overhead) for parts in moments]
-            phases[phase] = tuple(max(side, key=_total) for side in zip(*split, strict=True))  # type: ignore[assignment]
-        return Need(
-            placement=self,
-            device={phase: device for phase, (device, _) in phases.items()},
-            host={phase: host for phase, (_, host) in phases.items()},
-        )
+            device[phase], host[phase] = (
+                max(side, key=lambda parts: sum(parts.values()))
+                for side in zip(*split, strict=True)
+            )
+        return Need(placement=self, device=device, host=host)
 
-    def _split(
-        self, parts: Parts, layers: LayerSizes, overhead: Overhead
-    ) -> tuple[dict[Part, int], dict[Part, int]]:
+    def _split(self, parts: Parts, layers: LayerSizes, overhead: Overhead) -> tuple[Parts, Parts]:
         """Returns what of a moment lies on one device, and what on the hosts of all."""
-        own = {part: self._share(part, num_bytes) for part, num_bytes in parts.items()}
+        own = {
+            part: math.ceil(n / self.num_devices) if self.sharded and part in PER_WEIGHT else n
+            for part, n in parts.items()
+        }
         device = {part: n for part, n in own.items() if part not in self.on_host}
         host = {part: n * self.num_devices for part, n in own.items() if part in self.on_host}
         if self.sharded:
-            device[Part.GATHERED] = gathered_bytes(layers, keep_all=self.keeps_gathered)
+            device[Part.GATHERED] = layers.gathered_bytes(keep_all=self.keeps_gathered)
         device[Part.FRAMEWORK] = overhead.of(sum(device.values()))
         return device, host
-
-    def _share(self, part: Part, num_bytes: int) -> int:
-        is_split = self.sharded and part in PER_WEIGHT
-        return math.ceil(num_bytes / self.num_devices) if is_split else num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Memory that a placement needs.
-
-    Args:
-        placement: Which.
-        device: Bytes of every part on one device, by phase.
-        host: Bytes of every part in host memory, on all nodes together, by phase.
-    """
+    """Memory that a placement needs, in bytes of every part by phase."""
 
     placement: Placement
-    device: Mapping[str, Parts]
-    host: Mapping[str, Parts]
+    device: Mapping[str, Parts]  # On one device.
+    host: Mapping[str, Parts]  # In host memory, on all nodes together.
 
     @property
     def peak_phase(self) -> str:
@@ -136,22 +106,6 @@ class Need:
     def host_bytes(self) -> int:
         """Peak in host memory."""
         return max(sum(parts.values()) for parts in self.host.values())
-
-
-def _total(parts: Parts) -> int:
-    return sum(parts.values())
-
-
-def gathered_bytes(layers: LayerSizes, *, keep_all: bool) -> int:
-    """Whole weights and gradients that FSDP2 holds on a device at a time, at most.
-
-    Outside of the decoder layers: weights from the beginning of a step to its end, gradients towards
-    its end, when they are sent in place of the weights. Layers: the weights of the one at work and of
-    the next, or of all (`keep_all`), the gradients of one and what is being sent of another.
-    """
-    sent = layers.sent_per_gathered
-    weights = layers.total if keep_all else layers.rest + 2 * layers.largest_layer
-    return weights + math.ceil(max(1, sent) * layers.rest + (1 + sent) * layers.largest_layer)
 
 
 def candidates(
@@ -176,3 +130,25 @@ def candidates(
             )
         if can_shard:
             yield Placement(num_devices=count, sharded=True, checkpointing=True, on_host=OFFLOADED)
+
+
+def settings_for(wanted: Placement, now: Placement) -> list[str]:
+    """Returns what to set in a configuration, in words, to come from one placement to another."""
+    steps, model = [], "model.init_args.language_model"
+    if wanted.checkpointing and not now.checkpointing:
+        steps.append(f"`{model}.gradient_checkpointing: true`")
+    if wanted.num_devices != now.num_devices:
+        steps.append(f"`trainer.devices` times `trainer.num_nodes` to {wanted.num_devices}")
+    if wanted.sharded and (not now.sharded or wanted.num_devices != now.num_devices):
+        steps.append(
+            "`trainer.strategy` to lightning.pytorch.strategies.ModelParallelStrategy with "
+            f"`data_parallel_size: {wanted.num_devices}` and `tensor_parallel_size: 1` "
+            "(configs/strategies)"
+        )
+    if Part.PARAMETERS in wanted.on_host and Part.PARAMETERS not in now.on_host:
+        steps.append(f"`{model}.sharding.cpu_offload: true`")
+    elif Part.ATTACK_VECTOR in wanted.on_host and Part.ATTACK_VECTOR not in now.on_host:
+        steps.append(f"`{model}.weight_copies_on: host`")
+    if now.keeps_gathered and wanted.sharded and not wanted.keeps_gathered:
+        steps.append(f"`{model}.sharding.reshard_after_forward: true`")
+    return steps

@@ -1,10 +1,10 @@
 """Where a configuration of `fit` keeps its weights, and what it may be changed to."""
 
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR_ALIAS_CONVERSION
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -17,17 +17,14 @@ from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported
 from patcher_pl.errors import ConfigError
 from patcher_pl.models import LanguageModel, Sharding
-from patcher_pl.planning import Part, Placement
-from patcher_pl.planning.placements import OFFLOADED, VECTORS
+from patcher_pl.planning.attacks import Attacks
+from patcher_pl.planning.placements import OFFLOADED, VECTORS, Placement
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Described:
-    """A Trainer as far as can be told without its devices."""
-
-    strategy: Any
-    world_size: int
-    precision: str
+# Lightning's short names of precisions, as `str` shows them.
+_PRECISIONS = {
+    **{"None": "32-true", "32": "32-true", "64": "64-true"},
+    **{"16": "16-mixed", "bf16": "bf16-mixed"},
+}
 
 
 def placement_of(trainer: Any, defense: Defense) -> Placement:
@@ -41,9 +38,7 @@ def placement_of(trainer: Any, defense: Defense) -> Placement:
         ConfigError: If `fit` would refuse these options, or the number of devices depends on the
             machine.
     """
-    devices = trainer.devices
-    if isinstance(devices, list):
-        devices = len(devices)
+    devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
     if not str(devices).isdigit():
         raise ConfigError(
             f"trainer.devices must be a number to plan for, got {devices!r}. "
@@ -56,27 +51,22 @@ def placement_of(trainer: Any, defense: Defense) -> Placement:
             "trainer.strategy: `plan` knows FSDP2, got FSDPStrategy (FSDP1), which needs about as much. "
             "Plan with a ModelParallelStrategy, as in configs/strategies."
         )
-    described: Any = _Described(
+    described: Any = SimpleNamespace(
         strategy=strategy, world_size=world_size, precision=_precision(trainer)
     )
     require_supported(defense, described)
-    language_model = defense.language_model
+    model, attacks = defense.language_model, Attacks.of(defense)
     sharded = isinstance(strategy, ModelParallelStrategy)
-    if sharded and strategy._data_parallel_size not in ("auto", world_size):
-        raise ConfigError(
-            "trainer.strategy: data_parallel_size must be trainer.devices times trainer.num_nodes, "
-            f"{world_size}, got {strategy._data_parallel_size}. Change one of them."
-        )
-    on_host = _trajectory_on_host(defense)
-    if language_model.weight_copies_on == "host":
+    on_host = frozenset() if attacks is None else attacks.keeps_on_host
+    if model.weight_copies_on == "host":
         on_host |= VECTORS
-    if sharded and language_model.sharding.cpu_offload:
+    if sharded and model.sharding.cpu_offload:
         on_host |= OFFLOADED
     return Placement(
         num_devices=world_size,
         sharded=sharded,
-        keeps_gathered=sharded and not language_model.sharding.reshard_after_forward,
-        checkpointing=language_model.gradient_checkpointing,
+        keeps_gathered=sharded and not model.sharding.reshard_after_forward,
+        checkpointing=model.gradient_checkpointing,
         on_host=on_host,
     )
 
@@ -91,10 +81,12 @@ def sharding_for(trainer: Any, language_model: LanguageModel) -> Sharding:
 
 def settings_to_shard(trainer: Any, language_model: LanguageModel) -> list[str]:
     """Returns what to set, in words, for `sharding_for` to hold."""
-    wanted, now = sharding_for(trainer, language_model), language_model.sharding
-    if wanted == now:
+    wanted, prefix = (
+        sharding_for(trainer, language_model),
+        "model.init_args.language_model.sharding",
+    )
+    if wanted == language_model.sharding:
         return []
-    prefix = "model.init_args.language_model.sharding"
     return [
         "`trainer.precision: 32-true`",
         f"`{prefix}.param_dtype: {wanted.param_dtype}`",
@@ -103,18 +95,14 @@ def settings_to_shard(trainer: Any, language_model: LanguageModel) -> list[str]:
 
 
 def can_shard(defense: Defense, sharding: Sharding) -> bool:
-    """Whether the defense could be trained on split weights; changes its `sharding`."""
+    """Whether the defense could be trained on split weights."""
+    defense = deepcopy(defense)
     defense.language_model = replace(defense.language_model, sharding=sharding)
     try:
         defense.require_shardable()
     except ConfigError:
         return False
     return True
-
-
-def num_bytes(dtype: str) -> int:
-    """Bytes of one number."""
-    return getattr(torch, dtype).itemsize
 
 
 def _strategy(given: Any, world_size: int) -> Any:
@@ -132,11 +120,4 @@ def _strategy(given: Any, world_size: int) -> Any:
 
 def _precision(trainer: Any) -> str:
     """The Trainer's precision by its full name."""
-    given = "32-true" if trainer.precision is None else str(trainer.precision)
-    return _PRECISION_INPUT_STR_ALIAS_CONVERSION.get(given, given)
-
-
-def _trajectory_on_host(defense: Defense) -> frozenset[Part]:
-    store = getattr(getattr(defense, "hypergradient", None), "store", None)
-    on_host = store is not None and store.device != "model"
-    return frozenset({Part.TRAJECTORY}) if on_host else frozenset()
+    return _PRECISIONS.get(str(trainer.precision), str(trainer.precision))

@@ -1,0 +1,143 @@
+"""What a plan asks of a defense that attacks its model, and how the need grows with the attack."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patcher_pl.attackers import Attacker, ConcurrentAttacker
+from patcher_pl.defenses import Defense, Patcher
+from patcher_pl.errors import ConfigError
+from patcher_pl.hypergradients import FirstOrder, Hypergradient
+from patcher_pl.hypergradients.trajectories.shelf import Shelf
+from patcher_pl.models import Weights
+from patcher_pl.optim import Optimizer
+from patcher_pl.planning.tracker import ATTACK, HYPERGRADIENT, Part, Tracker
+from patcher_pl.types import Batch
+
+NUM_SFT_STEPS = 1
+"""Steps of a rehearsal before the first attack."""
+
+_NUM_TOY_WEIGHTS = 1024
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """The simulated attacks of a defense."""
+
+    attacker: Attacker
+    hypergradient: Hypergradient
+    num_sft_steps: int  # Defender steps before the first attack (count).
+    refresh_every: int  # Defender steps from one attack to the next (count).
+
+    @classmethod
+    def of(cls, defense: Defense) -> "Attacks | None":
+        """Returns those of `defense`; None where it has none, or they are its own private matter.
+
+        Raises:
+            ConfigError: If they run in other processes.
+        """
+        if not isinstance(defense, Patcher):
+            return None
+        if isinstance(defense.attacker, ConcurrentAttacker):
+            raise ConfigError(
+                "Patcher.attacker: `plan` knows attacks in the defender's process only, got a "
+                "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
+                "attacks and the defender's steps need."
+            )
+        return cls(
+            *(defense.attacker, defense.hypergradient),
+            *(defense.num_sft_steps, defense.refresh_every),
+        )
+
+    @property
+    def is_first_order(self) -> bool:
+        """Whether attacks are held fixed, instead of differentiated."""
+        return isinstance(self.hypergradient, FirstOrder)
+
+    @property
+    def keeps_on_host(self) -> frozenset[Part]:
+        """What the estimator keeps in host memory or on disk."""
+        store = getattr(self.hypergradient, "store", None)
+        on_host = store is not None and store.device != "model"
+        return frozenset({Part.TRAJECTORY}) if on_host else frozenset()
+
+
+def sites_of(attacks: Attacks | None) -> dict[Any, Part | str]:
+    """Where tensors of a part or phase come into being; see `Tracker`."""
+    parts = {
+        Weights.snapshot: Part.SAVED_WEIGHTS,
+        Weights.shifted: Part.SAVED_WEIGHTS,
+        Weights.replaced: Part.SAVED_WEIGHTS,
+        Weights.difference: Part.ATTACK_VECTOR,
+        Optimizer.init: Part.ATTACKER_OPTIMIZER,
+        Shelf.put: Part.TRAJECTORY,
+    }
+    if attacks is None:
+        return parts
+    phases = {type(attacks.attacker).attack: ATTACK}
+    return {**parts, **phases, type(attacks.hypergradient).estimate: HYPERGRADIENT}
+
+
+def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
+    """Returns a copy whose first attack follows `NUM_SFT_STEPS` steps, and the next one each step."""
+    defense = deepcopy(defense)
+    defense.accumulate_grad_batches = 1
+    if not isinstance(defense, Patcher):
+        return defense
+    # As many vectors as configured, from as many steps at least.
+    num_vectors = defense.attacker.num_vectors
+    last = max(num_steps, num_vectors)
+    points = list(range(last - num_vectors + 1, last + 1)) if num_vectors > 1 else None
+    settings = {"num_steps": last, "num_warmup_steps": 0, "vector_steps": points}
+    defense.attacker = replace(defense.attacker, **settings)  # type: ignore[type-var]
+    defense.hypergradient = _beside_model(defense.hypergradient)
+    defense.num_sft_steps, defense.refresh_every = NUM_SFT_STEPS, 1
+    defense.trust_every = None if defense.trust_every is None else 1
+    return defense
+
+
+def toy_estimate(attacks: Attacks, num_steps: int) -> tuple[float, float]:
+    """Runs the estimator for real, with an attack of so many steps on a vector and a quadratic loss.
+
+    Returns:
+        Highest need, in copies of the weights, and gradient evaluations: both independent of the model.
+    """
+    attacker = replace(attacks.attacker, num_steps=num_steps)  # type: ignore[type-var]
+    inner = replace(attacker.inner_problem(_batches()), loss_function=_quadratic)
+    model, tracker = _Toy(), Tracker(sites_of(attacks))
+    weights, estimator = Weights(model), _beside_model(attacks.hypergradient)
+    tracker.label_weights(model.parameters())
+    with tracker:
+        found = estimator.estimate(
+            model, weights, inner, lambda module: _quadratic(module, inner.batches[0])
+        )
+    highest = max(sum(parts.values()) for parts in tracker.peaks()[HYPERGRADIENT])
+    return highest / (_NUM_TOY_WEIGHTS * model.theta.itemsize), found.gradient_evaluations
+
+
+def _beside_model(hypergradient: Any) -> Any:
+    """The estimator with its trajectory where it can be measured."""
+    store = getattr(hypergradient, "store", None)
+    if store is None:
+        return hypergradient
+    return replace(hypergradient, store=replace(store, device="model"))
+
+
+class _Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.linspace(0.5, 1.5, _NUM_TOY_WEIGHTS))
+
+
+def _quadratic(model: Any, batch: Batch) -> Tensor:
+    return 0.5 * model.theta.square().mean()
+
+
+def _batches() -> Iterator[Batch]:
+    ones = torch.ones(1, 2, dtype=torch.long)
+    while True:
+        yield Batch(input_ids=ones, attention_mask=ones, labels=ones)
