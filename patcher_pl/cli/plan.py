@@ -6,23 +6,19 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.errors import ConfigError
 from patcher_pl.files import write_json
 from patcher_pl.planning import Plan, PlanSettings, Run, make_plan
-from patcher_pl.planning.placements import Need, Overhead
+from patcher_pl.planning.placements import Overhead
 from patcher_pl.planning.tracker import Part
 
 
 class PlanCLI(PatcherCLI):
-    """Parses a configuration of `fit`, with the options of a plan.
-
-    Args:
-        arguments: Command line after the command.
-    """
+    """Parses a configuration of `fit`, with the options of a plan."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__("fit", arguments)
@@ -87,47 +83,36 @@ def run_plan(arguments: Sequence[str]) -> None:
 
 def _print(plan: Plan, console: Console) -> None:
     """Prints memory by part and phase, the placements that were looked at, work and time."""
-    console.print(
-        f"{plan.defense} on {plan.model}: {plan.num_parameters / 1e9:.3g} billion parameters, "
-        f"{plan.shapes}."
-    )
-    console.print(_parts_table(plan.configured))
-    console.print(_placements_table(plan))
-    work, everyone = plan.work, plan.configured.placement.num_devices
-    console.print(
-        f"Work: {work.gradient_evaluations:,} gradient evaluations, {work.tokens / 1e6:,.4g} million "
-        f"tokens, {work.flops:.3g} FLOPs per device"
-        + (f", times {everyone} devices." if everyone > 1 else ".")
-    )
-    console.print(
-        f"Time: {plan.hours:,.3g} hours at {plan.mfu:.0%} of the {plan.dtype} peak of "
-        f"{plan.gpu.name} ({plan.gpu.peak_flops(plan.dtype) / 1e12:g} TFLOP/s)."
-    )
-    for note in plan.notes:
-        console.print(f"Note: {note}")
-
-
-def _parts_table(need: Need) -> Table:
-    phases = need.device
-    table = Table("part", title=f"GiB per device, as configured ({need.placement})")
-    for phase in phases:
-        table.add_column(phase, justify="right")
+    configured, gpu, work = plan.configured, plan.gpu, plan.work
+    phases, everyone = configured.device, configured.placement.num_devices
+    by_part = _table(f"GiB per device, as configured ({configured.placement})", "part", *phases)
     for part in Part:
         if any(parts.get(part) for parts in phases.values()):
-            table.add_row(part.value, *(_gib(parts.get(part, 0)) for parts in phases.values()))
-    table.add_section()
-    table.add_row("peak", *(_gib(sum(parts.values())) for parts in phases.values()))
-    return table
-
-
-def _placements_table(plan: Plan) -> Table:
-    table = Table("placement", title=f"What fits {plan.gpu.name} ({plan.gpu.memory_gib:g} GiB)")
-    for heading in ("GiB per device", "GiB on hosts", "fits"):
-        table.add_column(heading, justify="right")
+            by_part.add_row(part.value, *(_gib(parts.get(part, 0)) for parts in phases.values()))
+    by_part.add_section()
+    by_part.add_row("peak", *(_gib(sum(parts.values())) for parts in phases.values()))
+    headings = "placement", "GiB per device", "GiB on hosts", "fits"
+    by_placement = _table(f"What fits {gpu.name} ({gpu.memory_gib:g} GiB)", *headings)
     for need in plan.alternatives:
-        fits = "yes" if plan.fits(need) else "no"
-        table.add_row(str(need.placement), _gib(need.device_bytes), _gib(need.host_bytes), fits)
-    return table
+        sizes, fits = map(_gib, (need.device_bytes, need.host_bytes)), plan.fits(need)
+        by_placement.add_row(str(need.placement), *sizes, "yes" if fits else "no")
+    for shown in (
+        f"{plan.defense} on {plan.model}: {plan.num_parameters / 1e9:.3g} billion parameters, "
+        f"{plan.shapes}.",
+        by_part,
+        by_placement,
+        f"Work: {work.gradient_evaluations:,} gradient evaluations, {work.tokens / 1e6:,.4g} million "
+        f"tokens, {work.flops:.3g} FLOPs per device"
+        + (f", times {everyone} devices." if everyone > 1 else "."),
+        f"Time: {plan.hours:,.3g} hours at {plan.mfu:.0%} of the {plan.dtype} peak of "
+        f"{gpu.name} ({gpu.peak_flops(plan.dtype) / 1e12:g} TFLOP/s).",
+        *(f"Note: {note}" for note in plan.notes),
+    ):
+        console.print(shown)
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    return Table(first, *(Column(heading, justify="right") for heading in headings), title=title)
 
 
 def _gib(num_bytes: int) -> str:

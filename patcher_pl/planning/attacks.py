@@ -1,8 +1,8 @@
 """What a plan asks of a defense that attacks its model, and how the need grows with the attack."""
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,9 +18,7 @@ from patcher_pl.optim import Optimizer
 from patcher_pl.planning.tracker import ATTACK, HYPERGRADIENT, Part, Tracker
 from patcher_pl.types import Batch
 
-NUM_SFT_STEPS = 1
-"""Steps of a rehearsal before the first attack."""
-
+NUM_SFT_STEPS = 1  # Steps of a rehearsal before the first attack.
 _NUM_TOY_WEIGHTS = 1024
 
 
@@ -35,7 +33,7 @@ class Attacks:
 
     @classmethod
     def of(cls, defense: Defense) -> "Attacks | None":
-        """Returns those of `defense`; None where it has none, or they are its own private matter.
+        """Returns those of `defense`; None where it has none, or does as it likes in every step.
 
         Raises:
             ConfigError: If they run in other processes.
@@ -48,27 +46,35 @@ class Attacks:
                 "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
                 "attacks and the defender's steps need."
             )
-        return cls(
-            *(defense.attacker, defense.hypergradient),
-            *(defense.num_sft_steps, defense.refresh_every),
-        )
+        rounds = defense.num_sft_steps, defense.refresh_every
+        return cls(defense.attacker, defense.hypergradient, *rounds)
 
     @property
     def is_first_order(self) -> bool:
         """Whether attacks are held fixed, instead of differentiated."""
         return isinstance(self.hypergradient, FirstOrder)
 
-    @property
-    def keeps_on_host(self) -> frozenset[Part]:
-        """What the estimator keeps in host memory or on disk."""
-        store = getattr(self.hypergradient, "store", None)
-        on_host = store is not None and store.device != "model"
-        return frozenset({Part.TRAJECTORY}) if on_host else frozenset()
+
+def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
+    """Returns a copy whose first attack follows `NUM_SFT_STEPS` steps, and the next one each step."""
+    defense = deepcopy(defense)
+    defense.accumulate_grad_batches = 1
+    if isinstance(defense, Patcher):
+        # As many vectors as configured, from as many steps at least.
+        num_vectors = defense.attacker.num_vectors
+        last = max(num_steps, num_vectors)
+        points = list(range(last - num_vectors + 1, last + 1)) if num_vectors > 1 else None
+        settings = {"num_steps": last, "num_warmup_steps": 0, "vector_steps": points}
+        defense.attacker = replace(defense.attacker, **settings)  # type: ignore[type-var]
+        defense.hypergradient = _beside_model(defense.hypergradient)
+        defense.num_sft_steps, defense.refresh_every = NUM_SFT_STEPS, 1
+        defense.trust_every = defense.trust_every and 1
+    return defense
 
 
 def sites_of(attacks: Attacks | None) -> dict[Any, Part | str]:
     """Where tensors of a part or phase come into being; see `Tracker`."""
-    parts = {
+    sites = {
         Weights.snapshot: Part.SAVED_WEIGHTS,
         Weights.shifted: Part.SAVED_WEIGHTS,
         Weights.replaced: Part.SAVED_WEIGHTS,
@@ -76,28 +82,10 @@ def sites_of(attacks: Attacks | None) -> dict[Any, Part | str]:
         Optimizer.init: Part.ATTACKER_OPTIMIZER,
         Shelf.put: Part.TRAJECTORY,
     }
-    if attacks is None:
-        return parts
-    phases = {type(attacks.attacker).attack: ATTACK}
-    return {**parts, **phases, type(attacks.hypergradient).estimate: HYPERGRADIENT}
-
-
-def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
-    """Returns a copy whose first attack follows `NUM_SFT_STEPS` steps, and the next one each step."""
-    defense = deepcopy(defense)
-    defense.accumulate_grad_batches = 1
-    if not isinstance(defense, Patcher):
-        return defense
-    # As many vectors as configured, from as many steps at least.
-    num_vectors = defense.attacker.num_vectors
-    last = max(num_steps, num_vectors)
-    points = list(range(last - num_vectors + 1, last + 1)) if num_vectors > 1 else None
-    settings = {"num_steps": last, "num_warmup_steps": 0, "vector_steps": points}
-    defense.attacker = replace(defense.attacker, **settings)  # type: ignore[type-var]
-    defense.hypergradient = _beside_model(defense.hypergradient)
-    defense.num_sft_steps, defense.refresh_every = NUM_SFT_STEPS, 1
-    defense.trust_every = None if defense.trust_every is None else 1
-    return defense
+    if attacks is not None:
+        sites[type(attacks.attacker).attack] = ATTACK
+        sites[type(attacks.hypergradient).estimate] = HYPERGRADIENT
+    return sites
 
 
 def toy_estimate(attacks: Attacks, num_steps: int) -> tuple[float, float]:
@@ -106,38 +94,25 @@ def toy_estimate(attacks: Attacks, num_steps: int) -> tuple[float, float]:
     Returns:
         Highest need, in copies of the weights, and gradient evaluations: both independent of the model.
     """
+    ones = torch.ones(1, 2, dtype=torch.long)
+    batches = repeat(Batch(input_ids=ones, attention_mask=ones, labels=ones))
     attacker = replace(attacks.attacker, num_steps=num_steps)  # type: ignore[type-var]
-    inner = replace(attacker.inner_problem(_batches()), loss_function=_quadratic)
-    model, tracker = _Toy(), Tracker(sites_of(attacks))
+    inner = replace(attacker.inner_problem(batches), loss_function=_quadratic)
+    model, tracker = nn.Module(), Tracker(sites_of(attacks))
+    model.theta = nn.Parameter(torch.linspace(0.5, 1.5, _NUM_TOY_WEIGHTS))
+    tracker.label(model.parameters(), Part.PARAMETERS)
     weights, estimator = Weights(model), _beside_model(attacks.hypergradient)
-    tracker.label_weights(model.parameters())
     with tracker:
-        found = estimator.estimate(
-            model, weights, inner, lambda module: _quadratic(module, inner.batches[0])
-        )
+        found = estimator.estimate(model, weights, inner, _quadratic)
     highest = max(sum(parts.values()) for parts in tracker.peaks()[HYPERGRADIENT])
     return highest / (_NUM_TOY_WEIGHTS * model.theta.itemsize), found.gradient_evaluations
+
+
+def _quadratic(model: Any, batch: Batch | None = None) -> Tensor:
+    return 0.5 * model.theta.square().mean()
 
 
 def _beside_model(hypergradient: Any) -> Any:
     """The estimator with its trajectory where it can be measured."""
     store = getattr(hypergradient, "store", None)
-    if store is None:
-        return hypergradient
-    return replace(hypergradient, store=replace(store, device="model"))
-
-
-class _Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.linspace(0.5, 1.5, _NUM_TOY_WEIGHTS))
-
-
-def _quadratic(model: Any, batch: Batch) -> Tensor:
-    return 0.5 * model.theta.square().mean()
-
-
-def _batches() -> Iterator[Batch]:
-    ones = torch.ones(1, 2, dtype=torch.long)
-    while True:
-        yield Batch(input_ids=ones, attention_mask=ones, labels=ones)
+    return replace(hypergradient, store=replace(store, device="model")) if store else hypergradient

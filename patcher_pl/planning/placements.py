@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from patcher_pl.planning.footprint import Footprint, LayerSizes
+from patcher_pl.planning.rehearsal import Footprint, LayerSizes
 from patcher_pl.planning.tracker import PER_WEIGHT, Part, Parts
 
 OFFLOADED = PER_WEIGHT  # What CPU offload keeps in host memory.
@@ -79,7 +79,7 @@ class Placement:
         device = {part: n for part, n in own.items() if part not in self.on_host}
         host = {part: n * self.num_devices for part, n in own.items() if part in self.on_host}
         if self.sharded:
-            device[Part.GATHERED] = layers.gathered_bytes(keep_all=self.keeps_gathered)
+            device[Part.GATHERED] = gathered_bytes(layers, keep_all=self.keeps_gathered)
         device[Part.FRAMEWORK] = overhead.of(sum(device.values()))
         return device, host
 
@@ -121,15 +121,23 @@ def candidates(
     for count in sorted(set(counts)):
         if count > 1 and not can_shard:
             continue
+        split = {"num_devices": count, "sharded": count > 1 or shards_one}
         for on_host, checkpointing in product((frozenset(), VECTORS), (False, True)):
-            yield Placement(
-                num_devices=count,
-                sharded=count > 1 or shards_one,
-                checkpointing=checkpointing,
-                on_host=on_host,
-            )
+            yield Placement(**split, checkpointing=checkpointing, on_host=on_host)
         if can_shard:
             yield Placement(num_devices=count, sharded=True, checkpointing=True, on_host=OFFLOADED)
+
+
+def gathered_bytes(layers: LayerSizes, *, keep_all: bool) -> int:
+    """Whole weights and gradients that FSDP2 holds on a device at a time, at most.
+
+    Outside of the decoder layers: weights from the beginning of a step to its end, gradients towards
+    its end, when they are sent in place of the weights. Layers: the weights of the one at work and of
+    the next, or of all (`keep_all`), the gradients of one and what is being sent of another.
+    """
+    sent = layers.sent_per_gathered
+    weights = layers.total if keep_all else layers.rest + 2 * layers.largest_layer
+    return weights + math.ceil(max(1, sent) * layers.rest + (1 + sent) * layers.largest_layer)
 
 
 def settings_for(wanted: Placement, now: Placement) -> list[str]:

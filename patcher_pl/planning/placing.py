@@ -19,6 +19,7 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.models import LanguageModel, Sharding
 from patcher_pl.planning.attacks import Attacks
 from patcher_pl.planning.placements import OFFLOADED, VECTORS, Placement
+from patcher_pl.planning.tracker import Part
 
 # Lightning's short names of precisions, as `str` shows them.
 _PRECISIONS = {
@@ -28,15 +29,10 @@ _PRECISIONS = {
 
 
 def placement_of(trainer: Any, defense: Defense) -> Placement:
-    """Returns where Lightning's Trainer would place a run.
-
-    Args:
-        trainer: Its options; the strategy by name or built.
-        defense: What it would train.
+    """Returns where a Trainer of these options (strategy by name or built) would place a run.
 
     Raises:
-        ConfigError: If `fit` would refuse these options, or the number of devices depends on the
-            machine.
+        ConfigError: If `fit` would refuse the options, or the number of devices depends on the machine.
     """
     devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
     if not str(devices).isdigit():
@@ -51,13 +47,12 @@ def placement_of(trainer: Any, defense: Defense) -> Placement:
             "trainer.strategy: `plan` knows FSDP2, got FSDPStrategy (FSDP1), which needs about as much. "
             "Plan with a ModelParallelStrategy, as in configs/strategies."
         )
-    described: Any = SimpleNamespace(
-        strategy=strategy, world_size=world_size, precision=_precision(trainer)
-    )
-    require_supported(defense, described)
-    model, attacks = defense.language_model, Attacks.of(defense)
-    sharded = isinstance(strategy, ModelParallelStrategy)
-    on_host = frozenset() if attacks is None else attacks.keeps_on_host
+    described = {"strategy": strategy, "world_size": world_size, "precision": _precision(trainer)}
+    require_supported(defense, SimpleNamespace(**described))  # type: ignore[arg-type]
+    model, sharded = defense.language_model, isinstance(strategy, ModelParallelStrategy)
+    attacks = Attacks.of(defense)
+    store = None if attacks is None else getattr(attacks.hypergradient, "store", None)
+    on_host = frozenset({Part.TRAJECTORY} if store and store.device != "model" else ())
     if model.weight_copies_on == "host":
         on_host |= VECTORS
     if sharded and model.sharding.cpu_offload:

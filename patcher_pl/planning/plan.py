@@ -14,11 +14,10 @@ from patcher_pl.hypergradients import Unrolled
 from patcher_pl.models import Sharding
 from patcher_pl.planning.architecture import UnloadedModel, find_architecture
 from patcher_pl.planning.attacks import Attacks, toy_estimate, with_short_attacks
-from patcher_pl.planning.footprint import Footprint, Work
 from patcher_pl.planning.hardware import Gpu, find_gpu
 from patcher_pl.planning.placements import Need, Overhead, Placement, candidates, settings_for
 from patcher_pl.planning.placing import can_shard, placement_of, settings_to_shard, sharding_for
-from patcher_pl.planning.rehearsal import Shapes, rehearse
+from patcher_pl.planning.rehearsal import Footprint, Shapes, Work, rehearse
 from patcher_pl.planning.tracker import HYPERGRADIENT
 
 # Attack steps of a rehearsal: the second one begins with the attacker's optimizer state.
@@ -54,25 +53,18 @@ class PlanSettings:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        counts, host_gib = self.device_counts, self.host_gib_per_device
-        for name, holds, rule, remedy in (
-            ("mfu", 0 < self.mfu <= 1, "be in (0, 1]", "Good kernels reach 0.3 to 0.5."),
-            (
-                *("host_gib_per_device", host_gib >= 0, "be >= 0"),
-                "Use 0 where nothing may wait in host memory.",
-            ),
-            (
-                *("length", self.length is None or self.length >= 2, "be >= 2 or null"),
-                "Use null for chat.max_length.",
-            ),
-            (
-                *("device_counts", counts and min(counts) >= 1, "hold counts >= 1"),
-                "Use [1] for one device.",
-            ),
-        ):
-            if not holds:
-                value = getattr(self, name)
-                raise ValueError(f"PlanSettings.{name} must {rule}, got {value}. {remedy}")
+        self._require("mfu", 0 < self.mfu <= 1, "be in (0, 1]", "Good kernels reach 0.3 to 0.5")
+        holds, remedy = self.host_gib_per_device >= 0, "Use 0 where nothing may wait in host memory"
+        self._require("host_gib_per_device", holds, "be >= 0", remedy)
+        holds = self.length is None or self.length >= 2
+        self._require("length", holds, "be >= 2 or null", "Use null for chat.max_length")
+        holds = bool(self.device_counts) and min(self.device_counts) >= 1
+        self._require("device_counts", holds, "hold counts >= 1", "Use [1] for one device")
+
+    def _require(self, name: str, holds: bool, rule: str, remedy: str) -> None:
+        if not holds:
+            value = getattr(self, name)
+            raise ValueError(f"PlanSettings.{name} must {rule}, got {value}. {remedy}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,25 +111,21 @@ class Plan:
     @property
     def refusal(self) -> str | None:
         """Why the run cannot be started as configured and what could; None where it can."""
-        need = self.configured
+        need, gib, gpu = self.configured, 2**30, self.gpu
         if self.fits(need):
             return None
-        start = f"{self.model} does not fit as configured ({need.placement}):"
-        short = need.device_bytes - self.gpu.memory_bytes
-        if short <= 0:
-            return (
-                f"{start} {need.host_bytes / 2**30:.1f} GiB of host memory are needed, "
-                f"{self.host_gib_per_device:g} GiB per device (--host_gib_per_device) are there. "
-                f"{self._remedy()}"
-            )
-        return (
-            f"{start} the {need.peak_phase} phase needs {need.device_bytes / 2**30:.1f} GiB per "
-            f"device, {self.gpu.name} has {self.gpu.memory_gib:g} GiB, so {short / 2**30:.1f} GiB are "
-            f"missing. {self._remedy()}"
+        short = need.device_bytes - gpu.memory_bytes
+        reason = (
+            f"the {need.peak_phase} phase needs {need.device_bytes / gib:.1f} GiB per device, "
+            f"{gpu.name} has {gpu.memory_gib:g} GiB, so {short / gib:.1f} GiB are missing."
+            if short > 0
+            else f"{need.host_bytes / gib:.1f} GiB of host memory are needed, "
+            f"{self.host_gib_per_device:g} GiB per device (--host_gib_per_device) are there."
         )
+        start = f"{self.model} does not fit as configured ({need.placement})"
+        return f"{start}: {reason} {self._remedy(need.placement)}"
 
-    def _remedy(self) -> str:
-        now = self.configured.placement
+    def _remedy(self, now: Placement) -> str:
         fitting = next((need.placement for need in self.alternatives if self.fits(need)), None)
         if fitting is None:
             return (
@@ -153,10 +141,10 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan for JSON; memory in bytes."""
         return {
-            "model": self.model,
-            "defense": self.defense,
-            "num_parameters": self.num_parameters,
-            "shapes": self.shapes,
+            **{
+                name: getattr(self, name)
+                for name in ("model", "defense", "num_parameters", "shapes")
+            },
             "gpu": {"name": self.gpu.name, "memory_bytes": self.gpu.memory_bytes},
             "host_gib_per_device": self.host_gib_per_device,
             "configured": self._need_as_dict(self.configured),
@@ -167,16 +155,13 @@ class Plan:
         }
 
     def _need_as_dict(self, need: Need) -> dict[str, Any]:
+        fields = ("num_devices", "sharded", "checkpointing")
         return {
             "placement": str(need.placement),
-            "num_devices": need.placement.num_devices,
-            "sharded": need.placement.sharded,
-            "checkpointing": need.placement.checkpointing,
+            **{name: getattr(need.placement, name) for name in fields},
             "on_host": sorted(need.placement.on_host),
             "fits": self.fits(need),
-            "peak_phase": need.peak_phase,
-            "device_bytes": need.device_bytes,
-            "host_bytes": need.host_bytes,
+            **{name: getattr(need, name) for name in ("peak_phase", "device_bytes", "host_bytes")},
             "device_bytes_by_phase": need.device,
         }
 
@@ -226,7 +211,7 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         gpu=gpu,
         configured=needs[0],
         alternatives=needs[1:],
-        work=found.of_run(trainer.max_steps, defense.accumulate_grad_batches, attacks).rounded(),
+        work=found.of_run(trainer.max_steps, defense.accumulate_grad_batches, attacks),
         dtype=_compute_dtype(run, configured.sharded),
         mfu=settings.mfu,
         host_gib_per_device=settings.host_gib_per_device,
@@ -239,48 +224,42 @@ def _footprint(
     run: Run, architecture: Any, shapes: Shapes, checkpointing: bool, sharding: Sharding | None
 ) -> Footprint:
     """Rehearses in the number formats that `sharding` computes in; None for those of the Trainer."""
-    stored = run.defense.language_model.dtype
-    computed = stored if sharding is None else sharding.param_dtype or stored
+    model, attacks = run.defense.language_model, Attacks.of(run.defense)
+    computed = (sharding.param_dtype if sharding else None) or model.dtype
+    changes = {"dtype": computed, "gradient_checkpointing": checkpointing}
+    settings = {**vars(model), **changes, "compile": False, "liger": False}
 
     def rehearsed(num_attack_steps: int) -> Footprint:
         defense = with_short_attacks(run.defense, num_attack_steps)
-        defense.language_model = UnloadedModel.of(
-            *(defense.language_model, architecture),
-            dtype=computed,
-            gradient_checkpointing=checkpointing,
-        )
-        return rehearse(
-            *(defense, shapes),
-            precision=run.trainer.precision if sharding is None else "32-true",
-            multi_tensor=run.trainer.accelerator != "cpu",
-        )
+        defense.language_model = UnloadedModel(**settings, architecture=architecture)
+        precision = "32-true" if sharding else run.trainer.precision
+        multi_tensor = run.trainer.accelerator != "cpu"
+        return rehearse(defense, shapes, precision=precision, multi_tensor=multi_tensor)
 
-    found = rehearsed(_ATTACK_STEPS)
-    attacks = Attacks.of(run.defense)
-    more_steps = 0 if attacks is None else attacks.attacker.num_steps - _ATTACK_STEPS
-    if attacks is not None and not attacks.is_first_order and more_steps > 0:
+    num_steps = 0 if attacks is None else attacks.attacker.num_steps
+    found = rehearsed(min(_ATTACK_STEPS, num_steps))
+    if attacks is not None and not attacks.is_first_order and num_steps > _ATTACK_STEPS:
         if isinstance(attacks.hypergradient, Unrolled):
             # A graph through the whole attack grows by the same amount with every step.
-            one = rehearsed(_ATTACK_STEPS - 1)
-            more_bytes = more_steps * (found.peak(HYPERGRADIENT) - one.peak(HYPERGRADIENT))
-            more = Work().plus(found.estimated.plus(one.estimated, -1), more_steps)
+            one, times = rehearsed(_ATTACK_STEPS - 1), num_steps - _ATTACK_STEPS
+            more_bytes = times * (found.peak(HYPERGRADIENT) - one.peak(HYPERGRADIENT))
+            more = Work().plus(found.estimated, times).plus(one.estimated, -times)
         else:
-            short, long = (toy_estimate(attacks, n) for n in (2, 2 + more_steps))
+            short, long = (toy_estimate(attacks, steps) for steps in (_ATTACK_STEPS, num_steps))
             more_bytes = round((long[0] - short[0]) * found.layers.total)
-            batches = shapes.attack_batch_size / shapes.batch_size
-            evaluation = Work(1, found.plain.tokens * batches, found.plain.flops * batches)
-            more = Work().plus(evaluation, long[1] - short[1])
+            of_attack = shapes.attack_batch_size / shapes.batch_size
+            more = Work(1, found.plain.tokens * of_attack, found.plain.flops * of_attack)
+            more = Work().plus(more, long[1] - short[1])
         found = found.with_longer_estimates(more_bytes, more)
     if sharding is None:
         return found
-    sent = sharding.reduce_dtype or computed
-    return found.with_stored_weights(
-        stored=_itemsize(stored), computed=_itemsize(computed), sent=_itemsize(sent)
-    )
-
-
-def _itemsize(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
+    formats = {
+        "stored": model.dtype,
+        "computed": computed,
+        "sent": sharding.reduce_dtype or computed,
+    }
+    sizes = {name: getattr(torch, dtype).itemsize for name, dtype in formats.items()}
+    return found.with_stored_weights(**sizes)
 
 
 def _compute_dtype(run: Run, sharded: bool) -> str:

@@ -1,8 +1,8 @@
 """A few steps of a run on fake tensors: the trainer, the defense and the attacks are the real ones."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,20 @@ from torch.optim.optimizer import (
 )
 
 from patcher_pl.defenses import Defense
+from patcher_pl.hypergradients.hvp.rematerialization import decoder_blocks
 from patcher_pl.planning.attacks import NUM_SFT_STEPS, Attacks, sites_of
-from patcher_pl.planning.footprint import Footprint, LayerSizes, Work
-from patcher_pl.planning.tracker import ATTACK, Part, Tracker, fake_tensors
+from patcher_pl.planning.tracker import (
+    ATTACK,
+    HYPERGRADIENT,
+    PER_WEIGHT,
+    Part,
+    Parts,
+    Tracker,
+    fake_tensors,
+)
 from patcher_pl.types import Batch
 
-# One step before the first attack, one after it, and one after the second attack, at which all there
-# ever is is there.
+# Before the first attack, after it, and after the second one, at which all there ever is is there.
 NUM_STEPS = NUM_SFT_STEPS + 2
 
 
@@ -34,6 +41,100 @@ class Shapes:
     batch_size: int  # Conversations of a defender's batch (count).
     attack_batch_size: int  # Conversations of an attacker's batch (count).
     length: int  # Tokens of a conversation (count).
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one device in training."""
+
+    gradient_evaluations: float = 0  # Forward-backward passes over one batch (count).
+    tokens: float = 0  # In them, padding to the full length included (count).
+    flops: float = 0  # Of matrix products and attention.
+
+    def plus(self, other: "Work", times: float = 1) -> "Work":
+        """Returns the sum of this and so many times `other`."""
+        added = vars(other).items()
+        return Work(**{name: getattr(self, name) + times * value for name, value in added})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """How the parameters of a model fall into what FSDP2 gathers one at a time."""
+
+    total: int  # Bytes of all parameters.
+    largest_layer: int  # Bytes of the largest decoder layer.
+    rest: int  # Bytes outside of the decoder layers (embeddings, output head, last norm).
+    num_parameters: int
+    sent_per_gathered: float = 1.0  # Bytes of a gradient as it is sent, by those of the weight.
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "LayerSizes":
+        """Measures a model, real or fake."""
+        total, *layers = (
+            sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
+            for module in (model, *decoder_blocks(model))
+        )
+        count = sum(parameter.numel() for parameter in model.parameters())
+        rest, largest = total - sum(layers), max(layers, default=0)
+        return cls(total=total, largest_layer=largest, rest=rest, num_parameters=count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Peaks and work of one process on one device."""
+
+    peaks: Mapping[str, Sequence[Parts]]  # Of every phase; see `Tracker.peaks`.
+    layers: LayerSizes
+    plain: Work  # Of a defender's batch before the first attack.
+    defended: Work  # Of one afterwards, without any attack or estimate.
+    attack_step: Work = Work()
+    estimated: Work = Work()  # Of a batch whose gradient is a fresh hypergradient, all in all.
+
+    def peak(self, phase: str) -> int:
+        """Most bytes in a phase."""
+        return max(sum(parts.values()) for parts in self.peaks[phase])
+
+    def of_run(self, max_steps: int, accumulate_grad_batches: int, attacks: Attacks | None) -> Work:
+        """Adds up the rounds of a run: plain steps, then attacks and defended steps."""
+        num_plain = max_steps if attacks is None else min(max_steps, attacks.num_sft_steps)
+        found = Work().plus(self.plain, num_plain * accumulate_grad_batches)
+        if attacks is not None:
+            num_attacks = math.ceil((max_steps - num_plain) / attacks.refresh_every)
+            # A fresh hypergradient brings its own attack, once per batch of its step.
+            num_fresh = 0 if attacks.is_first_order else num_attacks
+            num_defended = max_steps - num_plain - num_fresh
+            found = found.plus(self.defended, num_defended * accumulate_grad_batches)
+            found = found.plus(self.estimated, num_fresh * accumulate_grad_batches)
+            num_steps = (num_attacks - num_fresh) * attacks.attacker.num_steps
+            found = found.plus(self.attack_step, num_steps)
+        return Work(*(math.ceil(value) for value in vars(found).values()))
+
+    def with_longer_estimates(self, more_bytes: int, more: Work) -> "Footprint":
+        """Returns the footprint with a longer attack to differentiate."""
+        moments = [
+            {**parts, Part.TRAJECTORY: parts.get(Part.TRAJECTORY, 0) + more_bytes}
+            for parts in self.peaks[HYPERGRADIENT]
+        ]
+        peaks = {**self.peaks, HYPERGRADIENT: moments}
+        return replace(self, peaks=peaks, estimated=self.estimated.plus(more))
+
+    def with_stored_weights(self, *, stored: int, computed: int, sent: int) -> "Footprint":
+        """Returns the footprint of weights that FSDP2 keeps in another format than it computes in.
+
+        Args:
+            stored: Bytes of a number as it is kept, and of all that is calculated with it.
+            computed: Bytes of a number of the rehearsal, in which layers are gathered.
+            sent: Bytes of a number of a gradient on its way to other devices.
+        """
+        peaks = {
+            phase: [
+                {part: n * stored // computed if part in PER_WEIGHT else n for part, n in p.items()}
+                for p in moments
+            ]
+            for phase, moments in self.peaks.items()
+        }
+        layers = replace(self.layers, sent_per_gathered=sent / computed)
+        return replace(self, peaks=peaks, layers=layers)
 
 
 def rehearse(defense: Defense, shapes: Shapes, *, precision: Any, multi_tensor: bool) -> Footprint:
@@ -51,13 +152,12 @@ def rehearse(defense: Defense, shapes: Shapes, *, precision: Any, multi_tensor: 
     attacks = Attacks.of(defense)
     tracker = Tracker(sites_of(attacks))
     defense.log = lambda *_, **__: None  # type: ignore[method-assign]  # Lightning copies what it logs.
-    ledger = _Ledger(tracker, shapes)
+    ledger = _Ledger(tracker, shapes.batch_size * shapes.length)
     trainer = Trainer(
         strategy=_InPlace(device=torch.device("cpu")),
         precision=precision,
         max_steps=NUM_STEPS,
         limit_val_batches=0,
-        num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -65,7 +165,23 @@ def rehearse(defense: Defense, shapes: Shapes, *, precision: Any, multi_tensor: 
         use_distributed_sampler=False,
         callbacks=[ledger],
     )
-    with _watched_optimizers(trainer, tracker, multi_tensor), fake_tensors(tracker):
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if multi_tensor and group.get("foreach", 0) is None and not group.get("fused"):
+                group["foreach"] = True
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        is_defenders = optimizer in trainer.optimizers
+        part = Part.DEFENDER_OPTIMIZER if is_defenders else Part.ATTACKER_OPTIMIZER
+        for state in optimizer.state.values():
+            tracker.label([value for value in state.values() if isinstance(value, Tensor)], part)
+
+    with (
+        register_optimizer_step_pre_hook(before_step),
+        register_optimizer_step_post_hook(after_step),
+        fake_tensors(tracker),
+    ):
         trainer.fit(defense, datamodule=_FullBatches(shapes))
         layers = LayerSizes.of(defense.model)
     plain, last = ledger.batches[0], ledger.batches[-1]
@@ -87,17 +203,16 @@ def rehearse(defense: Defense, shapes: Shapes, *, precision: Any, multi_tensor: 
 class _Ledger(Callback):
     """Notes what the gradients of every batch have cost, attacks included."""
 
-    def __init__(self, tracker: Tracker, shapes: Shapes) -> None:
+    def __init__(self, tracker: Tracker, tokens_per_batch: int) -> None:
         self.batches: list[Work] = []
         self._tracker = tracker
-        self._tokens_per_batch = shapes.batch_size * shapes.length
-        self._before = Work()
+        self._tokens_per_batch = tokens_per_batch
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Builds the model, and names its parameters and buffers, and gradients as they come."""
         pl_module.configure_model()
         model: nn.Module = pl_module.model
-        self._tracker.label_weights([*model.parameters(), *model.buffers()])
+        self._tracker.label([*model.parameters(), *model.buffers()], Part.PARAMETERS)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(self._label_gradient)
@@ -120,34 +235,8 @@ class _Ledger(Callback):
         self._tracker.label([gradient], Part.GRADIENTS)
 
 
-@contextmanager
-def _watched_optimizers(trainer: Trainer, tracker: Tracker, multi_tensor: bool) -> Iterator[None]:
-    """Names the states of torch's optimizers: one is the defender's, any other an attacker's."""
-
-    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            if multi_tensor and group.get("foreach", 0) is None and not group.get("fused"):
-                group["foreach"] = True
-
-    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        is_defenders = optimizer in trainer.optimizers
-        part = Part.DEFENDER_OPTIMIZER if is_defenders else Part.ATTACKER_OPTIMIZER
-        for state in optimizer.state.values():
-            tracker.label([value for value in state.values() if isinstance(value, Tensor)], part)
-
-    hooks = (
-        register_optimizer_step_pre_hook(before),
-        register_optimizer_step_post_hook(after),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class _FullBatches(LightningDataModule):
-    """Batches in which every conversation has the full length, for defender and attacker."""
+    """Batches in which every conversation has the full length, as far as defenses ask for any."""
 
     has_attack = True
 
@@ -155,8 +244,8 @@ class _FullBatches(LightningDataModule):
         super().__init__()
         self._shapes = shapes
 
-    def train_dataloader(self) -> "_Endless":
-        return _Endless(self._shapes.batch_size, self._shapes.length)
+    def train_dataloader(self) -> "_Stream":
+        return _Stream(self._shapes.batch_size, self._shapes.length)
 
     def val_dataloader(self) -> list[Any]:
         return []
@@ -165,28 +254,23 @@ class _FullBatches(LightningDataModule):
         """As that of `SafetyDataModule`."""
         return self
 
-    def attack_stream(self) -> "_Endless":
-        """As that of `SafetyDataModule`, as far as attacks ask for it."""
-        return _Endless(self._shapes.attack_batch_size, self._shapes.length)
+    def attack_stream(self) -> "_Stream":
+        """As that of `SafetyDataModule`."""
+        return _Stream(self._shapes.attack_batch_size, self._shapes.length)
 
 
-class _Endless:
+class _Stream:
     position = 0
 
-    def __init__(self, batch_size: int, length: int) -> None:
-        self._shape = (batch_size, length)
+    def __init__(self, *shape: int) -> None:
+        self._shape = shape
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             ones = torch.ones(self._shape, dtype=torch.long)
             yield Batch(input_ids=ones, attention_mask=ones.clone(), labels=ones.clone())
 
-    def endless(self) -> Iterator[Batch]:
-        """As that of `BatchStream`."""
-        return iter(self)
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """As that of `BatchStream`."""
+    endless = __iter__
 
 
 class _InPlace(SingleDeviceStrategy):

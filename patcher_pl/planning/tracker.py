@@ -2,19 +2,18 @@
 
 import inspect
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -38,8 +37,7 @@ class Part(StrEnum):
     FRAMEWORK = "framework"
 
 
-Parts = Mapping[Part, int]
-"""Bytes of every part."""
+Parts = Mapping[Part, int]  # Bytes of every part.
 
 # Parts with one entry per weight: what sharding divides by the number of devices.
 PER_WEIGHT = frozenset(Part) - {Part.ACTIVATIONS, Part.GATHERED, Part.FRAMEWORK}
@@ -67,39 +65,30 @@ class Tracker(TorchDispatchMode):
     """Memory by part, and FLOPs by phase, of everything that runs inside.
 
     What a tensor is for is read off the call stack: the innermost function of `sites` that is at work
-    names its part, and its phase. A part may also be named later (`label`): the breakdown of a peak is
-    made at the end, from all that was alive at that moment. What was never named is
-    `WEIGHT_TEMPORARIES` if it has the shape of a parameter, otherwise `ACTIVATIONS`. Counted are bytes
-    that were asked for; what an allocator adds is not seen here.
+    names its part, and its phase. A part may also be named later (`label`), since peaks are looked up
+    at the end. What was never named is `WEIGHT_TEMPORARIES` if it has the shape of a parameter,
+    otherwise `ACTIVATIONS`. Counted are bytes that were asked for; what an allocator adds is not seen.
 
     Torch's `MemTracker` knows no parts of this codebase's own (two optimizers, attack vector,
-    trajectory), and calls a model only once; hence this one, after its example.
-
-    Args:
-        sites: Functions, and the part or phase of what they allocate.
+    trajectory), and calls a model only once; hence this one, after its example. Torch's
+    `FlopCounterMode` would keep alive what checkpointing recomputes; hence its formulas alone.
     """
 
     def __init__(self, sites: Mapping[Callable[..., Any], Part | str] | None = None) -> None:
         super().__init__()
-        named = (sites or {}).items()
-        self._sites = {inspect.unwrap(function).__code__: name for function, name in named}
+        self._sites = {inspect.unwrap(site).__code__: name for site, name in (sites or {}).items()}
         self._known: Any = WeakIdKeyDictionary()
         self._events: list[tuple[int, _Allocation]] = []  # Beginnings (1) and ends (-1), in order.
         self._weight_shapes: set[tuple[int, ...]] = set()
-        self.flops: Counter[str] = Counter()
-        """FLOPs of matrix products and attention, by phase."""
+        self.flops: Counter[str] = Counter()  # Of matrix products and attention, by phase.
 
     def label(self, tensors: Iterable[Tensor], part: Part) -> None:
-        """Names what exists already."""
+        """Names what exists already; from parameters, it learns the shapes of weights."""
         for tensor in tensors:
             self._see(tensor)
             self._known[tensor.untyped_storage()][0].part = part
-
-    def label_weights(self, tensors: Iterable[Tensor]) -> None:
-        """Names the parameters and buffers of the model, and learns their shapes."""
-        tensors = list(tensors)
-        self._weight_shapes |= {tuple(tensor.shape) for tensor in tensors if tensor.dim() > 0}
-        self.label(tensors, Part.PARAMETERS)
+            if part == Part.PARAMETERS and tensor.dim() > 0:
+                self._weight_shapes.add(tuple(tensor.shape))
 
     def peaks(self) -> dict[str, list[dict[Part, int]]]:
         """Returns for every phase what was there when most was: bytes by part.
@@ -115,12 +104,14 @@ class Tracker(TorchDispatchMode):
             else:
                 others += sign * one.num_bytes
             for share in _SHARES if sign > 0 else ():
-                found, before = (share * weights + others, moment), best.get((one.phase, share))
-                best[one.phase, share] = max(before or found, found, key=itemgetter(0))
-        moments: defaultdict[str, set[int]] = defaultdict(set)
-        for (phase, _), (_, moment) in best.items():
-            moments[phase].add(moment)
-        return {phase: [self._parts_at(m) for m in sorted(ms)] for phase, ms in moments.items()}
+                size, key = share * weights + others, (one.phase, share)
+                if key not in best or size > best[key][0]:
+                    best[key] = size, moment
+        moments = sorted({(phase, moment) for (phase, _), (_, moment) in best.items()})
+        found = {phase: [] for phase, _ in best}
+        for phase, moment in moments:
+            found[phase].append(self._parts_at(moment))
+        return found
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -128,23 +119,21 @@ class Tracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # Questions about a tensor (its device, say); many.
             return result
-        # Torch's `FlopCounterMode` would do, but its module hooks keep alive what is recomputed.
         formula = _FLOPS.get(func.overloadpacket)
         if formula is not None:
             self.flops[self._purpose()[0]] += formula(*args, **(kwargs or {}), out_val=result)
-        for leaf in pytree.tree_leaves(result):
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         return result
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        phase, part = self._purpose()
-        one = _Allocation(storage.nbytes(), tuple(tensor.shape), phase, part)
-        self._events.append((1, one))
-        self._known[storage] = one, weakref.ref(storage, lambda _: self._events.append((-1, one)))
+        if storage not in self._known:
+            one = _Allocation(storage.nbytes(), tuple(tensor.shape), *self._purpose())
+            end = weakref.ref(storage, lambda _: self._events.append((-1, one)))
+            self._known[storage] = one, end
+            self._events.append((1, one))
 
     def _purpose(self) -> tuple[str, Part | None]:
         """The phase and, if it is told, the part of what is allocated now."""
@@ -170,11 +159,7 @@ class Tracker(TorchDispatchMode):
 
 
 class _UnitScalars(TorchDispatchMode):
-    """Answers 1 (or True) whenever a value is read, since fake tensors have none.
-
-    Losses and norms are then finite and not zero, and every mask has an answer token in it: the way
-    of a healthy step.
-    """
+    """Answers 1 (or True) whenever a value is read: losses are finite, and every mask has an answer."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -7,7 +7,6 @@ from patcher_pl.hypergradients import Adjoint, FirstOrder
 from patcher_pl.optim import AdamW
 from patcher_pl.planning import Gpu, Plan
 from patcher_pl.planning.attacks import Attacks
-from patcher_pl.planning.footprint import Footprint, LayerSizes, Work
 from patcher_pl.planning.placements import (
     OFFLOADED,
     VECTORS,
@@ -16,6 +15,7 @@ from patcher_pl.planning.placements import (
     candidates,
     settings_for,
 )
+from patcher_pl.planning.rehearsal import Footprint, LayerSizes, Work
 from patcher_pl.planning.tracker import ATTACK, DEFEND, Part
 
 GIB = 2**30

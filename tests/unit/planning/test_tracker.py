@@ -44,7 +44,7 @@ def test_parts_may_be_named_before_or_after():
 
 def test_what_has_the_shape_of_a_weight_is_told_from_activations():
     with (tracker := Tracker()):
-        tracker.label_weights([weight := KIB.clone()])
+        tracker.label([weight := KIB.clone()], Part.PARAMETERS)
         kept = [weight * 2, torch.ones(2, 256)]
     assert len(kept) == 2
     assert the_peak(tracker) == {
