@@ -15,9 +15,18 @@ from patcher_pl.models import Sharding
 from patcher_pl.planning.architecture import UnloadedModel, find_architecture
 from patcher_pl.planning.attacks import Attacks, toy_estimate, with_short_attacks
 from patcher_pl.planning.hardware import Gpu, find_gpu
-from patcher_pl.planning.placements import Need, Overhead, Placement, candidates, settings_for
-from patcher_pl.planning.placing import can_shard, placement_of, settings_to_shard, sharding_for
-from patcher_pl.planning.rehearsal import Footprint, Shapes, Work, rehearse
+from patcher_pl.planning.placements import (
+    Need,
+    Overhead,
+    Placement,
+    can_shard,
+    candidates,
+    placement_of,
+    settings_for,
+    settings_to_shard,
+    sharding_for,
+)
+from patcher_pl.planning.rehearsal import Footprint, Work, rehearse
 from patcher_pl.planning.tracker import HYPERGRADIENT
 
 # Attack steps of a rehearsal: the second one begins with the attacker's optimizer state.
@@ -178,14 +187,14 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         raise ConfigError(
             f"trainer.max_steps must be >= 1 to plan a run, got {trainer.max_steps}. Set it."
         )
-    shapes = Shapes(run.batch_size, run.attack_batch_size, settings.length or model.chat.max_length)
+    length = settings.length or model.chat.max_length
     configured = placement_of(trainer, defense)
     sharding = sharding_for(trainer, model)
     architecture = find_architecture(model, settings.model_config, run.folders)
 
     @cache
     def rehearsed(checkpointing: bool, split: Sharding | None) -> Footprint:
-        return _footprint(run, architecture, shapes, checkpointing, split)
+        return _footprint(run, architecture, length, checkpointing, split)
 
     def footprint_of(placement: Placement) -> Footprint:
         splits = placement.sharded and (sharding.param_dtype or sharding.reduce_dtype)
@@ -206,8 +215,8 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         model=model.path,
         defense=type(defense).__name__,
         num_parameters=found.layers.num_parameters,
-        shapes=f"{shapes.batch_size} x {shapes.length} tokens a batch"
-        + (f", {shapes.attack_batch_size} in attacks" if attacks else ""),
+        shapes=f"{run.batch_size} x {length} tokens a batch"
+        + (f", {run.attack_batch_size} in attacks" if attacks else ""),
         gpu=gpu,
         configured=needs[0],
         alternatives=needs[1:],
@@ -221,7 +230,7 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
 
 
 def _footprint(
-    run: Run, architecture: Any, shapes: Shapes, checkpointing: bool, sharding: Sharding | None
+    run: Run, architecture: Any, length: int, checkpointing: bool, sharding: Sharding | None
 ) -> Footprint:
     """Rehearses in the number formats that `sharding` computes in; None for those of the Trainer."""
     model, attacks = run.defense.language_model, Attacks.of(run.defense)
@@ -232,9 +241,11 @@ def _footprint(
     def rehearsed(num_attack_steps: int) -> Footprint:
         defense = with_short_attacks(run.defense, num_attack_steps)
         defense.language_model = UnloadedModel(**settings, architecture=architecture)
-        precision = "32-true" if sharding else run.trainer.precision
-        multi_tensor = run.trainer.accelerator != "cpu"
-        return rehearse(defense, shapes, precision=precision, multi_tensor=multi_tensor)
+        return rehearse(
+            *(defense, (run.batch_size, length), (run.attack_batch_size, length)),
+            precision="32-true" if sharding else run.trainer.precision,
+            multi_tensor=run.trainer.accelerator != "cpu",
+        )
 
     num_steps = 0 if attacks is None else attacks.attacker.num_steps
     found = rehearsed(min(_ATTACK_STEPS, num_steps))
@@ -247,7 +258,7 @@ def _footprint(
         else:
             short, long = (toy_estimate(attacks, steps) for steps in (_ATTACK_STEPS, num_steps))
             more_bytes = round((long[0] - short[0]) * found.layers.total)
-            of_attack = shapes.attack_batch_size / shapes.batch_size
+            of_attack = run.attack_batch_size / run.batch_size
             more = Work(1, found.plain.tokens * of_attack, found.plain.flops * of_attack)
             more = Work().plus(more, long[1] - short[1])
         found = found.with_longer_estimates(more_bytes, more)

@@ -30,17 +30,10 @@ from patcher_pl.planning.tracker import (
 )
 from patcher_pl.types import Batch
 
+Shape = tuple[int, int]  # Conversations and tokens of each (counts).
+
 # Before the first attack, after it, and after the second one, at which all there ever is is there.
 NUM_STEPS = NUM_SFT_STEPS + 2
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of the batches, every conversation at full length."""
-
-    batch_size: int  # Conversations of a defender's batch (count).
-    attack_batch_size: int  # Conversations of an attacker's batch (count).
-    length: int  # Tokens of a conversation (count).
 
 
 @dataclass(frozen=True)
@@ -137,12 +130,15 @@ class Footprint:
         return replace(self, peaks=peaks, layers=layers)
 
 
-def rehearse(defense: Defense, shapes: Shapes, *, precision: Any, multi_tensor: bool) -> Footprint:
+def rehearse(
+    defense: Defense, batch: Shape, attack_batch: Shape, *, precision: Any, multi_tensor: bool
+) -> Footprint:
     """Fits `defense` for `NUM_STEPS` steps without weights, data or a device.
 
     Args:
         defense: Built for the rehearsal, see `with_short_attacks`, around an `UnloadedModel`.
-        shapes: Of the batches.
+        batch: Of every batch of the defender.
+        attack_batch: Of every batch of an attacker.
         precision: As Lightning's Trainer takes it.
         multi_tensor: Whether optimizers update all parameters at once, as torch's do on a GPU unless
             told otherwise; intermediate results are then as large as the weights.
@@ -152,7 +148,7 @@ def rehearse(defense: Defense, shapes: Shapes, *, precision: Any, multi_tensor: 
     attacks = Attacks.of(defense)
     tracker = Tracker(sites_of(attacks))
     defense.log = lambda *_, **__: None  # type: ignore[method-assign]  # Lightning copies what it logs.
-    ledger = _Ledger(tracker, shapes.batch_size * shapes.length)
+    ledger = _Ledger(tracker, math.prod(batch))
     trainer = Trainer(
         strategy=_InPlace(device=torch.device("cpu")),
         precision=precision,
@@ -182,18 +178,18 @@ def rehearse(defense: Defense, shapes: Shapes, *, precision: Any, multi_tensor: 
         register_optimizer_step_post_hook(after_step),
         fake_tensors(tracker),
     ):
-        trainer.fit(defense, datamodule=_FullBatches(shapes))
+        trainer.fit(defense, datamodule=_FullBatches(batch, attack_batch))
         layers = LayerSizes.of(defense.model)
     plain, last = ledger.batches[0], ledger.batches[-1]
     found = Footprint(peaks=tracker.peaks(), layers=layers, plain=plain, defended=last)
     if attacks is None:
         return found
     # What an attacker's batch has more tokens than a defender's, as which the ledger counts it.
-    more = Work(tokens=(shapes.attack_batch_size - shapes.batch_size) * shapes.length)
+    more = Work(tokens=math.prod(attack_batch) - math.prod(batch))
     if attacks.is_first_order:
         num_steps = attacks.attacker.num_steps
         flops = tracker.flops[ATTACK] / (num_steps * (NUM_STEPS - NUM_SFT_STEPS))
-        step = Work(1, shapes.batch_size * shapes.length, flops)
+        step = Work(1, math.prod(batch), flops)
         return replace(found, defended=last.plus(step, -num_steps), attack_step=step.plus(more))
     # All but the outer loss and L_safe at theta; batches between estimates take one at theta + v, too.
     estimated = last.plus(more, last.gradient_evaluations - 2)
@@ -240,12 +236,12 @@ class _FullBatches(LightningDataModule):
 
     has_attack = True
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, batch: Shape, attack_batch: Shape) -> None:
         super().__init__()
-        self._shapes = shapes
+        self._batch, self._attack_batch = batch, attack_batch
 
     def train_dataloader(self) -> "_Stream":
-        return _Stream(self._shapes.batch_size, self._shapes.length)
+        return _Stream(self._batch)
 
     def val_dataloader(self) -> list[Any]:
         return []
@@ -256,13 +252,13 @@ class _FullBatches(LightningDataModule):
 
     def attack_stream(self) -> "_Stream":
         """As that of `SafetyDataModule`."""
-        return _Stream(self._shapes.attack_batch_size, self._shapes.length)
+        return _Stream(self._attack_batch)
 
 
 class _Stream:
     position = 0
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         self._shape = shape
 
     def __iter__(self) -> Iterator[Batch]:

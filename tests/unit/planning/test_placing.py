@@ -13,8 +13,14 @@ from patcher_pl.hypergradients.hvp import FiniteDifference
 from patcher_pl.hypergradients.trajectories import FullState
 from patcher_pl.models import LanguageModel, Lora, Sharding
 from patcher_pl.optim import AdamW
-from patcher_pl.planning.placements import OFFLOADED, VECTORS
-from patcher_pl.planning.placing import can_shard, placement_of, settings_to_shard, sharding_for
+from patcher_pl.planning.placements import (
+    OFFLOADED,
+    VECTORS,
+    can_shard,
+    placement_of,
+    settings_to_shard,
+    sharding_for,
+)
 from patcher_pl.planning.tracker import Part
 
 ATTACKER = FineTuningAttacker(num_steps=2, optimizer=AdamW(lr=1e-3))
