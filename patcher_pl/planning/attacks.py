@@ -1,17 +1,17 @@
 """What a plan asks of a defense that attacks its model, and how the need grows with the attack."""
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.attackers import Attacker, ConcurrentAttacker
+from patcher_pl.attackers import ConcurrentAttacker
 from patcher_pl.defenses import Defense, Patcher
 from patcher_pl.errors import ConfigError
-from patcher_pl.hypergradients import FirstOrder, Hypergradient
+from patcher_pl.hypergradients import FirstOrder
 from patcher_pl.hypergradients.trajectories.shelf import Shelf
 from patcher_pl.models import Weights
 from patcher_pl.optim import Optimizer
@@ -22,57 +22,47 @@ NUM_SFT_STEPS = 1  # Steps of a rehearsal before the first attack.
 _NUM_TOY_WEIGHTS = 1024
 
 
-@dataclass(frozen=True)
-class Attacks:
-    """The simulated attacks of a defense."""
+def attacks_of(defense: Defense) -> Patcher | None:
+    """Returns what holds attacker, estimator and rounds of a defense; None where it has no attacks.
 
-    attacker: Attacker
-    hypergradient: Hypergradient
-    num_sft_steps: int  # Defender steps before the first attack (count).
-    refresh_every: int  # Defender steps from one attack to the next (count).
+    Raises:
+        ConfigError: If they run in other processes.
+    """
+    if not isinstance(defense, Patcher):
+        return None
+    if isinstance(defense.attacker, ConcurrentAttacker):
+        raise ConfigError(
+            "Patcher.attacker: `plan` knows attacks in the defender's process only, got a "
+            "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
+            "attacks and the defender's steps need."
+        )
+    return defense
 
-    @classmethod
-    def of(cls, defense: Defense) -> "Attacks | None":
-        """Returns those of `defense`; None where it has none, or does as it likes in every step.
 
-        Raises:
-            ConfigError: If they run in other processes.
-        """
-        if not isinstance(defense, Patcher):
-            return None
-        if isinstance(defense.attacker, ConcurrentAttacker):
-            raise ConfigError(
-                "Patcher.attacker: `plan` knows attacks in the defender's process only, got a "
-                "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
-                "attacks and the defender's steps need."
-            )
-        rounds = defense.num_sft_steps, defense.refresh_every
-        return cls(defense.attacker, defense.hypergradient, *rounds)
-
-    @property
-    def is_first_order(self) -> bool:
-        """Whether attacks are held fixed, instead of differentiated."""
-        return isinstance(self.hypergradient, FirstOrder)
+def is_first_order(attacks: Patcher) -> bool:
+    """Whether attacks are held fixed, instead of differentiated."""
+    return isinstance(attacks.hypergradient, FirstOrder)
 
 
 def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
     """Returns a copy whose first attack follows `NUM_SFT_STEPS` steps, and the next one each step."""
     defense = deepcopy(defense)
     defense.accumulate_grad_batches = 1
-    if isinstance(defense, Patcher):
+    attacks = attacks_of(defense)
+    if attacks is not None:
         # As many vectors as configured, from as many steps at least.
-        num_vectors = defense.attacker.num_vectors
+        num_vectors = attacks.attacker.num_vectors
         last = max(num_steps, num_vectors)
         points = list(range(last - num_vectors + 1, last + 1)) if num_vectors > 1 else None
         settings = {"num_steps": last, "num_warmup_steps": 0, "vector_steps": points}
-        defense.attacker = replace(defense.attacker, **settings)  # type: ignore[type-var]
-        defense.hypergradient = _beside_model(defense.hypergradient)
-        defense.num_sft_steps, defense.refresh_every = NUM_SFT_STEPS, 1
-        defense.trust_every = defense.trust_every and 1
+        attacks.attacker = replace(attacks.attacker, **settings)  # type: ignore[type-var]
+        attacks.hypergradient = _beside_model(attacks.hypergradient)
+        attacks.num_sft_steps, attacks.refresh_every = NUM_SFT_STEPS, 1
+        attacks.trust_every = attacks.trust_every and 1
     return defense
 
 
-def sites_of(attacks: Attacks | None) -> dict[Any, Part | str]:
+def sites_of(attacks: Patcher | None) -> dict[Any, Part | str]:
     """Where tensors of a part or phase come into being; see `Tracker`."""
     sites = {
         Weights.snapshot: Part.SAVED_WEIGHTS,
@@ -88,7 +78,7 @@ def sites_of(attacks: Attacks | None) -> dict[Any, Part | str]:
     return sites
 
 
-def toy_estimate(attacks: Attacks, num_steps: int) -> tuple[float, float]:
+def toy_estimate(attacks: Patcher, num_steps: int) -> tuple[float, float]:
     """Runs the estimator for real, with an attack of so many steps on a vector and a quadratic loss.
 
     Returns:

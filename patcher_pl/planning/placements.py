@@ -20,7 +20,7 @@ from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported
 from patcher_pl.errors import ConfigError
 from patcher_pl.models import LanguageModel, Sharding
-from patcher_pl.planning.attacks import Attacks
+from patcher_pl.planning.attacks import attacks_of
 from patcher_pl.planning.rehearsal import Footprint, LayerSizes
 from patcher_pl.planning.tracker import PER_WEIGHT, Part, Parts
 
@@ -202,7 +202,7 @@ def placement_of(trainer: Any, defense: Defense) -> Placement:
     described = {"strategy": strategy, "world_size": world_size, "precision": _precision(trainer)}
     require_supported(defense, SimpleNamespace(**described))  # type: ignore[arg-type]
     model, sharded = defense.language_model, isinstance(strategy, ModelParallelStrategy)
-    attacks = Attacks.of(defense)
+    attacks = attacks_of(defense)
     store = None if attacks is None else getattr(attacks.hypergradient, "store", None)
     on_host = frozenset({Part.TRAJECTORY} if store and store.device != "model" else ())
     if model.weight_copies_on == "host":

@@ -13,7 +13,7 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Unrolled
 from patcher_pl.models import Sharding
 from patcher_pl.planning.architecture import UnloadedModel, find_architecture
-from patcher_pl.planning.attacks import Attacks, toy_estimate, with_short_attacks
+from patcher_pl.planning.attacks import attacks_of, is_first_order, toy_estimate, with_short_attacks
 from patcher_pl.planning.hardware import Gpu, find_gpu
 from patcher_pl.planning.placements import (
     Need,
@@ -182,7 +182,7 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         ConfigError: If `fit` would refuse the configuration, or its attackers run beside it.
     """
     defense, trainer, gpu = run.defense, run.trainer, find_gpu(settings.gpu)
-    attacks, model = Attacks.of(defense), defense.language_model
+    attacks, model = attacks_of(defense), defense.language_model
     if trainer.max_steps < 1:
         raise ConfigError(
             f"trainer.max_steps must be >= 1 to plan a run, got {trainer.max_steps}. Set it."
@@ -233,7 +233,7 @@ def _footprint(
     run: Run, architecture: Any, length: int, checkpointing: bool, sharding: Sharding | None
 ) -> Footprint:
     """Rehearses in the number formats that `sharding` computes in; None for those of the Trainer."""
-    model, attacks = run.defense.language_model, Attacks.of(run.defense)
+    model, attacks = run.defense.language_model, attacks_of(run.defense)
     computed = (sharding.param_dtype if sharding else None) or model.dtype
     changes = {"dtype": computed, "gradient_checkpointing": checkpointing}
     settings = {**vars(model), **changes, "compile": False, "liger": False}
@@ -249,7 +249,7 @@ def _footprint(
 
     num_steps = 0 if attacks is None else attacks.attacker.num_steps
     found = rehearsed(min(_ATTACK_STEPS, num_steps))
-    if attacks is not None and not attacks.is_first_order and num_steps > _ATTACK_STEPS:
+    if attacks is not None and not is_first_order(attacks) and num_steps > _ATTACK_STEPS:
         if isinstance(attacks.hypergradient, Unrolled):
             # A graph through the whole attack grows by the same amount with every step.
             one, times = rehearsed(_ATTACK_STEPS - 1), num_steps - _ATTACK_STEPS

@@ -16,9 +16,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from patcher_pl.defenses import Defense
+from patcher_pl.defenses import Defense, Patcher
 from patcher_pl.hypergradients.hvp.rematerialization import decoder_blocks
-from patcher_pl.planning.attacks import NUM_SFT_STEPS, Attacks, sites_of
+from patcher_pl.planning.attacks import NUM_SFT_STEPS, attacks_of, is_first_order, sites_of
 from patcher_pl.planning.tracker import (
     ATTACK,
     HYPERGRADIENT,
@@ -87,14 +87,14 @@ class Footprint:
         """Most bytes in a phase."""
         return max(sum(parts.values()) for parts in self.peaks[phase])
 
-    def of_run(self, max_steps: int, accumulate_grad_batches: int, attacks: Attacks | None) -> Work:
+    def of_run(self, max_steps: int, accumulate_grad_batches: int, attacks: Patcher | None) -> Work:
         """Adds up the rounds of a run: plain steps, then attacks and defended steps."""
         num_plain = max_steps if attacks is None else min(max_steps, attacks.num_sft_steps)
         found = Work().plus(self.plain, num_plain * accumulate_grad_batches)
         if attacks is not None:
             num_attacks = math.ceil((max_steps - num_plain) / attacks.refresh_every)
             # A fresh hypergradient brings its own attack, once per batch of its step.
-            num_fresh = 0 if attacks.is_first_order else num_attacks
+            num_fresh = 0 if is_first_order(attacks) else num_attacks
             num_defended = max_steps - num_plain - num_fresh
             found = found.plus(self.defended, num_defended * accumulate_grad_batches)
             found = found.plus(self.estimated, num_fresh * accumulate_grad_batches)
@@ -145,7 +145,7 @@ def rehearse(
     """
     for chatter in ("rank_zero", "model_helpers"):
         logging.getLogger(f"lightning.pytorch.utilities.{chatter}").setLevel(logging.WARNING)
-    attacks = Attacks.of(defense)
+    attacks = attacks_of(defense)
     tracker = Tracker(sites_of(attacks))
     defense.log = lambda *_, **__: None  # type: ignore[method-assign]  # Lightning copies what it logs.
     ledger = _Ledger(tracker, math.prod(batch))
@@ -186,7 +186,7 @@ def rehearse(
         return found
     # What an attacker's batch has more tokens than a defender's, as which the ledger counts it.
     more = Work(tokens=math.prod(attack_batch) - math.prod(batch))
-    if attacks.is_first_order:
+    if is_first_order(attacks):
         num_steps = attacks.attacker.num_steps
         flops = tracker.flops[ATTACK] / (num_steps * (NUM_STEPS - NUM_SFT_STEPS))
         step = Work(1, math.prod(batch), flops)

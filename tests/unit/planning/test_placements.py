@@ -3,10 +3,11 @@
 import pytest
 
 from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.defenses import Patcher
 from patcher_pl.hypergradients import Adjoint, FirstOrder
+from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
 from patcher_pl.planning import Gpu, Plan
-from patcher_pl.planning.attacks import Attacks
 from patcher_pl.planning.placements import (
     OFFLOADED,
     VECTORS,
@@ -98,7 +99,12 @@ def test_candidates_without_sharding_stay_on_one_device():
 
 def attacks(refresh_every, hypergradient):
     attacker = FineTuningAttacker(num_steps=5, optimizer=AdamW(lr=1e-3))
-    return Attacks(attacker, hypergradient, num_sft_steps=4, refresh_every=refresh_every)
+    return Patcher(
+        *(LanguageModel(path="moon/root"), attacker),
+        num_sft_steps=4,
+        refresh_every=refresh_every,
+        hypergradient=hypergradient,
+    )
 
 
 def plan(configured, alternatives, host_gib_per_device=1000.0):

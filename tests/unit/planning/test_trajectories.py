@@ -3,10 +3,12 @@
 import pytest
 
 from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.defenses import Patcher
 from patcher_pl.hypergradients import Adjoint
 from patcher_pl.hypergradients.trajectories import FullState
+from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
-from patcher_pl.planning.attacks import Attacks, toy_estimate
+from patcher_pl.planning.attacks import toy_estimate
 
 
 def test_every_step_of_a_kept_trajectory_takes_four_copies_of_the_weights():
@@ -14,7 +16,7 @@ def test_every_step_of_a_kept_trajectory_takes_four_copies_of_the_weights():
     and two moments; gradients are kept as well."""
     attacker = FineTuningAttacker(num_steps=5, optimizer=AdamW(lr=1e-3))
     adjoint = Adjoint(store=FullState(device="model"))
-    attacks = Attacks(attacker, adjoint, num_sft_steps=1, refresh_every=1)
-    ten, twenty = (toy_estimate(attacks, steps) for steps in (10, 20))
+    defense = Patcher(LanguageModel(path="moon/root"), attacker, hypergradient=adjoint)
+    ten, twenty = (toy_estimate(defense, steps) for steps in (10, 20))
     assert twenty[0] - ten[0] == pytest.approx(40, rel=0.05)  # Copies of the weights.
     assert twenty[1] > ten[1] + 10  # Gradient evaluations.
