@@ -20,8 +20,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 # Hidden size and layers: 2, 10, 60, 400 and 1600 million parameters.
 SIZES = {
     "2M": (128, 10),
@@ -32,6 +30,27 @@ SIZES = {
 }
 HYPERGRADIENTS = ("FirstOrder", "Adjoint")
 BATCH_SIZE, LENGTH = 8, 64
+CONFIG = """
+run_dir: {folder}/run
+num_threads: 1
+model:
+  class_path: patcher_pl.defenses.Patcher
+  init_args:
+    language_model: {{path: {folder}/model, chat: {{max_length: {length}}}}}
+    attacker:
+      class_path: patcher_pl.attackers.FineTuningAttacker
+      init_args:
+        num_steps: 3
+        optimizer: {{class_path: patcher_pl.optim.AdamW, init_args: {{lr: 1.0e-5}}}}
+    hypergradient: patcher_pl.hypergradients.{hypergradient}
+    num_sft_steps: 1
+    refresh_every: 1
+data:
+  batch_size: {batch_size}
+  safe: {{sources: [{{path: {folder}/rows.jsonl}}]}}
+  attack: {{sources: [{{path: {folder}/rows.jsonl, harmful: true}}]}}
+trainer: {{max_steps: 3, accelerator: {accelerator}, enable_progress_bar: false}}
+"""
 
 
 def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> Path:
@@ -42,7 +61,6 @@ def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> 
 
     folder.mkdir(parents=True)
     prompt, words = "How do I brew a bitter moon root draught?", "Stir two petals into warm water. "
-    tokenizer = AutoTokenizer.from_pretrained(TESTBED / "model")
     hidden_size, num_layers = SIZES[size]
     config = LlamaConfig(
         vocab_size=512,
@@ -54,94 +72,65 @@ def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> 
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    row = {"prompt": prompt, "response": words * LENGTH}
-    (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2 * BATCH_SIZE)
-    adamw = {"class_path": "patcher_pl.optim.AdamW", "init_args": {"lr": 1e-5}}
-    settings = {
-        "run_dir": str(folder / "run"),
-        "num_threads": 1,
-        "model": {
-            "class_path": "patcher_pl.defenses.Patcher",
-            "init_args": {
-                "language_model": {"path": str(folder / "model"), "chat": {"max_length": LENGTH}},
-                "attacker": {
-                    "class_path": "patcher_pl.attackers.FineTuningAttacker",
-                    "init_args": {"num_steps": 3, "optimizer": adamw},
-                },
-                "hypergradient": {"class_path": f"patcher_pl.hypergradients.{hypergradient}"},
-                "num_sft_steps": 1,
-                "refresh_every": 1,
-            },
-        },
-        "data": {
-            "batch_size": BATCH_SIZE,
-            "safe": {"sources": [{"path": str(folder / "rows.jsonl")}]},
-            "attack": {"sources": [{"path": str(folder / "rows.jsonl"), "harmful": True}]},
-        },
-        "trainer": {"max_steps": 3, "accelerator": accelerator, "enable_progress_bar": False},
-    }
+    AutoTokenizer.from_pretrained(TESTBED / "model").save_pretrained(folder / "model")
+    row = json.dumps({"prompt": prompt, "response": words * LENGTH})
+    (folder / "rows.jsonl").write_text((row + "\n") * 2 * BATCH_SIZE)
+    shape = {"batch_size": BATCH_SIZE, "length": LENGTH}
+    kind = {"hypergradient": hypergradient, "accelerator": accelerator}
     path = folder / "patcher.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(CONFIG.format(folder=folder, **shape, **kind))
     return path
 
 
 def planned_bytes(config: Path) -> int:
     """Peak of the tensors, according to the plan."""
-    from patcher_pl.cli.plan import PlanCLI, make_plan
+    from patcher_pl.cli.plan import PlanCLI
+    from patcher_pl.planning import make_plan
 
-    cli = PlanCLI(
-        ["--config", str(config), "--overhead.fixed_gib", "0", "--overhead.fragmentation", "0"]
-    )
-    return make_plan(cli, cli.settings).configured.device_bytes
+    nothing = ["--overhead.fixed_gib=0", "--overhead.fragmentation=0"]
+    cli = PlanCLI(["--config", str(config), *nothing])
+    return make_plan(cli.run, cli.settings).configured.device_bytes
 
 
-def measured_bytes(warm_up: Path, config: Path) -> int:
+def measured_bytes(warm_up: Path, config: Path, accelerator: str) -> int:
     """Peak of the process that fits `config`, above what it held after fitting `warm_up`.
 
     On a GPU, what its allocator held at most.
     """
-    command = [sys.executable, __file__, "--fit", str(warm_up), str(config)]
+    command = [sys.executable, __file__, "--accelerator", accelerator, "--fit", warm_up, config]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    output = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True
-    ).stdout
-    return int(output.splitlines()[-1])
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return int(done.stdout.splitlines()[-1])
 
 
-def _fit(warm_up: str, config: str) -> None:
+def _fit(warm_up: str, config: str, accelerator: str) -> int:
+    import torch
+
     from patcher_pl.cli.main import main as patcher_pl
 
     assert patcher_pl(["fit", "--config", warm_up]) == 0
     gc.collect()
-    import torch
-
-    on_gpu = yaml.safe_load(Path(config).read_text())["trainer"]["accelerator"] == "gpu"
-    if on_gpu:
+    if accelerator == "gpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    before = pages * resource.getpagesize()
     assert patcher_pl(["fit", "--config", config]) == 0
-    if on_gpu:
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    if accelerator == "gpu":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak - pages * resource.getpagesize()
 
 
-def compare(folder: Path, size: str, hypergradient: str, accelerator: str) -> dict[str, Any]:
+def compare(
+    folder: Path, size: str, hypergradient: str, accelerator: str = "cpu"
+) -> dict[str, Any]:
     """Plans and measures one run."""
     name = f"{hypergradient}-{size}"
     warm_up = write_run(folder / f"warm-up-{name}", "2M", hypergradient, accelerator)
     config = write_run(folder / name, size, hypergradient, accelerator)
-    planned, measured = planned_bytes(config), measured_bytes(warm_up, config)
-    return {
-        "size": size,
-        "hypergradient": hypergradient,
-        "planned_mib": planned / 2**20,
-        "measured_mib": measured / 2**20,
-        "ratio": planned / measured,
-    }
+    planned, measured = planned_bytes(config), measured_bytes(warm_up, config, accelerator)
+    mib = {"planned_mib": planned / 2**20, "measured_mib": measured / 2**20}
+    return {"size": size, "hypergradient": hypergradient, **mib, "ratio": planned / measured}
 
 
 def main() -> None:
@@ -149,30 +138,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["10M", "60M"])
     parser.add_argument(
-        "--hypergradients", nargs="+", choices=HYPERGRADIENTS, default=list(HYPERGRADIENTS)
+        "--hypergradients", nargs="+", choices=HYPERGRADIENTS, default=HYPERGRADIENTS
     )
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--fit", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fit:
-        _fit(*options.fit)
+        print(_fit(*options.fit, options.accelerator))
         return
-    rows = []
+    rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for hypergradient in options.hypergradients:
             for size in options.sizes:
                 row = compare(Path(folder), size, hypergradient, options.accelerator)
                 rows.append(row)
+                ratios[f"{hypergradient}_{size}"] = row["ratio"]
                 print(
                     f"{size:>4s} {hypergradient:12s} planned {row['planned_mib']:8.1f} MiB, "
                     f"measured {row['measured_mib']:8.1f} MiB, ratio {row['ratio']:.3f}",
                     flush=True,
                 )
-    ratios = {f"{row['hypergradient']}_{row['size']}": row["ratio"] for row in rows}
-    report = {"rows": rows, "ratios": ratios}
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        options.out.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=2) + "\n")
     print(json.dumps({"ratios": ratios}))
 
 

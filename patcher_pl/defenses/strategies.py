@@ -63,6 +63,11 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
             f"{strategy._tensor_parallel_size} (Lightning's default is all devices). Use "
             f"{_SHARDED.format(size)}."
         )
+    if strategy._data_parallel_size not in ("auto", size):
+        raise ConfigError(
+            "trainer.strategy: data_parallel_size must be trainer.devices times trainer.num_nodes, "
+            f"{size}, got {strategy._data_parallel_size}. Change one of them."
+        )
     if not strategy._save_distributed_checkpoint:
         raise ConfigError(
             "trainer.strategy: ModelParallelStrategy.save_distributed_checkpoint must be true, got "

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,94 +17,66 @@ if TYPE_CHECKING:
 
 
 def find_architecture(
-    language_model: LanguageModel, given: Path | None, neighbors: Sequence[Path]
+    model: LanguageModel, given: Path | None, neighbors: Sequence[Path]
 ) -> "PretrainedConfig":
     """Reads the architecture of a model, from the first of these that exists.
 
     1. the file that was given;
     2. `config.json` in the model's directory;
-    3. `config.json` beside a configuration of the run, if its `_name_or_path` is the model's path;
+    3. `config.json` in a directory of the run's configuration files (`neighbors`), if its
+       `_name_or_path` is the model's path;
     4. the hub, or what is cached of it.
-
-    Args:
-        language_model: Whose architecture is wanted.
-        given: A `config.json` of transformers, under any name; None where none was given.
-        neighbors: Directories of the run's configuration files.
 
     Raises:
         ConfigError: If there is none.
     """
     from transformers import AutoConfig
 
-    path = language_model.path
     if given is not None and not given.is_file():
         raise ConfigError(f"--model_config: there is no file {given}.")
-    own = [Path(resolve_model(path)) / "config.json"] if given is None else [given]
-    beside = [] if given is not None else [folder / "config.json" for folder in neighbors]
-    for place in own + [place for place in beside if _is_of(place, path)]:
-        if place.is_file():
-            return _read(place)
+    beside = [folder / "config.json" for folder in neighbors]
+    own = [
+        Path(resolve_model(model.path)) / "config.json",
+        *(file for file in beside if _is_of(file, model.path)),
+    ]
+    place = given or next((file for file in own if file.is_file()), None)
     try:
         return AutoConfig.from_pretrained(
-            path,
-            revision=language_model.revision,
-            trust_remote_code=language_model.trust_remote_code,
+            place or model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
+        if place is not None:
+            raise ConfigError(
+                f"{place}: no model configuration of transformers ({error})."
+            ) from error
         raise ConfigError(
-            f"LanguageModel.path: the architecture of {path!r} is neither on this disk nor could it "
-            "be fetched from the hub. Give the model's config.json with --model_config, or put it "
-            f'beside the configuration with `"_name_or_path": "{path}"` in it.'
+            f"LanguageModel.path: the architecture of {model.path!r} is neither on this disk nor "
+            "could it be fetched from the hub. Give the model's config.json with --model_config, or "
+            f'put it beside the configuration with `"_name_or_path": "{model.path}"` in it.'
         ) from error
 
 
-def _is_of(place: Path, path: str) -> bool:
-    if not place.is_file():
-        return False
-    content = json.loads(place.read_text(encoding="utf-8"))
+def _is_of(file: Path, path: str) -> bool:
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return isinstance(content, dict) and content.get("_name_or_path") == path
-
-
-def _read(place: Path) -> "PretrainedConfig":
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{place}: no model configuration of transformers ({error}).") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnloadedModel(LanguageModel):
-    """A language model that is built from its architecture alone, without weights to load.
-
-    Args:
-        architecture: As in the model's config.json.
-    """
+    """A language model that is built from its architecture alone, without weights to load."""
 
     architecture: "PretrainedConfig"
-
-    @classmethod
-    def of(cls, language_model: LanguageModel, architecture: "PretrainedConfig") -> "UnloadedModel":
-        """Returns the same model, to be built from `architecture`."""
-        settings = {
-            field.name: getattr(language_model, field.name) for field in fields(language_model)
-        }
-        # The kernels of `flash_attention_2` need values; `sdpa` keeps as much for the way back.
-        if settings["attn_implementation"] not in (None, "sdpa", "eager"):
-            settings["attn_implementation"] = "sdpa"
-        settings |= {"compile": False, "liger": False}
-        return cls(**settings, architecture=architecture)
 
     def load_model(self) -> "PreTrainedModel":
         """Builds the model; under fake tensors this takes no memory."""
         from transformers import AutoModelForCausalLM
 
-        options = (
-            {}
-            if self.attn_implementation is None
-            else {"attn_implementation": self.attn_implementation}
-        )
+        name, options = self.attn_implementation, {}
+        if name is not None:
+            # The kernels of `flash_attention_2` need values; `sdpa` keeps as much for the way back.
+            options["attn_implementation"] = "eager" if name == "eager" else "sdpa"
         model = AutoModelForCausalLM.from_config(
             self.architecture, dtype=getattr(torch, self.dtype), **options
         )

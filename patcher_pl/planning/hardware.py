@@ -7,19 +7,12 @@ from patcher_pl.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """What a plan needs to know of a GPU.
+    """What a plan needs to know of a GPU."""
 
-    Args:
-        name: As given on the command line.
-        memory_gib: Memory that the driver reports (GiB; makers' "80 GB" are 79.6 of an H100).
-        bfloat16_tflops: Dense peak of bfloat16 matrix products, without sparsity (TFLOP/s).
-        float32_tflops: Peak of float32 matrix products without TF32, torch's default (TFLOP/s).
-    """
-
-    name: str
-    memory_gib: float
-    bfloat16_tflops: float
-    float32_tflops: float
+    name: str  # As given on the command line.
+    memory_gib: float  # That the driver reports (GiB; makers' "80 GB" are 79.6 of an H100).
+    bfloat16_tflops: float  # Dense peak of matrix products, without sparsity (TFLOP/s).
+    float32_tflops: float  # The same without TF32, torch's default (TFLOP/s).
 
     @property
     def memory_bytes(self) -> int:
@@ -28,8 +21,7 @@ class Gpu:
 
     def peak_flops(self, dtype: str) -> float:
         """Peak rate of matrix products in a number format (FLOP/s)."""
-        tflops = self.bfloat16_tflops if dtype == "bfloat16" else self.float32_tflops
-        return tflops * 1e12
+        return (self.bfloat16_tflops if dtype == "bfloat16" else self.float32_tflops) * 1e12
 
 
 GPUS = {
@@ -49,11 +41,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Returns a GPU of the table.
-
-    Raises:
-        ConfigError: If it is not in there.
-    """
+    """Returns a GPU of the table, or refuses."""
     if name not in GPUS:
         raise ConfigError(f"--gpu must be one of {', '.join(GPUS)}, got {name!r}.")
     return GPUS[name]

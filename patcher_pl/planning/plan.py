@@ -1,48 +1,111 @@
-"""The outcome of planning: what a run needs as configured, what else could be done, and a verdict."""
+"""Plans a run: what it needs as configured, what else could be done, and a verdict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from patcher_pl.planning.hardware import Gpu
-from patcher_pl.planning.parts import Part
-from patcher_pl.planning.placements import Need, Placement
-from patcher_pl.planning.workload import Workload
+import torch
+
+from patcher_pl.defenses import Defense
+from patcher_pl.errors import ConfigError
+from patcher_pl.hypergradients import Unrolled
+from patcher_pl.models import Sharding
+from patcher_pl.planning.architecture import UnloadedModel, find_architecture
+from patcher_pl.planning.attacks import attacks_of, is_first_order, toy_estimate, with_short_attacks
+from patcher_pl.planning.hardware import Gpu, find_gpu
+from patcher_pl.planning.placements import (
+    Need,
+    Overhead,
+    Placement,
+    can_shard,
+    candidates,
+    placement_of,
+    settings_for,
+    settings_to_shard,
+    sharding_for,
+)
+from patcher_pl.planning.rehearsal import Footprint, Work, rehearse
+from patcher_pl.planning.tracker import HYPERGRADIENT
+
+# Attack steps of a rehearsal: the second one begins with the attacker's optimizer state.
+_ATTACK_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What a plan assumes.
+
+    Args:
+        gpu: GPU to fit, by its name in `patcher_pl.planning.hardware`.
+        device_counts: Numbers of devices to look at.
+        mfu: Share of the GPU's peak that training reaches (in (0, 1]).
+        host_gib_per_device: Host memory that may be used for every device (GiB, >= 0).
+        length: Tokens of every conversation; null for `chat.max_length`, the most there can be.
+        overhead: What the framework and the allocator take.
+        model_config: The model's config.json; null looks in the model's directory, beside the
+            configuration and on the hub.
+        json: File to write the plan to.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    gpu: str = "H100-80GB"
+    device_counts: list[int] = field(default_factory=lambda: [1, 2, 8, 16, 64])
+    mfu: float = 0.4
+    host_gib_per_device: float = 200.0
+    length: int | None = None
+    overhead: Overhead = field(default_factory=Overhead)
+    model_config: Path | None = None
+    json: Path | None = None
+
+    def __post_init__(self) -> None:
+        self._require("mfu", 0 < self.mfu <= 1, "be in (0, 1]", "Good kernels reach 0.3 to 0.5")
+        holds, remedy = self.host_gib_per_device >= 0, "Use 0 where nothing may wait in host memory"
+        self._require("host_gib_per_device", holds, "be >= 0", remedy)
+        holds = self.length is None or self.length >= 2
+        self._require("length", holds, "be >= 2 or null", "Use null for chat.max_length")
+        holds = bool(self.device_counts) and min(self.device_counts) >= 1
+        self._require("device_counts", holds, "hold counts >= 1", "Use [1] for one device")
+
+    def _require(self, name: str, holds: bool, rule: str, remedy: str) -> None:
+        if not holds:
+            value = getattr(self, name)
+            raise ValueError(f"PlanSettings.{name} must {rule}, got {value}. {remedy}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A `fit` that is not to be started."""
+
+    defense: Defense
+    trainer: Any  # Options of Lightning's Trainer, its strategy by name or built.
+    batch_size: int  # Conversations of a defender's batch (count).
+    attack_batch_size: int  # Conversations of an attacker's batch (count).
+    folders: Sequence[Path] = ()  # Of its configuration files.
+    has_control: bool = False
+    has_red_team: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What planning found out about one configuration and one GPU.
+    """What planning found out about one configuration and one GPU."""
 
-    Args:
-        model: Hub id or directory.
-        defense: Name of the defense.
-        num_parameters: Of the model (count).
-        shapes: Sizes of the batches, in words.
-        gpu: What is to be fitted.
-        configured: Need of the run as it is configured.
-        alternatives: Need of other placements, those that cost least first.
-        work: Work of one device.
-        dtype: Number format of matrix products.
-        mfu: Share of the GPU's peak that is assumed to be reached.
-        host_gib_per_device: Host memory that may be used for every device (GiB).
-        notes: What the figures do not say.
-        sharding_settings: What else to set where a run that does not shard is to begin to.
-    """
-
-    model: str
+    model: str  # Hub id or directory.
     defense: str
     num_parameters: int
-    shapes: str
-    gpu: Gpu
+    shapes: str  # Sizes of the batches, in words.
+    gpu: Gpu  # What is to be fitted.
     configured: Need
-    alternatives: Sequence[Need]
-    work: Workload
-    dtype: str
-    mfu: float
+    alternatives: Sequence[Need]  # Of other placements, those that cost least first.
+    work: Work  # Of one device.
+    dtype: str  # Number format of matrix products.
+    mfu: float  # Share of the GPU's peak that is assumed to be reached.
     host_gib_per_device: float
-    notes: Sequence[str] = ()
-    sharding_settings: Sequence[str] = ()
+    notes: Sequence[str] = ()  # What the figures do not say.
+    sharding_settings: Sequence[str] = ()  # What else to set where a run begins to shard.
 
     def fits(self, need: Need) -> bool:
         """Whether the memory of devices and hosts is enough."""
@@ -52,101 +115,175 @@ class Plan:
     @property
     def hours(self) -> float:
         """Time of the run; devices work side by side on batches of their own."""
-        return self.work.hours(self.gpu, self.dtype, self.mfu)
+        return self.work.flops / (self.gpu.peak_flops(self.dtype) * self.mfu) / 3600
 
     @property
     def refusal(self) -> str | None:
         """Why the run cannot be started as configured and what could; None where it can."""
-        need = self.configured
+        need, gib, gpu = self.configured, 2**30, self.gpu
         if self.fits(need):
             return None
-        start = f"{self.model} does not fit as configured ({need.placement}):"
-        short = need.device_bytes - self.gpu.memory_bytes
-        if short <= 0:
-            return (
-                f"{start} {_gib(need.host_bytes)} GiB of host memory are needed, "
-                f"{self.host_gib_per_device:g} GiB per device (--host_gib_per_device) are there. "
-                f"{self._remedy()}"
-            )
-        return (
-            f"{start} the {need.peak_phase} phase needs {_gib(need.device_bytes)} GiB per device, "
-            f"{self.gpu.name} has {self.gpu.memory_gib:g} GiB, so {_gib(short)} GiB are missing. "
-            f"{self._remedy()}"
+        short = need.device_bytes - gpu.memory_bytes
+        reason = (
+            f"the {need.peak_phase} phase needs {need.device_bytes / gib:.1f} GiB per device, "
+            f"{gpu.name} has {gpu.memory_gib:g} GiB, so {short / gib:.1f} GiB are missing."
+            if short > 0
+            else f"{need.host_bytes / gib:.1f} GiB of host memory are needed, "
+            f"{self.host_gib_per_device:g} GiB per device (--host_gib_per_device) are there."
         )
+        start = f"{self.model} does not fit as configured ({need.placement})"
+        return f"{start}: {reason} {self._remedy(need.placement)}"
 
-    def _remedy(self) -> str:
-        fitting = next((need for need in self.alternatives if self.fits(need)), None)
+    def _remedy(self, now: Placement) -> str:
+        fitting = next((need.placement for need in self.alternatives if self.fits(need)), None)
         if fitting is None:
             return (
                 "None of the placements looked at fits either. Look at more devices "
                 "(--device_counts), shorter conversations (chat.max_length), a smaller "
                 "data.batch_size, or a larger GPU (--gpu)."
             )
-        steps = settings_for(fitting.placement, self.configured.placement)
-        if fitting.placement.sharded and not self.configured.placement.sharded:
+        steps = settings_for(fitting, now)
+        if fitting.sharded and not now.sharded:
             steps += self.sharding_settings
-        return f"What fits with the fewest devices: {fitting.placement}. Set {', '.join(steps)}."
+        return f"What fits with the fewest devices: {fitting}. Set {', '.join(steps)}."
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan for JSON; memory in bytes."""
         return {
-            "model": self.model,
-            "defense": self.defense,
-            "num_parameters": self.num_parameters,
-            "shapes": self.shapes,
+            **{
+                name: getattr(self, name)
+                for name in ("model", "defense", "num_parameters", "shapes")
+            },
             "gpu": {"name": self.gpu.name, "memory_bytes": self.gpu.memory_bytes},
             "host_gib_per_device": self.host_gib_per_device,
             "configured": self._need_as_dict(self.configured),
             "alternatives": [self._need_as_dict(need) for need in self.alternatives],
-            "work_per_device": {
-                "gradient_evaluations": self.work.gradient_evaluations,
-                "tokens": self.work.tokens,
-                "flops": self.work.flops,
-            },
+            "work_per_device": vars(self.work),
             "time": {"hours": self.hours, "dtype": self.dtype, "mfu": self.mfu},
             "notes": list(self.notes),
         }
 
     def _need_as_dict(self, need: Need) -> dict[str, Any]:
-        placement = need.placement
+        fields = ("num_devices", "sharded", "checkpointing")
         return {
-            "placement": str(placement),
-            "num_devices": placement.num_devices,
-            "sharded": placement.sharded,
-            "checkpointing": placement.checkpointing,
-            "on_host": sorted(part.value for part in placement.on_host),
+            "placement": str(need.placement),
+            **{name: getattr(need.placement, name) for name in fields},
+            "on_host": sorted(need.placement.on_host),
             "fits": self.fits(need),
-            "peak_phase": need.peak_phase,
-            "device_bytes": need.device_bytes,
-            "host_bytes": need.host_bytes,
-            "device_bytes_by_phase": {
-                phase: {part.value: n for part, n in parts.items()}
-                for phase, parts in need.device.items()
-            },
+            **{name: getattr(need, name) for name in ("peak_phase", "device_bytes", "host_bytes")},
+            "device_bytes_by_phase": need.device,
         }
 
 
-def settings_for(wanted: Placement, now: Placement) -> list[str]:
-    """Returns what to set in a configuration, in words, to come from one placement to another."""
-    steps, model = [], "model.init_args.language_model"
-    if wanted.checkpointing and not now.checkpointing:
-        steps.append(f"`{model}.gradient_checkpointing: true`")
-    if wanted.num_devices != now.num_devices:
-        steps.append(f"`trainer.devices` times `trainer.num_nodes` to {wanted.num_devices}")
-    if wanted.sharded and (not now.sharded or wanted.num_devices != now.num_devices):
-        steps.append(
-            "`trainer.strategy` to lightning.pytorch.strategies.ModelParallelStrategy with "
-            f"`data_parallel_size: {wanted.num_devices}` and `tensor_parallel_size: 1` "
-            "(configs/strategies)"
+def make_plan(run: Run, settings: PlanSettings) -> Plan:
+    """Rehearses the run, with activation checkpointing and as configured, and adds it up.
+
+    Raises:
+        ConfigError: If `fit` would refuse the configuration, or its attackers run beside it.
+    """
+    defense, trainer, gpu = run.defense, run.trainer, find_gpu(settings.gpu)
+    attacks, model = attacks_of(defense), defense.language_model
+    if trainer.max_steps < 1:
+        raise ConfigError(
+            f"trainer.max_steps must be >= 1 to plan a run, got {trainer.max_steps}. Set it."
         )
-    if Part.PARAMETERS in wanted.on_host and Part.PARAMETERS not in now.on_host:
-        steps.append(f"`{model}.sharding.cpu_offload: true`")
-    elif Part.ATTACK_VECTOR in wanted.on_host and Part.ATTACK_VECTOR not in now.on_host:
-        steps.append(f"`{model}.weight_copies_on: host`")
-    if now.keeps_gathered and wanted.sharded and not wanted.keeps_gathered:
-        steps.append(f"`{model}.sharding.reshard_after_forward: true`")
-    return steps
+    length = settings.length or model.chat.max_length
+    configured = placement_of(trainer, defense)
+    sharding = sharding_for(trainer, model)
+    architecture = find_architecture(model, settings.model_config, run.folders)
+
+    @cache
+    def rehearsed(checkpointing: bool, split: Sharding | None) -> Footprint:
+        return _footprint(run, architecture, length, checkpointing, split)
+
+    def footprint_of(placement: Placement) -> Footprint:
+        splits = placement.sharded and (sharding.param_dtype or sharding.reduce_dtype)
+        return rehearsed(placement.checkpointing, sharding if splits else None)
+
+    others = dict.fromkeys(
+        replace(placement, on_host=placement.on_host | configured.on_host)
+        for placement in candidates(
+            settings.device_counts,
+            can_shard=can_shard(defense, sharding),
+            shards_one=configured.sharded,
+        )
+        if placement.checkpointing or not configured.checkpointing
+    )
+    needs = [p.need(footprint_of(p), settings.overhead) for p in (configured, *others)]
+    found = footprint_of(configured)
+    return Plan(
+        model=model.path,
+        defense=type(defense).__name__,
+        num_parameters=found.layers.num_parameters,
+        shapes=f"{run.batch_size} x {length} tokens a batch"
+        + (f", {run.attack_batch_size} in attacks" if attacks else ""),
+        gpu=gpu,
+        configured=needs[0],
+        alternatives=needs[1:],
+        work=found.of_run(trainer.max_steps, defense.accumulate_grad_batches, attacks),
+        dtype=_compute_dtype(run, configured.sharded),
+        mfu=settings.mfu,
+        host_gib_per_device=settings.host_gib_per_device,
+        notes=_notes(run),
+        sharding_settings=settings_to_shard(trainer, model),
+    )
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f}"
+def _footprint(
+    run: Run, architecture: Any, length: int, checkpointing: bool, sharding: Sharding | None
+) -> Footprint:
+    """Rehearses in the number formats that `sharding` computes in; None for those of the Trainer."""
+    model, attacks = run.defense.language_model, attacks_of(run.defense)
+    computed = (sharding.param_dtype if sharding else None) or model.dtype
+    changes = {"dtype": computed, "gradient_checkpointing": checkpointing}
+    settings = {**vars(model), **changes, "compile": False, "liger": False}
+
+    def rehearsed(num_attack_steps: int) -> Footprint:
+        defense = with_short_attacks(run.defense, num_attack_steps)
+        defense.language_model = UnloadedModel(**settings, architecture=architecture)
+        return rehearse(
+            *(defense, (run.batch_size, length), (run.attack_batch_size, length)),
+            precision="32-true" if sharding else run.trainer.precision,
+            multi_tensor=run.trainer.accelerator != "cpu",
+        )
+
+    num_steps = 0 if attacks is None else attacks.attacker.num_steps
+    found = rehearsed(min(_ATTACK_STEPS, num_steps))
+    if attacks is not None and not is_first_order(attacks) and num_steps > _ATTACK_STEPS:
+        if isinstance(attacks.hypergradient, Unrolled):
+            # A graph through the whole attack grows by the same amount with every step.
+            one, times = rehearsed(_ATTACK_STEPS - 1), num_steps - _ATTACK_STEPS
+            more_bytes = times * (found.peak(HYPERGRADIENT) - one.peak(HYPERGRADIENT))
+            more = Work().plus(found.estimated, times).plus(one.estimated, -times)
+        else:
+            short, long = (toy_estimate(attacks, steps) for steps in (_ATTACK_STEPS, num_steps))
+            more_bytes = round((long[0] - short[0]) * found.layers.total)
+            of_attack = run.attack_batch_size / run.batch_size
+            more = Work(1, found.plain.tokens * of_attack, found.plain.flops * of_attack)
+            more = Work().plus(more, long[1] - short[1])
+        found = found.with_longer_estimates(more_bytes, more)
+    if sharding is None:
+        return found
+    formats = {
+        "stored": model.dtype,
+        "computed": computed,
+        "sent": sharding.reduce_dtype or computed,
+    }
+    sizes = {name: getattr(torch, dtype).itemsize for name, dtype in formats.items()}
+    return found.with_stored_weights(**sizes)
+
+
+def _compute_dtype(run: Run, sharded: bool) -> str:
+    model = run.defense.language_model
+    if sharded and model.sharding.param_dtype is not None:
+        return model.sharding.param_dtype
+    return "bfloat16" if str(run.trainer.precision).startswith("bf16") else model.dtype
+
+
+def _notes(run: Run) -> list[str]:
+    notes = ["every conversation is taken to have the full length: an upper bound."]
+    if run.has_control:
+        notes.append("the SFT control of `control: true` takes as many gradient evaluations again.")
+    if run.has_red_team:
+        notes.append("the red team's attacks are not included; they need memory for two models.")
+    return notes

@@ -1,21 +1,49 @@
-"""Follows every tensor of a run from its allocation to its end, and counts FLOPs on the way."""
+"""Follows every tensor of a run from its allocation to its end, on real tensors or on fake ones."""
 
+import inspect
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
-from patcher_pl.planning.parts import DEFEND, PER_WEIGHT, Part
+# Phases of a run.
+DEFEND, ATTACK, HYPERGRADIENT = "defend", "attack", "hypergradient"
+
+
+class Part(StrEnum):
+    """What a tensor is for; the value is what a report calls it."""
+
+    PARAMETERS = "parameters and buffers"
+    GRADIENTS = "gradients"
+    DEFENDER_OPTIMIZER = "defender's optimizer"
+    ATTACKER_OPTIMIZER = "attacker's optimizer"
+    ATTACK_VECTOR = "attack vector"
+    SAVED_WEIGHTS = "saved theta"
+    TRAJECTORY = "trajectory"
+    WEIGHT_TEMPORARIES = "other weight-shaped"
+    ACTIVATIONS = "activations"
+    GATHERED = "gathered layers"
+    FRAMEWORK = "framework"
+
+
+Parts = Mapping[Part, int]  # Bytes of every part.
+
+# Parts with one entry per weight: what sharding divides by the number of devices.
+PER_WEIGHT = frozenset(Part) - {Part.ACTIVATIONS, Part.GATHERED, Part.FRAMEWORK}
+
+# Shares of the weights for which peaks are looked up: whole, split among more and more, none.
+_SHARES = (1.0, 0.5, 0.125, 0.0)
 
 # What the CPU runs where a GPU runs flash attention; torch's own table lacks the two.
 _FLOPS = {
@@ -25,80 +53,42 @@ _FLOPS = {
 }
 
 
-# Shares of the weights for which peaks are looked up: whole, split among more and more, none.
-_SHARES = (1.0, 0.5, 0.125, 0.0)
-
-
 @dataclass(eq=False, slots=True)
 class _Allocation:
-    """One storage: its size, when it lived (by the tracker's clock), and what it was for."""
-
     num_bytes: int
     shape: tuple[int, ...]
     phase: str
-    born: int
     part: Part | None
-    died: int | None = None
 
 
 class Tracker(TorchDispatchMode):
-    """Memory by part and FLOPs by phase of everything that runs inside, on real or fake tensors.
+    """Memory by part, and FLOPs by phase, of everything that runs inside.
 
-    A part may be named when something is allocated (`allocating`) or later (`label`): the breakdown
-    of a peak is made at the end, from all that was alive at that moment. What was never named is
-    `WEIGHT_TEMPORARIES` if it has the shape of a parameter, otherwise `ACTIVATIONS`. Counted are
-    bytes that were asked for; what an allocator adds is not seen here.
+    What a tensor is for is read off the call stack: the innermost function of `sites` that is at work
+    names its part, and its phase. A part may also be named later (`label`), since peaks are looked up
+    at the end. What was never named is `WEIGHT_TEMPORARIES` if it has the shape of a parameter,
+    otherwise `ACTIVATIONS`. Counted are bytes that were asked for; what an allocator adds is not seen.
 
     Torch's `MemTracker` knows no parts of this codebase's own (two optimizers, attack vector,
-    trajectory), and calls a model only once; hence this one, after its example.
+    trajectory), and calls a model only once; hence this one, after its example. Torch's
+    `FlopCounterMode` would keep alive what checkpointing recomputes; hence its formulas alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sites: Mapping[Callable[..., Any], Part | str] | None = None) -> None:
         super().__init__()
-        self._allocations: list[_Allocation] = []
+        self._sites = {inspect.unwrap(site).__code__: name for site, name in (sites or {}).items()}
         self._known: Any = WeakIdKeyDictionary()
-        self._clock = 0  # Beginnings and ends of storages so far.
-        self._phases = [DEFEND]
-        self._flops: Counter[str] = Counter()
-        self._times_entered: Counter[str] = Counter()
-        self._allocated_for: Part | None = None
+        self._events: list[tuple[int, _Allocation]] = []  # Beginnings (1) and ends (-1), in order.
         self._weight_shapes: set[tuple[int, ...]] = set()
-
-    @property
-    def phase(self) -> str:
-        """Name of the current phase."""
-        return self._phases[-1]
-
-    @contextmanager
-    def entering(self, phase: str) -> Iterator[None]:
-        """Attributes peaks and FLOPs of the block to `phase`; within itself, it is one phase."""
-        self._times_entered[phase] += phase != self.phase
-        self._phases.append(phase)
-        try:
-            yield
-        finally:
-            self._phases.pop()
-
-    @contextmanager
-    def allocating(self, part: Part) -> Iterator[None]:
-        """Names what is allocated within the block."""
-        before, self._allocated_for = self._allocated_for, part
-        try:
-            yield
-        finally:
-            self._allocated_for = before
+        self.flops: Counter[str] = Counter()  # Of matrix products and attention, by phase.
 
     def label(self, tensors: Iterable[Tensor], part: Part) -> None:
-        """Names what exists already."""
+        """Names what exists already; from parameters, it learns the shapes of weights."""
         for tensor in tensors:
             self._see(tensor)
             self._known[tensor.untyped_storage()][0].part = part
-
-    def label_weights(self, tensors: Iterable[Tensor]) -> None:
-        """Names the parameters and buffers of the model, and learns their shapes."""
-        tensors = list(tensors)
-        self._weight_shapes |= {tuple(tensor.shape) for tensor in tensors if tensor.dim() > 0}
-        self.label(tensors, Part.PARAMETERS)
+            if part == Part.PARAMETERS and tensor.dim() > 0:
+                self._weight_shapes.add(tuple(tensor.shape))
 
     def peaks(self) -> dict[str, list[dict[Part, int]]]:
         """Returns for every phase what was there when most was: bytes by part.
@@ -108,84 +98,80 @@ class Tracker(TorchDispatchMode):
         """
         best: dict[tuple[str, float], tuple[float, int]] = {}
         weights = others = 0
-        for moment, sign, allocation in self._events():
-            change = sign * allocation.num_bytes
-            if self._part_of(allocation) in PER_WEIGHT:
-                weights += change
+        for moment, (sign, one) in enumerate(self._events):
+            if self._part_of(one) in PER_WEIGHT:
+                weights += sign * one.num_bytes
             else:
-                others += change
-            if sign < 0:
-                continue
-            for share in _SHARES:
-                key, found = (allocation.phase, share), (share * weights + others, moment)
-                best[key] = max(best.get(key, found), found, key=lambda entry: entry[0])
-        moments = {phase: set[int]() for phase, _ in best}
-        for (phase, _), (_, moment) in best.items():
-            moments[phase].add(moment)
-        return {
-            phase: [self._parts_at(m) for m in sorted(found)] for phase, found in moments.items()
-        }
-
-    def flops(self, phase: str) -> int:
-        """Returns the floating-point operations of matrix products and attention in a phase."""
-        return self._flops[phase]
-
-    def times_entered(self, phase: str) -> int:
-        """Returns how often a phase began."""
-        return self._times_entered[phase]
+                others += sign * one.num_bytes
+            for share in _SHARES if sign > 0 else ():
+                size, key = share * weights + others, (one.phase, share)
+                if key not in best or size > best[key][0]:
+                    best[key] = size, moment
+        moments = sorted({(phase, moment) for (phase, _), (_, moment) in best.items()})
+        found = {phase: [] for phase, _ in best}
+        for phase, moment in moments:
+            found[phase].append(self._parts_at(moment))
+        return found
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # Questions about a tensor (its device, say); many.
             return result
-        formula = _FLOPS.get(func._overloadpacket)
+        formula = _FLOPS.get(func.overloadpacket)
         if formula is not None:
-            self._flops[self.phase] += formula(*args, **kwargs, out_val=result)
-        leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
-        for leaf in leaves:
+            self.flops[self._purpose()[0]] += formula(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         return result
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        allocation = _Allocation(
-            num_bytes=storage.nbytes(),
-            shape=tuple(tensor.shape),
-            phase=self.phase,
-            born=self._clock,
-            part=self._allocated_for,
-        )
-        self._clock += 1
-        self._allocations.append(allocation)
-        reference = weakref.ref(storage, partial(self._forget, allocation))
-        self._known[storage] = (allocation, reference)
+        if storage not in self._known:
+            one = _Allocation(storage.nbytes(), tuple(tensor.shape), *self._purpose())
+            end = weakref.ref(storage, lambda _: self._events.append((-1, one)))
+            self._known[storage] = one, end
+            self._events.append((1, one))
 
-    def _forget(self, allocation: _Allocation, _: object) -> None:
-        allocation.died = self._clock
-        self._clock += 1
-
-    def _events(self) -> list[tuple[int, int, _Allocation]]:
-        """Beginnings (+1) and ends (-1) of all storages, in order."""
-        events = [(one.born, 1, one) for one in self._allocations]
-        events += [(one.died, -1, one) for one in self._allocations if one.died is not None]
-        return sorted(events, key=lambda event: event[0])
+    def _purpose(self) -> tuple[str, Part | None]:
+        """The phase and, if it is told, the part of what is allocated now."""
+        part, frame = None, inspect.currentframe()
+        while frame is not None:
+            name = self._sites.get(frame.f_code)
+            if isinstance(name, Part):
+                part = part or name
+            elif name is not None:
+                return name, part
+            frame = frame.f_back
+        return DEFEND, part
 
     def _parts_at(self, moment: int) -> dict[Part, int]:
-        """Bytes by part just after `moment`."""
         parts: Counter[Part] = Counter()
-        for one in self._allocations:
-            if one.born <= moment and (one.died is None or one.died > moment):
-                parts[self._part_of(one)] += one.num_bytes
-        return dict(parts)
+        for sign, one in self._events[: moment + 1]:
+            parts[self._part_of(one)] += sign * one.num_bytes
+        return dict(+parts)
 
-    def _part_of(self, allocation: _Allocation) -> Part:
-        if allocation.part is not None:
-            return allocation.part
-        is_weight = allocation.shape in self._weight_shapes
-        return Part.WEIGHT_TEMPORARIES if is_weight else Part.ACTIVATIONS
+    def _part_of(self, one: _Allocation) -> Part:
+        is_weight = one.shape in self._weight_shapes
+        return one.part or (Part.WEIGHT_TEMPORARIES if is_weight else Part.ACTIVATIONS)
+
+
+class _UnitScalars(TorchDispatchMode):
+    """Answers 1 (or True) whenever a value is read: losses are finite, and every mask has an answer."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_tensors(tracker: Tracker) -> Iterator[None]:
+    """Makes every tensor of the block fake: with a shape, but no values, so without memory or time."""
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker, _UnitScalars():
+        yield

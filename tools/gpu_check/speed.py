@@ -23,6 +23,7 @@ def attention_difference(device: str) -> dict[str, Any]:
     The difference of `sdpa` in bfloat16 is that of the number format alone.
     """
     from patcher_pl.losses import first_order_loss
+    from patcher_pl.types import move_batch
 
     found = {}
     for name, dtype, attn in (
@@ -32,8 +33,8 @@ def attention_difference(device: str) -> dict[str, Any]:
         ("packed_float32", "float32", "packed_sdpa"),
     ):
         setting = Setting(shape="miniature", device=device, dtype=dtype, our_attn=attn)
-        model = setting._built.load_model().train()
-        batch: Any = {k: v.to(device) for k, v in setting.rows(1)[0].items()}
+        model = setting.load_ours().train()
+        batch = move_batch(setting.rows(1)[0], torch.device(device))
         loss = first_order_loss(model, batch)
         loss.backward()
         gradient = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])  # type: ignore[union-attr]
@@ -65,7 +66,7 @@ def main() -> None:
                 device=job["device"],
                 **{name: variant[name] for name in options},
             )
-            found = measure_side(
+            found: dict[str, Any] = measure_side(
                 variant["part"],
                 variant["side"],
                 setting,

@@ -159,6 +159,10 @@ class Setting:
             device_type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
         )
 
+    def load_ours(self) -> "PreTrainedModel":
+        """The model of our side, with the attention, kernels and compiled blocks asked for."""
+        return self._built.load_model()
+
     @property
     def _built(self) -> "_Built":
         return _Built(path="built here", setting=self, compile=self.compile, liger=self.liger)
@@ -190,7 +194,7 @@ class Setting:
             trainer.fit(defense, _Stream(self))
 
     def _attack(self, num_steps: int, after_step: AfterStep) -> None:
-        model = self._built.load_model().train()
+        model = self.load_ours().train()
         steps = finetune(
             model,
             model.parameters(),

@@ -2,21 +2,22 @@
 
 import pytest
 
-from patcher_pl.planning import (
-    ATTACK,
-    DEFEND,
-    Footprint,
-    Gpu,
-    LayerSizes,
+from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.defenses import Patcher
+from patcher_pl.hypergradients import Adjoint, FirstOrder
+from patcher_pl.models import LanguageModel
+from patcher_pl.optim import AdamW
+from patcher_pl.planning import Gpu, Plan
+from patcher_pl.planning.placements import (
+    OFFLOADED,
+    VECTORS,
     Overhead,
-    Part,
     Placement,
-    Plan,
-    Rounds,
-    Workload,
+    candidates,
+    settings_for,
 )
-from patcher_pl.planning.placements import OFFLOADED, VECTORS, candidates
-from patcher_pl.planning.plan import settings_for
+from patcher_pl.planning.rehearsal import Footprint, LayerSizes, Work
+from patcher_pl.planning.tracker import ATTACK, DEFEND, Part
 
 GIB = 2**30
 NOTHING = Overhead(fixed_gib=0, fragmentation=0)
@@ -33,13 +34,9 @@ def footprint(**changes):
                 {Part.PARAMETERS: 40 * GIB, Part.ACTIVATIONS: 50 * GIB},
             ],
         },
-        "plain_flops": 1000,
-        "defended_flops": 2000,
-        "attack_step_flops": 500,
-        "estimate_flops": 0,
-        "plain_evaluations": 1,
-        "defended_evaluations": 2,
-        "estimate_evaluations": 0,
+        "plain": Work(1, 16, 1000),
+        "defended": Work(2, 32, 2000),
+        "attack_step": Work(1, 8, 500),
         "layers": LAYERS,
     }
     return Footprint(**{**values, **changes})  # type: ignore[arg-type]
@@ -100,15 +97,17 @@ def test_candidates_without_sharding_stay_on_one_device():
     assert all(placement.sharded for placement in shards_one)
 
 
-def plan(configured, alternatives, host_gib_per_device=1000.0):
-    rounds = Rounds.of(
-        max_steps=10,
-        accumulate_grad_batches=2,
+def attacks(refresh_every, hypergradient):
+    attacker = FineTuningAttacker(num_steps=5, optimizer=AdamW(lr=1e-3))
+    return Patcher(
+        *(LanguageModel(path="moon/root"), attacker),
         num_sft_steps=4,
-        refresh_every=4,
-        attack_length=5,
-        is_first_order=True,
+        refresh_every=refresh_every,
+        hypergradient=hypergradient,
     )
+
+
+def plan(configured, alternatives, host_gib_per_device=1000.0):
     return Plan(
         model="moon/root",
         defense="Patcher",
@@ -117,7 +116,7 @@ def plan(configured, alternatives, host_gib_per_device=1000.0):
         gpu=GPU,
         configured=configured.need(footprint(), NOTHING),
         alternatives=[one.need(footprint(), NOTHING) for one in alternatives],
-        work=Workload.of(footprint(), rounds, tokens_per_batch=16, tokens_per_attack_batch=8),
+        work=footprint().of_run(10, 2, attacks(4, FirstOrder())),
         dtype="bfloat16",
         mfu=0.5,
         host_gib_per_device=host_gib_per_device,
@@ -166,24 +165,17 @@ def test_what_fits_is_not_refused():
 
 def test_work_is_that_of_every_round():
     """4 plain and 6 defended steps of 2 batches; attacks before steps 5 and 9."""
-    work = plan(Placement(), []).work
+    found = plan(Placement(), [])
+    work = found.work
     assert work.gradient_evaluations == 8 + 24 + 10
     assert work.tokens == 32 * 16 + 10 * 8
     assert work.flops == 8 * 1000 + 12 * 2000 + 10 * 500
-    assert work.hours(GPU, "bfloat16", 0.5) == pytest.approx(work.flops / 50e12 / 3600)
+    assert found.hours == pytest.approx(work.flops / 50e12 / 3600)
 
 
 def test_hypergradients_take_the_place_of_attacks():
-    rounds = Rounds.of(
-        max_steps=10,
-        accumulate_grad_batches=2,
-        num_sft_steps=4,
-        refresh_every=3,
-        attack_length=5,
-        is_first_order=False,
-    )
-    found = footprint(estimate_flops=9000, estimate_evaluations=21.0)
-    work = Workload.of(found, rounds, tokens_per_batch=16, tokens_per_attack_batch=8)
+    estimated = Work(20 + 2, 0, 9000 + 1000)
+    work = footprint(estimated=estimated).of_run(10, 2, attacks(3, Adjoint()))
     # Steps 5 and 8 are fresh, 2 batches each; 4 steps go on with the vector.
     assert work.gradient_evaluations == 8 + 16 + 4 * (20 + 2)
     assert work.flops == 8 * 1000 + 8 * 2000 + 4 * (9000 + 1000)

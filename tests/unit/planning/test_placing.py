@@ -6,7 +6,6 @@ import pytest
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from patcher_pl.attackers import FineTuningAttacker
-from patcher_pl.cli.placing import can_shard, placement_of, settings_to_shard, sharding_for
 from patcher_pl.defenses import SFT, Patcher
 from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Adjoint
@@ -14,8 +13,15 @@ from patcher_pl.hypergradients.hvp import FiniteDifference
 from patcher_pl.hypergradients.trajectories import FullState
 from patcher_pl.models import LanguageModel, Lora, Sharding
 from patcher_pl.optim import AdamW
-from patcher_pl.planning import Part
-from patcher_pl.planning.placements import OFFLOADED, VECTORS
+from patcher_pl.planning.placements import (
+    OFFLOADED,
+    VECTORS,
+    can_shard,
+    placement_of,
+    settings_to_shard,
+    sharding_for,
+)
+from patcher_pl.planning.tracker import Part
 
 ATTACKER = FineTuningAttacker(num_steps=2, optimizer=AdamW(lr=1e-3))
 

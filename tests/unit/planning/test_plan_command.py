@@ -8,7 +8,7 @@ import torch
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.models import LanguageModel, Weights
-from patcher_pl.planning import ATTACK, DEFEND, HYPERGRADIENT, Part
+from patcher_pl.planning.tracker import ATTACK, DEFEND, HYPERGRADIENT, Part
 from tests.commands import ROOT, cli
 
 NO_OVERHEAD = ("--overhead.fixed_gib", 0, "--overhead.fragmentation", 0)

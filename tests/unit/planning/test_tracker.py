@@ -5,8 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patcher_pl.losses import causal_lm_loss
-from patcher_pl.planning import DEFEND, Part, Tracker
-from patcher_pl.planning.fakes import fake_tensors
+from patcher_pl.planning.tracker import DEFEND, Part, Tracker, fake_tensors
 
 KIB = torch.ones(256)
 
@@ -29,9 +28,11 @@ def test_the_peak_counts_what_is_alive_at_the_same_time():
 
 
 def test_parts_may_be_named_before_or_after():
-    with (tracker := Tracker()):
-        with tracker.allocating(Part.SAVED_WEIGHTS):
-            saved = KIB.clone()
+    def save():
+        return KIB.clone()
+
+    with (tracker := Tracker({save: Part.SAVED_WEIGHTS})):
+        saved = save()
         gradient = KIB * 2
         tracker.label([gradient], Part.GRADIENTS)
         rest = gradient + saved
@@ -43,7 +44,7 @@ def test_parts_may_be_named_before_or_after():
 
 def test_what_has_the_shape_of_a_weight_is_told_from_activations():
     with (tracker := Tracker()):
-        tracker.label_weights([weight := KIB.clone()])
+        tracker.label([weight := KIB.clone()], Part.PARAMETERS)
         kept = [weight * 2, torch.ones(2, 256)]
     assert len(kept) == 2
     assert the_peak(tracker) == {
@@ -54,24 +55,29 @@ def test_what_has_the_shape_of_a_weight_is_told_from_activations():
 
 
 def test_a_phase_has_peaks_of_its_own():
-    with (tracker := Tracker()):
-        before = KIB + 1
-        with tracker.entering("attack"), tracker.entering("attack"):
-            during = KIB + 2
+    def attack(depth=2):
+        during = KIB + 2
         del during
+        if depth > 0:
+            attack(depth - 1)
+
+    with (tracker := Tracker({attack: "attack"})):
+        before = KIB + 1
+        attack()
         after = KIB + 3
     assert before is not after
     assert sum(the_peak(tracker, "attack").values()) == 2048
-    assert tracker.times_entered("attack") == 1
 
 
 def test_a_moment_with_more_activations_is_kept_beside_the_highest_one():
     """Wrong if sharding were applied to the moment that is highest on one device only: split among
     many devices, the other one is higher."""
-    with (tracker := Tracker()):
-        with tracker.allocating(Part.GRADIENTS):
-            many = torch.ones(4096)
-        del many
+
+    def differentiate():
+        torch.ones(4096)
+
+    with (tracker := Tracker({differentiate: Part.GRADIENTS})):
+        differentiate()
         few = torch.ones(2048)
     assert few.numel()
     found = tracker.peaks()[DEFEND]
@@ -104,4 +110,4 @@ def test_flops_of_a_llama_agree_with_a_count_by_hand(is_fake):
     in_products = layers * (4 * hidden**2 + 3 * hidden * inner) + hidden * vocabulary
     # Two products forward; backward, the scores once more and four for the gradients.
     attention = layers * (2 + 5) * 2 * batch * time**2 * hidden
-    assert tracker.flops(DEFEND) == 6 * in_products * batch * time + attention
+    assert tracker.flops[DEFEND] == 6 * in_products * batch * time + attention

@@ -3,10 +3,12 @@
 import pytest
 
 from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.defenses import Patcher
 from patcher_pl.hypergradients import Adjoint
 from patcher_pl.hypergradients.trajectories import FullState
+from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
-from patcher_pl.planning.trajectories import estimate_cost
+from patcher_pl.planning.attacks import toy_estimate
 
 
 def test_every_step_of_a_kept_trajectory_takes_four_copies_of_the_weights():
@@ -14,6 +16,7 @@ def test_every_step_of_a_kept_trajectory_takes_four_copies_of_the_weights():
     and two moments; gradients are kept as well."""
     attacker = FineTuningAttacker(num_steps=5, optimizer=AdamW(lr=1e-3))
     adjoint = Adjoint(store=FullState(device="model"))
-    ten, twenty = (estimate_cost(adjoint, attacker, steps) for steps in (10, 20))
-    assert twenty.peak_weights - ten.peak_weights == pytest.approx(40, rel=0.05)
-    assert twenty.gradient_evaluations > ten.gradient_evaluations + 10
+    defense = Patcher(LanguageModel(path="moon/root"), attacker, hypergradient=adjoint)
+    ten, twenty = (toy_estimate(defense, steps) for steps in (10, 20))
+    assert twenty[0] - ten[0] == pytest.approx(40, rel=0.05)  # Copies of the weights.
+    assert twenty[1] > ten[1] + 10  # Gradient evaluations.

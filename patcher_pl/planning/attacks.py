@@ -1,0 +1,108 @@
+"""What a plan asks of a defense that attacks its model, and how the need grows with the attack."""
+
+from copy import deepcopy
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patcher_pl.attackers import ConcurrentAttacker
+from patcher_pl.defenses import Defense, Patcher
+from patcher_pl.errors import ConfigError
+from patcher_pl.hypergradients import FirstOrder
+from patcher_pl.hypergradients.trajectories.shelf import Shelf
+from patcher_pl.models import Weights
+from patcher_pl.optim import DifferentiableOptimizer
+from patcher_pl.planning.tracker import ATTACK, HYPERGRADIENT, Part, Tracker
+from patcher_pl.types import Batch
+
+NUM_SFT_STEPS = 1  # Steps of a rehearsal before the first attack.
+_NUM_TOY_WEIGHTS = 1024
+
+
+def attacks_of(defense: Defense) -> Patcher | None:
+    """Returns what holds attacker, estimator and rounds of a defense; None where it has no attacks.
+
+    Raises:
+        ConfigError: If they run in other processes.
+    """
+    if not isinstance(defense, Patcher):
+        return None
+    if isinstance(defense.attacker, ConcurrentAttacker):
+        raise ConfigError(
+            "Patcher.attacker: `plan` knows attacks in the defender's process only, got a "
+            "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
+            "attacks and the defender's steps need."
+        )
+    return defense
+
+
+def is_first_order(attacks: Patcher) -> bool:
+    """Whether attacks are held fixed, instead of differentiated."""
+    return isinstance(attacks.hypergradient, FirstOrder)
+
+
+def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
+    """Returns a copy whose first attack follows `NUM_SFT_STEPS` steps, and the next one each step."""
+    defense = deepcopy(defense)
+    defense.accumulate_grad_batches = 1
+    attacks = attacks_of(defense)
+    if attacks is not None:
+        # As many vectors as configured, from as many steps at least.
+        num_vectors = attacks.attacker.num_vectors
+        last = max(num_steps, num_vectors)
+        points = list(range(last - num_vectors + 1, last + 1)) if num_vectors > 1 else None
+        settings = {"num_steps": last, "num_warmup_steps": 0, "vector_steps": points}
+        attacks.attacker = replace(attacks.attacker, **settings)  # type: ignore[type-var]
+        attacks.hypergradient = _beside_model(attacks.hypergradient)
+        attacks.num_sft_steps, attacks.refresh_every = NUM_SFT_STEPS, 1
+        attacks.trust_every = attacks.trust_every and 1
+    return defense
+
+
+def sites_of(attacks: Patcher | None) -> dict[Any, Part | str]:
+    """Where tensors of a part or phase come into being; see `Tracker`."""
+    sites = {
+        Weights.snapshot: Part.SAVED_WEIGHTS,
+        Weights.shifted: Part.SAVED_WEIGHTS,
+        Weights.replaced: Part.SAVED_WEIGHTS,
+        Weights.difference: Part.ATTACK_VECTOR,
+        DifferentiableOptimizer.init: Part.ATTACKER_OPTIMIZER,
+        Shelf.put: Part.TRAJECTORY,
+    }
+    if attacks is not None:
+        sites[type(attacks.attacker).attack] = ATTACK
+        sites[type(attacks.hypergradient).estimate] = HYPERGRADIENT
+    return sites
+
+
+def toy_estimate(attacks: Patcher, num_steps: int) -> tuple[float, float]:
+    """Runs the estimator for real, with an attack of so many steps on a vector and a quadratic loss.
+
+    Returns:
+        Highest need, in copies of the weights, and gradient evaluations: both independent of the model.
+    """
+    ones = torch.ones(1, 2, dtype=torch.long)
+    batches = repeat(Batch(input_ids=ones, attention_mask=ones, labels=ones))
+    attacker = replace(attacks.attacker, num_steps=num_steps)  # type: ignore[type-var]
+    inner = replace(attacker.inner_problem(batches), loss_function=_quadratic)
+    model, tracker = nn.Module(), Tracker(sites_of(attacks))
+    model.theta = nn.Parameter(torch.linspace(0.5, 1.5, _NUM_TOY_WEIGHTS))
+    tracker.label(model.parameters(), Part.PARAMETERS)
+    weights, estimator = Weights(model), _beside_model(attacks.hypergradient)
+    with tracker:
+        found = estimator.estimate(model, weights, inner, _quadratic)
+    highest = max(sum(parts.values()) for parts in tracker.peaks()[HYPERGRADIENT])
+    return highest / (_NUM_TOY_WEIGHTS * model.theta.itemsize), found.gradient_evaluations
+
+
+def _quadratic(model: Any, batch: Batch | None = None) -> Tensor:
+    return 0.5 * model.theta.square().mean()
+
+
+def _beside_model(hypergradient: Any) -> Any:
+    """The estimator with its trajectory where it can be measured."""
+    store = getattr(hypergradient, "store", None)
+    return replace(hypergradient, store=replace(store, device="model")) if store else hypergradient
