@@ -9,7 +9,7 @@ from typing import Any
 from patcher_pl.ablation.grid import ComparisonGrid
 from patcher_pl.files import write_json
 from patcher_pl.hypergradients import Hypergradient
-from patcher_pl.reports.ablation import Comparison
+from patcher_pl.reports.ablation import EstimatorComparison
 from patcher_pl.reports.settings import as_settings, fingerprint
 
 REFERENCE = "exact"
@@ -27,7 +27,7 @@ class Cell:
     """
 
     directory: Path
-    row: Comparison
+    row: EstimatorComparison
     estimator: Hypergradient
     digest: str
 
@@ -46,7 +46,7 @@ class Cell:
         """The exact hypergradient, for all estimators of the same attack."""
         return self._folder / "exact.safetensors"
 
-    def save(self, row: Comparison) -> None:
+    def save(self, row: EstimatorComparison) -> None:
         """Writes the measurement."""
         write_json(self.path, {"fingerprint": self.digest, "comparison": asdict(row)})
 
@@ -54,13 +54,15 @@ class Cell:
         """Writes why there is no measurement."""
         self.save(replace(self.row, error=reason))
 
-    def load(self) -> Comparison | None:
+    def load(self) -> EstimatorComparison | None:
         """The measurement, failed ones included; None where none was made with these settings."""
         if not self.path.exists():
             return None
         content = json.loads(self.path.read_text(encoding="utf-8"))
         return (
-            Comparison(**content["comparison"]) if self.digest == content["fingerprint"] else None
+            EstimatorComparison(**content["comparison"])
+            if self.digest == content["fingerprint"]
+            else None
         )
 
     @property
@@ -108,6 +110,8 @@ def plan_cells(
                     }
                 )
             )
-            row = Comparison(estimator=name, optimizer=optimizer, num_steps=num_steps, seed=seed)
+            row = EstimatorComparison(
+                estimator=name, optimizer=optimizer, num_steps=num_steps, seed=seed
+            )
             cells.append(Cell(directory=directory, row=row, estimator=estimator, digest=digest))
     return cells

@@ -25,7 +25,7 @@ from patcher_pl.losses import causal_lm_loss
 from patcher_pl.memory import peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.optim.clipping import inner_product
-from patcher_pl.reports.ablation import Comparison
+from patcher_pl.reports.ablation import EstimatorComparison
 from patcher_pl.types import Batch
 
 # Gradients that are timed; fewer where the attack is shorter.
@@ -61,7 +61,7 @@ class Measurement:
         except Exception as error:
             self.cell.fail(f"{type(error).__name__}: {error}")
 
-    def _measured(self) -> Comparison:
+    def _measured(self) -> EstimatorComparison:
         disable_progress_bar()
         torch.set_num_threads(self.num_threads)
         torch.manual_seed(self.cell.row.seed)
@@ -99,8 +99,12 @@ class Measurement:
         return [exact[name] for name in weights.names]
 
     def _tried(
-        self, row: Comparison, model: nn.Module, weights: Weights, estimate: HypergradientEstimate
-    ) -> Comparison:
+        self,
+        row: EstimatorComparison,
+        model: nn.Module,
+        weights: Weights,
+        estimate: HypergradientEstimate,
+    ) -> EstimatorComparison:
         """Steps down along the estimate, attacks again, and sees what became of the outer loss."""
         assert self.trial_step is not None
         norm = float(weights.shards.norm(estimate.gradients))
@@ -127,7 +131,9 @@ def _time_gradient(
     return clock.elapsed_s() / estimate.gradient_evaluations
 
 
-def _compared(row: Comparison, estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Comparison:
+def _compared(
+    row: EstimatorComparison, estimate: Sequence[Tensor], exact: Sequence[Tensor]
+) -> EstimatorComparison:
     norm, exact_norm = _norm(estimate), _norm(exact)
     difference = [one - other for one, other in zip(estimate, exact, strict=True)]
     if not exact_norm:

@@ -13,7 +13,7 @@ from patcher_pl.ablation.cells import Cell, plan_cells
 from patcher_pl.ablation.grid import ComparisonGrid
 from patcher_pl.ablation.subject import Subject
 from patcher_pl.processes import Children, run_all
-from patcher_pl.reports.ablation import Comparison
+from patcher_pl.reports.ablation import EstimatorComparison
 from patcher_pl.reports.settings import weight_files
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def compare_estimators(
     device: "torch.device",
     num_threads: int,
     num_processes: int,
-) -> list[Comparison]:
+) -> list[EstimatorComparison]:
     """Measures what is not measured yet below `directory`, and returns every cell of the grid.
 
     The exact hypergradients come first, then everything that is compared with them. An estimate that

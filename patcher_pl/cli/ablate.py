@@ -18,7 +18,7 @@ from patcher_pl.reports.ablation import (
     hardened_table,
 )
 from patcher_pl.reports.ablation_figures import ablation_figures
-from patcher_pl.reports.curves import save_figure
+from patcher_pl.reports.drawing import save_figure
 from patcher_pl.reports.environment import environment, usable_cpus
 from patcher_pl.reports.grouping import CONTROL
 from patcher_pl.reports.settings import as_settings

@@ -14,12 +14,12 @@ from patcher_pl.comparison import Contender, Selection, trial_of
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.reports.command import run_report
 from patcher_pl.reports.comparison import (
-    Comparison,
-    Cost,
-    Trial,
+    DefenseComparison,
+    DefenseTrial,
+    TrainingCost,
     comparison_notes,
-    comparison_rows,
-    trial_rows,
+    defense_table,
+    trial_table,
 )
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Curve, Results
@@ -52,14 +52,16 @@ class PlannedTrial:
     options: Mapping[str, Any]
     fits: Sequence[Fit]
 
-    def outcome(self, defense: str) -> Trial:
+    def outcome(self, defense: str) -> DefenseTrial:
         """What its runs found, or which of them failed."""
         if all(fit.is_done for fit in self.fits):
             results = [fit.results for fit in self.fits]
             return trial_of(defense, self.number, self.options, results)
         logs = ", ".join(str(fit.log) for fit in self.fits if not fit.is_done)
         error = f"`fit` failed; see {logs}"
-        return Trial(defense=defense, number=self.number, options=dict(self.options), error=error)
+        return DefenseTrial(
+            defense=defense, number=self.number, options=dict(self.options), error=error
+        )
 
 
 def run_compare(
@@ -71,7 +73,7 @@ def run_compare(
     seeds: list[int] | None = None,
     options: dict[str, Any] | None = None,
     num_processes: int | None = None,
-) -> Comparison:
+) -> DefenseComparison:
     """Trains defenses at an equal budget after an equal search, and attacks all of them alike.
 
     Every run of `fit` ends with the first step at which it has spent `max_gradient_evaluations`.
@@ -122,7 +124,7 @@ def run_compare(
     trials = _rated(selection, searched)
     settings = {"defenses": defenses, "redteam": redteam, "selection": selection, "seeds": seeds}
     settings |= {"max_gradient_evaluations": max_gradient_evaluations, "options": options}
-    comparison = Comparison(
+    comparison = DefenseComparison(
         trials=trials, costs={}, environment=environment(), settings=as_settings(settings)
     )
     comparison.save(run_dir, [])
@@ -194,7 +196,9 @@ def _fits(
     ]
 
 
-def _rated(selection: Selection, searched: Mapping[str, Sequence[PlannedTrial]]) -> list[Trial]:
+def _rated(
+    selection: Selection, searched: Mapping[str, Sequence[PlannedTrial]]
+) -> list[DefenseTrial]:
     """Every trial with what it found, the best of each defense chosen."""
     trials = []
     for name, planned in searched.items():
@@ -206,7 +210,7 @@ def _rated(selection: Selection, searched: Mapping[str, Sequence[PlannedTrial]])
 
 def _choices(
     selection: Selection,
-    trials: Sequence[Trial],
+    trials: Sequence[DefenseTrial],
     searched: Mapping[str, Sequence[PlannedTrial]],
 ) -> dict[str, dict[str, Any]]:
     """The options that each defense goes on with.
@@ -227,10 +231,10 @@ def _choices(
     return {name: trial.options for name, trial in chosen.items()}
 
 
-def _costs(models: _Models) -> dict[str, list[Cost]]:
+def _costs(models: _Models) -> dict[str, list[TrainingCost]]:
     return {
         name: [
-            Cost(
+            TrainingCost(
                 gradient_evaluations=fit.results.settings["gradient_evaluations"],
                 num_steps=fit.results.settings["num_steps"],
             )
@@ -252,13 +256,13 @@ def _curves(models: _Models) -> list[Curve]:
     ]
 
 
-def _write_report(comparison: Comparison, curves: list[Curve], run_dir: Path) -> None:
+def _write_report(comparison: DefenseComparison, curves: list[Curve], run_dir: Path) -> None:
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)  # A log file has no width of its own.
-    console.print(rich_table("Search of settings", trial_rows(comparison.trials)))
+    console.print(rich_table("Search of settings", trial_table(comparison.trials)))
     for trial in comparison.trials:
         if trial.error is not None:
             said = f"{trial.defense}, trial {trial.number}: {trial.error}"
@@ -270,6 +274,6 @@ def _write_report(comparison: Comparison, curves: list[Curve], run_dir: Path) ->
         results
     )
     write_reports(curves, run_dir, title="Fine-tuning attacks")
-    console.print(rich_table("Comparison", comparison_rows(curves, comparison.costs)))
+    console.print(rich_table("Comparison", defense_table(curves, comparison.costs)))
     console.print("\n".join(comparison_notes(curves)), highlight=False)
     run_report([results], out=run_dir / "report.html", title="Defenses on equal terms")

@@ -20,7 +20,8 @@ from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
 from patcher_pl.redteam.target import Target
 from patcher_pl.redteam.variation import Setting
-from patcher_pl.reports.curves import asr_figure, save_figure
+from patcher_pl.reports.curves import asr_figure
+from patcher_pl.reports.drawing import save_figure
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings, fingerprint, weight_files

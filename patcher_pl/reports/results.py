@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,15 @@ class Curve:
         """What tells this curve from every other one of a run."""
         return (self.defense, self.k1, self.train_seed, self.attack, self.seed)
 
+    def at(self, steps: int, name: str = "asr") -> Any:
+        """The entry of a list after `steps`; None where there is no such measurement or list."""
+        values = getattr(self, name)
+        return (
+            values[self.attack_steps.index(steps)]
+            if values and steps in self.attack_steps
+            else None
+        )
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Curve":
         """Builds a curve from its JSON object; entries of later versions are passed over.
@@ -218,6 +228,12 @@ class Results:
 def finite(rate: float) -> float | None:
     """The rate, or None where it is NaN: what a curve holds for "nothing was scored"."""
     return rate if math.isfinite(rate) else None
+
+
+def average(values: Iterable[float | None]) -> float | None:
+    """The mean of the known values (neither None nor NaN); None where none is known."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return statistics.fmean(known) if known else None
 
 
 def _check_lists(entries: dict[str, Any]) -> None:
