@@ -4,15 +4,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.formats import break_span, number
+from patcher_pl.reports.grouping import Frame
 from patcher_pl.reports.results import average
 from patcher_pl.reports.tables import csv_table, markdown_table, text_table
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA_VERSION = 1
 # Figures of the table at the longest attack, and how they are written.
@@ -124,7 +122,7 @@ class Ablation:
         write_text(run_dir / "tables.md", "\n".join(shown))
 
 
-def frame_of(kind: type, rows: Sequence[Any]) -> "pd.DataFrame":
+def frame_of(kind: type, rows: Sequence[Any]) -> Frame:
     """One line per row (a dataclass), one column per field; unknown values are None."""
     import pandas as pd
 
@@ -132,7 +130,7 @@ def frame_of(kind: type, rows: Sequence[Any]) -> "pd.DataFrame":
     return pd.DataFrame([asdict(row) for row in rows], columns=columns, dtype=object)
 
 
-def measured(comparisons: Sequence[EstimatorComparison]) -> "pd.DataFrame":
+def measured(comparisons: Sequence[EstimatorComparison]) -> Frame:
     """Those that gave an estimate, with `gradients_per_step` and `relative_change`, as numbers."""
     found = frame_of(EstimatorComparison, comparisons).infer_objects()
     found = found[found["error"].isna()]
@@ -144,7 +142,7 @@ def measured(comparisons: Sequence[EstimatorComparison]) -> "pd.DataFrame":
     )
 
 
-def comparison_table(comparisons: Sequence[EstimatorComparison]) -> "pd.DataFrame":
+def comparison_table(comparisons: Sequence[EstimatorComparison]) -> Frame:
     """One row per optimizer and estimator.
 
     The cosine at every K; everything else at the longest K that the estimator was tried at.
@@ -176,7 +174,7 @@ def comparison_table(comparisons: Sequence[EstimatorComparison]) -> "pd.DataFram
     return text_table(header, table)
 
 
-def hardened_table(hardened: Sequence[Hardened]) -> "pd.DataFrame":
+def hardened_table(hardened: Sequence[Hardened]) -> Frame:
     """One row per budget, attack and variant."""
     header = ["budget", "variant", "gradient evaluations", "defender steps", "attack"]
     table = []

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.reports.ablation import Ablation, Hardened, frame_of, measured
-from patcher_pl.reports.drawing import Styles, clear, legend, name_styles, panels
+from patcher_pl.reports.drawing import Styles, band_line, clear, legend, name_styles, panels
+from patcher_pl.reports.grouping import Frame
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -37,19 +37,19 @@ def ablation_figures(ablation: Ablation) -> dict[str, "Figure"]:
     return figures
 
 
-def _by_optimizer(rows: "pd.DataFrame", value: str, label: str, styles: Styles) -> "Figure":
+def _by_optimizer(rows: Frame, value: str, label: str, styles: Styles) -> "Figure":
     groups = rows.groupby("optimizer", sort=False)
     figure, axes = _panels(len(groups))
     for axis, (optimizer, members) in zip(axes, groups, strict=True):
         _draw(axis, members, value, styles)
         axis.axhline(0, color="black", linewidth=0.8, alpha=0.5)
-        axis.set_title(str(optimizer), fontsize=10)
+        axis.set_title(optimizer, fontsize=10)
     axes[0].set_ylabel(label)
     legend(figure, axes)
     return figure
 
 
-def _cost(rows: "pd.DataFrame", styles: Styles) -> "Figure":
+def _cost(rows: Frame, styles: Styles) -> "Figure":
     figure, axes = _panels(2)
     for axis, value, title in (
         (axes[0], "gradients_per_step", "counted by matrix products"),
@@ -63,7 +63,7 @@ def _cost(rows: "pd.DataFrame", styles: Styles) -> "Figure":
     return figure
 
 
-def _memory(rows: "pd.DataFrame", styles: Styles) -> "Figure":
+def _memory(rows: Frame, styles: Styles) -> "Figure":
     figure, axes = _panels(1)
     # Whatever stays below a MiB is noise of the allocator.
     shown = rows.assign(memory_mib=rows["memory_mib"].fillna(0.0).clip(lower=1.0))
@@ -83,7 +83,7 @@ def _robustness(hardened: Sequence[Hardened]) -> "Figure":
     figure, axes = _panels(len(attacks), width=5.4)
     for axis, (attack, members) in zip(axes, attacks, strict=True):
         for place, (variant, own) in enumerate(members.groupby("variant", sort=False)):
-            _draw_variant(axis, own, {"label": variant, **styles[str(variant)]}, place)
+            _draw_variant(axis, own, {"label": variant, **styles[variant]}, place)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_yticks(*_ticks(members["reach"][members["reach"] > 0]))
@@ -91,14 +91,14 @@ def _robustness(hardened: Sequence[Hardened]) -> "Figure":
         axis.minorticks_off()
         axis.set_xlabel("Training compute (gradient evaluations)")
         if len(attacks) > 1:
-            axis.set_title(str(attack), fontsize=10)
+            axis.set_title(attack, fontsize=10)
         clear(axis)
     axes[0].set_ylabel("Attack steps to break")
     legend(figure, axes)
     return figure
 
 
-def _draw_variant(axis: "Axes", rows: "pd.DataFrame", style: dict[str, Any], place: int) -> None:
+def _draw_variant(axis: "Axes", rows: Frame, style: dict[str, Any], place: int) -> None:
     # Side by side within a budget, since many variants break at the same step.
     shift = 2 ** (0.035 * (place - 3))
     reached = rows["reach"].clip(lower=1).groupby(rows["budget"].astype(int))
@@ -115,24 +115,14 @@ def _draw_variant(axis: "Axes", rows: "pd.DataFrame", style: dict[str, Any], pla
             )
 
 
-def _draw(axis: "Axes", rows: "pd.DataFrame", value: str, styles: Styles) -> None:
+def _draw(axis: "Axes", rows: Frame, value: str, styles: Styles) -> None:
     estimators = rows.groupby("estimator", sort=False)
     for place, (estimator, members) in enumerate(estimators):
-        found = members.groupby("num_steps")[value].agg(["mean", "min", "max"])
-        style = styles[str(estimator)]
-        axis.plot(
-            list(found.index),
-            list(found["mean"]),
-            label=str(estimator),
-            # Thinner on top of thicker: lines that coincide can all be seen.
-            linewidth=1.2 + 0.45 * (len(estimators) - 1 - place),
-            markersize=5.5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            **style,
-        )
-        band = found.index, found["min"], found["max"]
-        axis.fill_between(*band, color=style["color"], alpha=0.1, linewidth=0)
+        found = members.groupby("num_steps")[value].agg(mean="mean", low="min", high="max")
+        # Thinner on top of thicker: lines that coincide can all be seen.
+        width = 1.2 + 0.45 * (len(estimators) - 1 - place)
+        named = {"label": estimator, "linewidth": width, **styles[estimator]}
+        band_line(axis, list(found.index), found, fill=0.1, **named)
     axis.set_xscale("log", base=2)
     axis.set_xticks(*_ticks(rows["num_steps"]))
     axis.minorticks_off()
@@ -140,7 +130,7 @@ def _draw(axis: "Axes", rows: "pd.DataFrame", value: str, styles: Styles) -> Non
     clear(axis)
 
 
-def _ticks(values: "pd.Series") -> tuple[list[int], list[str]]:
+def _ticks(values: Any) -> tuple[list[int], list[str]]:
     ticks = sorted(set(values))
     return ticks, list(map(str, ticks))
 

@@ -3,17 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.formats import MARKS, MISSING, explained, number, signs, span
-from patcher_pl.reports.grouping import Group, group_curves
+from patcher_pl.reports.grouping import Frame, Group, group_curves
 from patcher_pl.reports.results import Curve, average
 from patcher_pl.reports.statistics import cost_to_break
 from patcher_pl.reports.tables import markdown_table, text_table
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA_VERSION = 1
 
@@ -97,7 +94,7 @@ class DefenseComparison:
             write_text(run_dir / "comparison.md", "\n".join([table, *comparison_notes(curves), ""]))
 
 
-def trial_table(trials: Sequence[DefenseTrial]) -> "pd.DataFrame":
+def trial_table(trials: Sequence[DefenseTrial]) -> Frame:
     """One row per trial; the chosen one of each defense, and failed ones, are marked."""
     header = ["defense", "settings", "breaks at", "area", "ASR at N=0", "benign accuracy", ""]
     rows = []
@@ -112,9 +109,7 @@ def trial_table(trials: Sequence[DefenseTrial]) -> "pd.DataFrame":
     return text_table(header, rows)
 
 
-def defense_table(
-    curves: Sequence[Curve], costs: Mapping[str, Sequence[TrainingCost]]
-) -> "pd.DataFrame":
+def defense_table(curves: Sequence[Curve], costs: Mapping[str, Sequence[TrainingCost]]) -> Frame:
     """One row per defense: utility, cost, and when each attack broke it."""
     groups = group_curves(curves)
     attacks = list(dict.fromkeys(group.attack for group in groups))

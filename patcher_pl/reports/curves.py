@@ -5,12 +5,19 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from patcher_pl.reports.drawing import Styles, clear, group_styles, legend, panels, plain_text
-from patcher_pl.reports.grouping import COST_AXES, CostAxis, Group, group_curves
+from patcher_pl.reports.drawing import (
+    Styles,
+    band_line,
+    clear,
+    group_styles,
+    legend,
+    panels,
+    plain_text,
+)
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group, group_curves
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -107,27 +114,19 @@ def _draw_panel(
         ticks |= set(costs)
         # A point where nothing was scored leaves a gap rather than a line that looks measured.
         rates = _rates(group, bands).loc[costs.index]
-        style = styles[group.label]
-        axis.plot(
+        band_line(
+            axis,
             list(costs),
-            list(rates["mean"]),
+            rates,
+            fill=faint if len(group.curves) > 1 or bands == "interval" else 0,
             label=plain_text(group.label),
             # Thinner on top of thicker: lines that coincide can all be seen.
             linewidth=1.4 + thicker * min(len(groups) - 1 - place, 5),
-            markersize=5.5 if thicker > 0.5 else 4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
             clip_on=False,
             zorder=3,
-            **style,
+            **({} if thicker > 0.5 else {"markersize": 4.5}),
+            **styles[group.label],
         )
-        if len(group.curves) > 1 or bands == "interval":
-            axis.fill_between(
-                *(list(costs), list(rates["low"]), list(rates["high"])),
-                color=style["color"],
-                alpha=faint,
-                linewidth=0,
-            )
         if fallen := [steps for steps in group.collapsed_steps if steps in costs.index]:
             axis.plot(
                 list(costs[fallen]),
@@ -150,7 +149,7 @@ def _draw_panel(
     clear(axis)
 
 
-def _rates(group: Group, bands: Bands) -> "pd.DataFrame":
+def _rates(group: Group, bands: Bands) -> Frame:
     """`mean`, `low` and `high` of the attack success rate, by attack steps."""
     rates = group.over_seeds("asr")
     if bands == "interval":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.files import write_atomically
-from patcher_pl.reports.grouping import CONTROL, Group
+from patcher_pl.reports.grouping import CONTROL, Frame, Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def plain_text(name: str) -> str:
 
 
 def panels(
-    rows: int, columns: int, size: tuple[float, float], layout: Any = "constrained", **shared: bool
+    rows: int, columns: int, size: tuple[float, float], layout: Any = "constrained", **shared: Any
 ) -> tuple["Figure", list["Axes"]]:
     """A figure of its own, outside pyplot: nothing to close, and safe in any thread."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,6 +75,17 @@ def panels(
     figure = Figure(figsize=size, dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
+def band_line(
+    axis: "Axes", places: Sequence[float], rates: Frame, *, fill: float, **style: Any
+) -> None:
+    """Draws the column `mean` as a line and, unless `fill` is 0, a band from `low` to `high`."""
+    line = {"markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.6, **style}
+    axis.plot(places, list(rates["mean"]), **line)
+    if fill:
+        ends = list(rates["low"]), list(rates["high"])
+        axis.fill_between(places, *ends, color=style["color"], alpha=fill, linewidth=0)
 
 
 def clear(axis: "Axes") -> None:
@@ -89,7 +100,7 @@ def legend(
     axes: Sequence["Axes"],
     names: Sequence[str] = (),
     *,
-    loc: str = "outside right upper",
+    loc: Any = "outside right upper",
     ncols: int = 1,
     **title: Any,
 ) -> None:

@@ -3,13 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from patcher_pl.reports.formats import Mark, break_span
 from patcher_pl.reports.results import Curve, average
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONTROL = "sft"
 
@@ -17,6 +14,8 @@ Verdict = Literal[
     "broken", "held", "collapsed", "untrusted", "stopped early", "nothing scored", "failed"
 ]
 CostAxis = Literal["steps", "tokens", "flops"]
+Frame: TypeAlias = Any
+"""A pandas `DataFrame`. Its own annotations are too vague to check against."""
 # What an attack's length is measured in; `Curve.attack_AXIS` has it.
 COST_AXES: dict[CostAxis, str] = {
     "steps": "attack steps",
@@ -104,11 +103,11 @@ class Group:
         return sorted({steps for curve in self.curves for steps in curve.attack_steps})
 
     @cached_property
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> Frame:
         """See `measurements`."""
         return measurements(self.curves)
 
-    def over_seeds(self, name: str) -> "pd.DataFrame":
+    def over_seeds(self, name: str) -> Frame:
         """`mean`, `low` and `high` of a column of `measurements`, by attack steps; NaN for unknown."""
         values = self.frame[name].astype(float).groupby(self.frame["attack_steps"])
         return values.agg(mean=average, low="min", high="max")
@@ -182,7 +181,7 @@ def labels(groups: Iterable[Group]) -> list[str]:
     return list(dict.fromkeys(group.label for group in sorted(groups, key=_rank)))
 
 
-def measurements(curves: Sequence[Curve]) -> "pd.DataFrame":
+def measurements(curves: Sequence[Curve]) -> Frame:
     """The tidy frame of curves: one row per curve and measurement, nothing averaged.
 
     Unknown values are None. A curve that failed before its first measurement has one row.

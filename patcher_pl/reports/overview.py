@@ -1,10 +1,10 @@
 """Every defense under every attack: one tidy frame, from which all tables of a report come."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patcher_pl.reports.formats import MARKS, MISSING, explained, interval, latex, number, signs
-from patcher_pl.reports.grouping import COST_AXES, Group, group_curves, labels
+from patcher_pl.reports.grouping import COST_AXES, Frame, Group, group_curves, labels
 from patcher_pl.reports.results import Curve, average
 from patcher_pl.reports.statistics import (
     Estimate,
@@ -14,10 +14,7 @@ from patcher_pl.reports.statistics import (
     final_asr,
     worst_asr,
 )
-from patcher_pl.reports.tables import csv_table, markdown_table, text_table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from patcher_pl.reports.tables import csv_table, markdown_table, rows_of, text_table
 
 _CSV_COLUMNS = [
     "attack",
@@ -46,7 +43,7 @@ _CSV_COLUMNS = [
 _PEAK = ["attack", "peak_asr", "peak_asr_low", "peak_asr_high", "peak_attack_steps"]
 
 
-def overview(curves: Sequence[Curve]) -> "pd.DataFrame":
+def overview(curves: Sequence[Curve]) -> Frame:
     """One row per defense and attack: the columns of the CSV file, and those that tables add.
 
     `group` holds the seeds. `peak_...` is the measurement with the largest mean attack success rate
@@ -63,14 +60,14 @@ def overview(curves: Sequence[Curve]) -> "pd.DataFrame":
     return frame
 
 
-def severest(frame: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
+def severest(frame: Frame, by: Sequence[str]) -> Frame:
     """For every combination of `by`, the row with the highest peak, then the largest area."""
     keys = frame[["peak_asr", "area_log_steps"]].astype(float).fillna(-1)
     order = keys.sort_values(list(keys), ascending=False, kind="stable").index
     return frame.loc[order].drop_duplicates(list(by)).sort_index()
 
 
-def matrix(frame: "pd.DataFrame", by: str) -> list[tuple[str, list[Any]]]:
+def matrix(frame: Frame, by: str) -> list[tuple[str, list[Any]]]:
     """Names of attacks (`by` is `attack`) or their families, each with a cell per defense.
 
     A cell is the row of the severest such attack, with `num_settings` of how many; None where the
@@ -78,7 +75,7 @@ def matrix(frame: "pd.DataFrame", by: str) -> list[tuple[str, list[Any]]]:
     """
     sizes = frame.groupby([by, "label"])["attack"].transform("size")
     found = severest(frame.assign(num_settings=sizes), [by, "label"])
-    cells = {(getattr(row, by), row.label): row for row in found.itertuples()}
+    cells = {(getattr(row, by), row.label): row for row in rows_of(found)}
     return [
         (name, [cells.get((name, label)) for label in labels(frame["group"])])
         for name in dict.fromkeys(frame[by])
@@ -90,12 +87,12 @@ def is_past_its_peak(row: Any) -> bool:
     return None not in (row.peak_asr, row.asr) and row.peak_asr > row.asr + 0.005
 
 
-def has_families(frame: "pd.DataFrame") -> bool:
+def has_families(frame: Frame) -> bool:
     """Whether any family has several attacks."""
     return frame["family"].nunique() < frame["attack"].nunique()
 
 
-def standings(frame: "pd.DataFrame") -> "pd.DataFrame":
+def standings(frame: Frame) -> Frame:
     """One row per defense: how it fared under all attacks.
 
     The severest attack (`attack`, `peak_...`; None where nothing above 0 was scored), benign
@@ -125,7 +122,7 @@ def standings(frame: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(rows, dtype=object)
 
 
-def legend(frame: "pd.DataFrame") -> list[str]:
+def legend(frame: Frame) -> list[str]:
     """What the signs in the table mean, and how its figures came about."""
     lines = [
         "Attack success rate at the end of the attack, mean over seeds, with its 95 % interval over "
@@ -139,12 +136,12 @@ def legend(frame: "pd.DataFrame") -> list[str]:
     return [*lines, *explained(mark for mark in MARKS if mark in found)]
 
 
-def overview_csv(frame: "pd.DataFrame") -> str:
+def overview_csv(frame: Frame) -> str:
     """One line per defense and attack; unknown values are empty."""
     return csv_table(frame.assign(marks=frame["marks"].map("; ".join))[_CSV_COLUMNS])
 
 
-def overview_markdown(frame: "pd.DataFrame") -> str:
+def overview_markdown(frame: Frame) -> str:
     """Attacks (or families) by defenses, with a legend."""
     table = text_table(
         ["attack", *map(_one_line, labels(frame["group"]))],
@@ -153,7 +150,7 @@ def overview_markdown(frame: "pd.DataFrame") -> str:
     return "\n".join([markdown_table(table), *(f"- {line}" for line in legend(frame))]) + "\n"
 
 
-def overview_latex(frame: "pd.DataFrame") -> str:
+def overview_latex(frame: Frame) -> str:
     """The same table for a paper; needs the package booktabs."""
     table = text_table(
         ["Attack", *map(latex, labels(frame["group"]))],
@@ -207,7 +204,7 @@ def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def _headline(verdicts: "pd.Series", curves: Sequence[Curve]) -> str:
+def _headline(verdicts: Any, curves: Sequence[Curve]) -> str:
     """How a defense fared, in one sentence."""
     total, broken, held = verdicts.sum(), verdicts.get("broken", 0), verdicts.get("held", 0)
     parts = [f"broken by {broken} of {total} attack{'' if total == 1 else 's'}"]

@@ -10,7 +10,7 @@ from patcher_pl.reports.curves import asr_figure
 from patcher_pl.reports.drawing import Styles, group_styles, write_figure
 from patcher_pl.reports.environment import hide_secrets
 from patcher_pl.reports.formats import MARKS, MEANINGS, interval, number
-from patcher_pl.reports.grouping import COST_AXES, CostAxis, labels
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, labels
 from patcher_pl.reports.overview import has_families, is_past_its_peak, legend, matrix, standings
 from patcher_pl.reports.page_tables import (
     break_table,
@@ -24,10 +24,10 @@ from patcher_pl.reports.page_tables import (
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.statistics import NotComparable, PairedComparison
+from patcher_pl.reports.tables import rows_of
 from patcher_pl.reports.tradeoff import tradeoff_figure
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 # Answers are for a look; whoever wants them whole has results.json.
@@ -37,7 +37,7 @@ _MOST_ROWS = 24
 
 
 def render_page(
-    frame: "pd.DataFrame",
+    frame: Frame,
     curves: Sequence[Curve],
     runs: Sequence[Run],
     comparisons: Sequence[PairedComparison | NotComparable],
@@ -92,7 +92,7 @@ def render_page(
         attacks=matrix(frame, "attack"),
         families=matrix(frame, "family"),
         has_families=has_families(frame),
-        standings=list(fared.itertuples()),
+        standings=rows_of(fared),
         legend=legend(frame),
         curves=_curve_picture(curves, frame, "steps"),
         cost_curves=[_curve_picture(curves, frame, axis) for axis in costs],
@@ -107,9 +107,7 @@ def render_page(
     )
 
 
-def _curve_picture(
-    curves: Sequence[Curve], frame: "pd.DataFrame", axis: CostAxis
-) -> dict[str, str]:
+def _curve_picture(curves: Sequence[Curve], frame: Frame, axis: CostAxis) -> dict[str, str]:
     title = f"Attack success rate against {COST_AXES[axis]}"
     return {
         "title": title,
@@ -122,14 +120,14 @@ def _curve_picture(
     }
 
 
-def _tradeoff_picture(fared: "pd.DataFrame", styles: Styles) -> dict[str, str] | None:
+def _tradeoff_picture(fared: Frame, styles: Styles) -> dict[str, str] | None:
     figure = tradeoff_figure(fared, styles)
     if figure is None:
         return None
     points = "; ".join(
         f"{row.label}: benign accuracy {number(row.benign_accuracy)}, attack success rate "
         f"{number(row.peak_asr)}, area {number(row.mean_area)}"
-        for row in fared.itertuples()
+        for row in rows_of(fared)
     )
     return {
         "title": "Robustness against utility",
@@ -145,7 +143,7 @@ def _as_uri(figure: "Figure") -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
 
 
-def _answers(frame: "pd.DataFrame", num_samples: int) -> Iterator[dict[str, Any]]:
+def _answers(frame: Frame, num_samples: int) -> Iterator[dict[str, Any]]:
     for group in frame["group"]:
         if (found := samples_of(group, num_samples)) is not None:
             yield {

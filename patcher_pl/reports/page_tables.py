@@ -1,16 +1,13 @@
 """The smaller tables of a report's page, from the frame of `overview`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from patcher_pl.reports.formats import MISSING, amount, interval, number, signed, signs, span
-from patcher_pl.reports.grouping import COST_AXES, CostAxis, Group
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group
 from patcher_pl.reports.results import Curve, Sample, average
 from patcher_pl.reports.statistics import BreakCost, NotComparable, PairedComparison
-from patcher_pl.reports.tables import text_table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from patcher_pl.reports.tables import rows_of, text_table
 
 _ARROW = " \N{RIGHTWARDS ARROW} "
 
@@ -19,11 +16,11 @@ class Captioned(NamedTuple):
     """A table of text: what it shows, its cells, and how many leading columns hold names."""
 
     caption: str
-    cells: "pd.DataFrame"
+    cells: Frame
     num_names: int = 2
 
 
-def break_table(frame: "pd.DataFrame") -> Captioned:
+def break_table(frame: Frame) -> Captioned:
     """What it takes to break each defense, in steps, tokens and FLOPs."""
     axes: list[CostAxis] = [axis for axis in COST_AXES if frame[f"{axis}_to_break"].notna().any()]
     header = ["attack", "defense", "seeds broken", *(f"median {COST_AXES[axis]}" for axis in axes)]
@@ -34,7 +31,7 @@ def break_table(frame: "pd.DataFrame") -> Captioned:
         "there could be, are over log2(1 + steps) and over steps.",
         text_table(
             [*header, "mean steps", "area (log steps)", "area (steps)"],
-            [_break_row(row, axes) for row in frame.itertuples()],
+            [_break_row(row, axes) for row in rows_of(frame)],
         ),
     )
 
@@ -77,14 +74,14 @@ def incomparable_table(rows: Sequence[PairedComparison | NotComparable]) -> Capt
     return Captioned(caption, text_table(header, refused), 4) if refused else None
 
 
-def judge_table(frame: "pd.DataFrame") -> Captioned:
+def judge_table(frame: Frame) -> Captioned:
     """How far the judges' verdicts can be relied on."""
     has_second, has_kappa = (_is_known(frame, name) for name in ("second_asr", "judge_agreement"))
     header = ["attack", "defense", "answers", "without a verdict", "ASR at the end"]
     header += ["ASR, second judge"] if has_second else []
     header += ["agreement (kappa)"] if has_kappa else []
     rows = []
-    for row in frame.itertuples():
+    for row in rows_of(frame):
         curves: Sequence[Curve] = row.group.curves
         answers = sum(
             (curve.num_prompts + curve.num_benign_prompts) * len(curve.attack_steps)
@@ -104,7 +101,7 @@ def judge_table(frame: "pd.DataFrame") -> Captioned:
     )
 
 
-def utility_table(frame: "pd.DataFrame") -> Captioned:
+def utility_table(frame: Frame) -> Captioned:
     """What the model is good for, before and after each attack."""
     titles = {
         "benign_accuracy": "benign accuracy",
@@ -131,7 +128,7 @@ def utility_table(frame: "pd.DataFrame") -> Captioned:
     )
 
 
-def failure_table(frame: "pd.DataFrame", curves: Sequence[Curve]) -> Captioned | None:
+def failure_table(frame: Frame, curves: Sequence[Curve]) -> Captioned | None:
     """Attacks that stopped early; None where none did."""
     labels = {id(curve): group.label for group in frame["group"] for curve in group.curves}
     failed = [
@@ -194,11 +191,11 @@ def _change(series: Sequence[Sequence[float | None]], form: str = ".2f") -> str:
     return span([number(before, form), number(average(map(_last, series)), form)], _ARROW)
 
 
-def _curves(frame: "pd.DataFrame") -> list[Curve]:
+def _curves(frame: Frame) -> list[Curve]:
     return [curve for group in frame["group"] for curve in group.curves]
 
 
-def _is_known(frame: "pd.DataFrame", name: str) -> bool:
+def _is_known(frame: Frame, name: str) -> bool:
     return any(value is not None for curve in _curves(frame) for value in getattr(curve, name))
 
 

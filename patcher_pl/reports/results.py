@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from patcher_pl.errors import DataError
 from patcher_pl.files import write_json
@@ -14,24 +14,6 @@ from patcher_pl.files import write_json
 SCHEMA_VERSION = 2
 
 _NEVER_EMPTY = ("asr", "benign_accuracy")
-_RATES = (
-    "asr",
-    "benign_accuracy",
-    "asr_low",
-    "asr_high",
-    "coherent",
-    "repetition",
-    "second_asr",
-)
-_PER_MEASUREMENT = (
-    *_RATES,
-    "judge_errors",
-    "attack_tokens",
-    "attack_flops",
-    "scores",
-    "collapsed",
-    "judge_agreement",
-)
 
 CurveKey = tuple[str, int | None, int | None, str, int]
 """Defense, k1, train seed, attack and seed: what tells one curve of a run from another."""
@@ -241,13 +223,17 @@ def _check_lists(entries: dict[str, Any]) -> None:
     steps = entries["attack_steps"]
     if list(steps) != sorted(steps):
         raise ValueError(f"attack_steps must ascend, got {steps}")
-    lists = {name: entries[name] for name in _PER_MEASUREMENT if name in entries}
+    kinds = {entry.name: entry.type for entry in fields(Curve) if entry.name in entries}
+    lists = {name: entries[name] for name, kind in kinds.items() if get_origin(kind) is list}
+    del lists["attack_steps"]
+    lists.pop("samples", None)
     lists |= {f"utility.{name}": values for name, values in entries.get("utility", {}).items()}
     for name, values in lists.items():
         if len(values) != len(steps) and (values or name in _NEVER_EMPTY):
             raise ValueError(f"{name} has {len(values)} entries, attack_steps {len(steps)}")
-    for name in _RATES:
-        if name in entries:
+    for name, kind in kinds.items():
+        # Kappa is below 0 where judges agree less than by chance.
+        if kind == list[float | None] and name != "judge_agreement":
             entries[name] = [None if rate is None else finite(rate) for rate in entries[name]]
             for rate in entries[name]:
                 if rate is not None and not 0 <= rate <= 1:

@@ -1,14 +1,13 @@
 """Tables of curves, and the formats of any table: the terminal, Markdown, LaTeX and CSV."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patcher_pl.reports.formats import MISSING, Mark, explained, number, signs, span
-from patcher_pl.reports.grouping import Group, group_curves, measurements
+from patcher_pl.reports.grouping import Frame, Group, group_curves, measurements
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.table import Table
 
 # More columns of figures do not fit 80 characters.
@@ -21,29 +20,34 @@ _LONGEST_NAME = 24
 _SIGNED: tuple[Mark, ...] = ("collapsed", "untrusted")
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> "pd.DataFrame":
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Frame:
     """A table of finished cells, for any of the formats below; names of columns may repeat."""
     import pandas as pd
 
     return pd.DataFrame(list(rows), columns=pd.Index(header, dtype=object), dtype=object)
 
 
-def markdown_table(table: "pd.DataFrame", num_names: int = 1) -> str:
+def rows_of(table: Frame) -> list[Any]:
+    """The rows as named tuples."""
+    return list(table.itertuples(index=False))
+
+
+def markdown_table(table: Frame, num_names: int = 1) -> str:
     """The table in Markdown; the first `num_names` columns hold names, not figures."""
     rule = [*["---"] * num_names, *["---:"] * (len(table.columns) - num_names)]
-    rows = [list(table.columns), rule, *table.itertuples(index=False, name=None)]
+    rows = [list(table.columns), rule, *rows_of(table)]
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
-def csv_table(table: "pd.DataFrame") -> str:
+def csv_table(table: Frame) -> str:
     """The table for other programs; unknown values are empty."""
     return table.to_csv(index=False, lineterminator="\n")
 
 
 def rich_table(
     title: str | None,
-    table: "pd.DataFrame",
+    table: Frame,
     num_names: int = 1,
     *,
     notes: Sequence[str] = (),
@@ -59,7 +63,7 @@ def rich_table(
             shown.add_column(Text(name), overflow="fold", no_wrap=no_wrap)
         else:
             shown.add_column(Text(name), overflow="fold", justify="right")
-    for row in table.itertuples(index=False):
+    for row in rows_of(table):
         shown.add_row(*map(Text, row))
     return shown
 

@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING
 
 from patcher_pl.reports.drawing import GREY, Styles, clear, legend, panels, plain_text
+from patcher_pl.reports.grouping import Frame
+from patcher_pl.reports.tables import rows_of
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
-def tradeoff_figure(standings: "pd.DataFrame", styles: Styles) -> "Figure | None":
+def tradeoff_figure(standings: Frame, styles: Styles) -> "Figure | None":
     """Draws robustness against benign accuracy, one marker per defense; None where neither is known.
 
     Left, the severest attack's success rate with its 95 % interval; right, the area under the curve,
@@ -20,7 +21,7 @@ def tradeoff_figure(standings: "pd.DataFrame", styles: Styles) -> "Figure | None
     if shown.empty:
         return None
     figure, axes = panels(1, 2, (9.6, 3.8), sharex=True)
-    for row in shown.itertuples():
+    for row in rows_of(shown):
         style = {**styles[row.label], "linestyle": "none", "markersize": 9, "clip_on": False}
         style["label"] = plain_text(row.label)
         if {"collapsed", "untrusted"} & set(row.marks):
@@ -35,7 +36,7 @@ def tradeoff_figure(standings: "pd.DataFrame", styles: Styles) -> "Figure | None
             )
         if row.mean_area is not None:
             axes[1].plot([row.benign_accuracy], [row.mean_area], **style)
-    lowest = shown["benign_accuracy"].min()
+    lowest = float(shown["benign_accuracy"].min())
     margin = max(0.02, 0.08 * (1 - lowest))
     for axis, name in zip(
         axes, ("ASR under the severest attack", "Area under the ASR curve, mean"), strict=True

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from patcher_pl.reports.grouping import CostAxis, Group
 from patcher_pl.reports.results import Curve
@@ -83,9 +83,9 @@ class BreakCost:
 def asr_at(group: Group, steps: int) -> Estimate | None:
     """Attack success rate after `steps`; None where nothing was scored there."""
     curves = [curve for curve in group.curves if curve.at(steps) is not None]
-    if not curves:
+    rates: list[float] = [curve.at(steps) for curve in curves]
+    if not rates:
         return None
-    rates = [curve.asr[curve.attack_steps.index(steps)] for curve in curves]
     value, success = float(np.mean(rates)), successes(curves, steps)
     num_prompts = _num_prompts(curves, success)
     exceptions = None if success is None else _num_exceptions(success)
@@ -133,12 +133,13 @@ def asr_area(group: Group, scale: Scale = "log") -> Estimate | None:
         return None
     curves, known = zip(*pairs, strict=True)
     tables = [successes(curves, measured) for measured in steps]
-    interval, basis = _resampled(
-        curves,
-        known,
-        tables,
-        lambda replicates: mean_over_attack(*_complete(steps, replicates), scale),
-    )
+
+    def area_of(rates: Float[np.ndarray, "time resample"]) -> Float[np.ndarray, " resample"]:
+        # A replicate may have drawn only answers without a verdict.
+        complete = np.isfinite(rates).all(axis=1)
+        return mean_over_attack(np.asarray(steps)[complete], rates[complete], scale)
+
+    interval, basis = _resampled(curves, known, tables, area_of)
     if interval is None or interval[0] == interval[1]:
         interval, basis = None, "none"
     num_prompts = _num_prompts(curves, tables[0])
@@ -247,22 +248,14 @@ def _estimate(
 
 
 def mean_over_attack(
-    attack_steps: Sequence[int], rates: Float[np.ndarray, "time ..."], scale: Scale = "log"
+    attack_steps: Sequence[int] | Int[np.ndarray, " time"],
+    rates: Float[np.ndarray, "time ..."],
+    scale: Scale = "log",
 ) -> Float[np.ndarray, "..."]:
     """`area_under_asr` of many curves at once; NaN where a rate is missing."""
     steps = np.asarray(attack_steps, dtype=float)
     places = np.log2(1 + steps) if scale == "log" else steps
     return np.trapezoid(rates, places, axis=0) / (places[-1] - places[0])
-
-
-def _complete(
-    attack_steps: Sequence[int], rates: Float[np.ndarray, "time row"]
-) -> tuple[Sequence[int], Float[np.ndarray, "known row"]]:
-    """Measurements that every row has a rate of."""
-    known = np.isfinite(rates).all(axis=1)
-    return [steps for steps, is_known in zip(attack_steps, known, strict=True) if is_known], rates[
-        known
-    ]
 
 
 def _num_prompts(curves: Sequence[Curve], success: _Success | None) -> int:
