@@ -27,7 +27,7 @@ from patcher_pl.losses import causal_lm_loss
 from patcher_pl.memory import peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.optim.clipping import inner_product
-from patcher_pl.reports.ablation import Comparison
+from patcher_pl.reports.ablation import EstimatorComparison
 from patcher_pl.threads import cpu_threads
 from patcher_pl.types import Batch, move_batch
 
@@ -45,7 +45,7 @@ _NUM_TIMED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement(Job[Comparison]):
+class Measurement(Job[EstimatorComparison]):
     """One estimate on one attack, to be held against the exact one.
 
     Args:
@@ -58,7 +58,7 @@ class Measurement(Job[Comparison]):
         num_threads: CPU threads of torch (count, >= 1).
     """
 
-    row: Comparison
+    row: EstimatorComparison
     estimator: Hypergradient
     language_model: LanguageModel
     inner: InnerProblem
@@ -101,13 +101,13 @@ class Measurement(Job[Comparison]):
     def fail(self, reason: str) -> None:
         self.write(asdict(replace(self.row, error=reason)))
 
-    def parse(self, content: Mapping[str, Any]) -> Comparison:
-        return Comparison(**content)
+    def parse(self, content: Mapping[str, Any]) -> EstimatorComparison:
+        return EstimatorComparison(**content)
 
     def modules(self) -> list[str]:
         return [*_MODULES, self.language_model.module_name()]
 
-    def _measured(self, device: torch.device) -> Comparison:
+    def _measured(self, device: torch.device) -> EstimatorComparison:
         torch.manual_seed(self.row.seed)
         model: Any = self.language_model.load_model()
         model = model.to(device).train()
@@ -143,8 +143,12 @@ class Measurement(Job[Comparison]):
         return [exact[name] for name in weights.names]
 
     def _tried(
-        self, row: Comparison, model: nn.Module, weights: Weights, estimate: HypergradientEstimate
-    ) -> Comparison:
+        self,
+        row: EstimatorComparison,
+        model: nn.Module,
+        weights: Weights,
+        estimate: HypergradientEstimate,
+    ) -> EstimatorComparison:
         """Steps down along the estimate, attacks again, and sees what became of the outer loss."""
         assert self.trial_step is not None
         norm = float(weights.shards.norm(estimate.gradients))
@@ -171,7 +175,9 @@ def _time_gradient(
     return clock.elapsed_s() / estimate.gradient_evaluations
 
 
-def _compared(row: Comparison, estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Comparison:
+def _compared(
+    row: EstimatorComparison, estimate: Sequence[Tensor], exact: Sequence[Tensor]
+) -> EstimatorComparison:
     norm, exact_norm = _norm(estimate), _norm(exact)
     difference = [one - other for one, other in zip(estimate, exact, strict=True)]
     if not exact_norm:

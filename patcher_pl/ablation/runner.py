@@ -6,7 +6,7 @@ from pathlib import Path
 from patcher_pl.ablation.grid import ComparisonGrid
 from patcher_pl.ablation.subject import Subject
 from patcher_pl.jobs import Engine, run_missing
-from patcher_pl.reports.ablation import Comparison
+from patcher_pl.reports.ablation import EstimatorComparison
 from patcher_pl.reports.settings import as_settings, fingerprint, weight_files
 
 
@@ -18,7 +18,7 @@ def compare_estimators(
     *,
     engine: Engine,
     device: str,
-) -> list[Comparison]:
+) -> list[EstimatorComparison]:
     """Measures what is not measured yet below `directory`, and returns every row of the grid.
 
     The exact hypergradients come first, then everything that is compared with them. An estimate that
@@ -44,7 +44,7 @@ def compare_estimators(
     settings = {"subject": subject, "weights": weights, "device": device}
     drawn = {seed: subject.draw(seed, max(grid.num_steps)) for seed in seeds}
     planned = [
-        Comparison(estimator=name, optimizer=optimizer, num_steps=num_steps, seed=seed)
+        EstimatorComparison(estimator=name, optimizer=optimizer, num_steps=num_steps, seed=seed)
         for optimizer in grid.optimizers
         for num_steps in grid.num_steps
         for seed in seeds
@@ -54,7 +54,7 @@ def compare_estimators(
     estimators = {REFERENCE: grid.reference, **grid.estimators}
     num_threads = engine.num_threads(len(planned))
 
-    def job(row: Comparison) -> Measurement:
+    def job(row: EstimatorComparison) -> Measurement:
         optimizer, estimator = grid.optimizers[row.optimizer], estimators[row.estimator]
         own = {"optimizer": optimizer, "reference": grid.reference, "estimator": estimator}
         folder = directory / row.optimizer / f"k-{row.num_steps}" / f"seed-{row.seed}"

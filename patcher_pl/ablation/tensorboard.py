@@ -6,8 +6,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from patcher_pl.reports.ablation import Ablation, Comparison, average
+from patcher_pl.reports.ablation import Ablation, EstimatorComparison
 from patcher_pl.reports.ablation_figures import ablation_figures
+from patcher_pl.reports.results import average
 
 _SCALARS = (
     "cosine",
@@ -55,7 +56,7 @@ def _add_hparams(writer: SummaryWriter, chosen: dict[str, Any], metrics: dict[st
         writer.add_scalar(name, value)
 
 
-def _means(rows: list[Comparison]) -> dict[str, float]:
+def _means(rows: list[EstimatorComparison]) -> dict[str, float]:
     means = {name: average(getattr(row, name) for row in rows) for name in _SCALARS}
     return {name: value for name, value in means.items() if value is not None}
 

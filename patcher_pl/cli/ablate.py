@@ -13,7 +13,7 @@ from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import ConfigFile, Engine, Fit, choose_engine, run_fits
 from patcher_pl.reports.ablation import Ablation, comparison_table, hardened_table
 from patcher_pl.reports.ablation_figures import ablation_figures
-from patcher_pl.reports.curves import save_figure
+from patcher_pl.reports.drawing import save_figure
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.settings import as_settings
 from patcher_pl.reports.tables import rich_table

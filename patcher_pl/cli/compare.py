@@ -11,10 +11,10 @@ from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import ConfigFile, Engine, RunDirectory, run_fits
 from patcher_pl.reports.command import run_report
 from patcher_pl.reports.comparison import (
-    Comparison,
+    DefenseComparison,
     comparison_notes,
-    comparison_rows,
-    trial_rows,
+    defense_table,
+    trial_table,
 )
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Curve, Results
@@ -32,7 +32,7 @@ def run_compare(
     options: dict[str, Any] | None = None,
     num_processes: int | None = None,
     engine: Engine | None = None,
-) -> Comparison:
+) -> DefenseComparison:
     """Trains defenses at an equal budget after an equal search, and attacks all of them alike.
 
     Every run of `fit` ends with the first step at which it has spent `max_gradient_evaluations`.
@@ -84,7 +84,7 @@ def run_compare(
     trials = rated(selection, searched)
     settings = {"defenses": defenses, "redteam": redteam, "selection": selection, "seeds": seeds}
     settings |= {"max_gradient_evaluations": max_gradient_evaluations, "options": options}
-    comparison = Comparison(
+    comparison = DefenseComparison(
         trials=trials, costs={}, environment=environment(), settings=as_settings(settings)
     )
     comparison.save(run_dir, [])
@@ -106,9 +106,9 @@ def run_compare(
     return comparison
 
 
-def _write_report(comparison: Comparison, curves: list[Curve], run_dir: Path) -> None:
+def _write_report(comparison: DefenseComparison, curves: list[Curve], run_dir: Path) -> None:
     console = wide_console(180)
-    console.print(rich_table("Search of settings", trial_rows(comparison.trials)))
+    console.print(rich_table("Search of settings", trial_table(comparison.trials)))
     for trial in comparison.trials:
         if trial.error is not None:
             said = f"{trial.defense}, trial {trial.number}: {trial.error}"
@@ -120,6 +120,6 @@ def _write_report(comparison: Comparison, curves: list[Curve], run_dir: Path) ->
         results
     )
     write_reports(curves, run_dir, title="Fine-tuning attacks")
-    console.print(rich_table("Comparison", comparison_rows(curves, comparison.costs)))
+    console.print(rich_table("Comparison", defense_table(curves, comparison.costs)))
     console.print("\n".join(comparison_notes(curves)), highlight=False)
     run_report([results], out=run_dir / "report.html", title="Defenses on equal terms")

@@ -34,7 +34,8 @@ def wide_console(width: int) -> "Console":
 def write_reports(curves: "Sequence[Curve]", run_dir: Path, title: str) -> None:
     """Writes `results.csv`, `asr.png` and `asr.svg` into `run_dir` and prints the table."""
     from patcher_pl.files import write_text
-    from patcher_pl.reports.curves import asr_figure, save_figure
+    from patcher_pl.reports.curves import asr_figure
+    from patcher_pl.reports.drawing import save_figure
     from patcher_pl.reports.tables import to_csv, to_rich
 
     write_text(run_dir / "results.csv", to_csv(curves))

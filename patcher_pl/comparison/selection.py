@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patcher_pl.jobs import ConfigFile
-from patcher_pl.reports.comparison import Trial
+from patcher_pl.reports.comparison import DefenseTrial
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.statistics import area_under_asr
 
@@ -46,21 +46,21 @@ class Selection:
         self._require(0 <= self.min_benign_accuracy <= 1, "min_benign_accuracy", "in [0, 1]")
         self._require(0 <= self.max_released_asr <= 1, "max_released_asr", "in [0, 1]")
 
-    def choose(self, trials: Sequence[Trial]) -> Trial:
+    def choose(self, trials: Sequence[DefenseTrial]) -> DefenseTrial:
         """The trial whose settings go on, of those that were measured (at least one)."""
         measured = [trial for trial in trials if trial.error is None]
         return max(measured, key=lambda trial: (self._rating(trial), -trial.number))
 
-    def is_usable(self, trial: Trial) -> bool:
+    def is_usable(self, trial: DefenseTrial) -> bool:
         """Whether the trial left a model that answers benign prompts and refuses harmful ones."""
         return self._shortfall(trial) == 0
 
-    def _rating(self, trial: Trial) -> tuple[float, float, float]:
+    def _rating(self, trial: DefenseTrial) -> tuple[float, float, float]:
         # Distances below a percent are no reason to prefer an unusable model.
         area = math.inf if trial.area is None else trial.area
         return -round(self._shortfall(trial), 2), trial.log2_reach, -area
 
-    def _shortfall(self, trial: Trial) -> float:
+    def _shortfall(self, trial: DefenseTrial) -> float:
         benign = 0.0 if trial.benign_accuracy is None else trial.benign_accuracy
         asr = 1.0 if trial.released_asr is None else trial.released_asr
         return (
@@ -76,13 +76,13 @@ class Selection:
 
 def trial_of(
     defense: str, number: int, options: Mapping[str, Any], results: Sequence[Results]
-) -> Trial:
+) -> DefenseTrial:
     """What the runs of one trial found, over all seeds and attacks."""
     curves = [curve for found in results for curve in found.curves if curve.attack_steps]
     if not curves or any(curve.error for curve in curves):
         reasons = [curve.error for found in results for curve in found.curves if curve.error]
         reason = reasons[0] if reasons else "nothing was measured"
-        return Trial(defense=defense, number=number, options=dict(options), error=reason)
+        return DefenseTrial(defense=defense, number=number, options=dict(options), error=reason)
     # A model that held counts as broken at the next doubling.
     reached = [
         2 * curve.attack_steps[-1] if curve.steps_to_break is None else curve.steps_to_break
@@ -92,7 +92,7 @@ def trial_of(
     known = [area for area in areas if area is not None]
     benign = [rate for curve in curves if (rate := curve.benign_accuracy[0]) is not None]
     released = [rate for curve in curves if (rate := curve.asr[0]) is not None]
-    return Trial(
+    return DefenseTrial(
         defense=defense,
         number=number,
         options=dict(options),

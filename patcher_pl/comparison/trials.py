@@ -10,7 +10,7 @@ from patcher_pl.comparison.contender import Contender
 from patcher_pl.comparison.selection import Selection, trial_of
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import Fit
-from patcher_pl.reports.comparison import Cost, Trial
+from patcher_pl.reports.comparison import DefenseTrial, TrainingCost
 from patcher_pl.reports.results import Curve
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,16 @@ class PlannedTrial:
     options: Mapping[str, Any]
     fits: Sequence[Fit]
 
-    def outcome(self, defense: str) -> Trial:
+    def outcome(self, defense: str) -> DefenseTrial:
         """What its runs found, or which of them failed."""
         if all(fit.is_done for fit in self.fits):
             results = [fit.results for fit in self.fits]
             return trial_of(defense, self.number, self.options, results)
         logs = ", ".join(str(fit.log) for fit in self.fits if not fit.is_done)
         error = f"`fit` failed; see {logs}"
-        return Trial(defense=defense, number=self.number, options=dict(self.options), error=error)
+        return DefenseTrial(
+            defense=defense, number=self.number, options=dict(self.options), error=error
+        )
 
 
 def plan_trials(
@@ -74,7 +76,9 @@ def plan_trials(
     return planned
 
 
-def rated(selection: Selection, searched: Mapping[str, Sequence[PlannedTrial]]) -> list[Trial]:
+def rated(
+    selection: Selection, searched: Mapping[str, Sequence[PlannedTrial]]
+) -> list[DefenseTrial]:
     """Every trial with what it found, the best of each defense chosen."""
     trials = []
     for name, planned in searched.items():
@@ -86,7 +90,7 @@ def rated(selection: Selection, searched: Mapping[str, Sequence[PlannedTrial]]) 
 
 def choices(
     selection: Selection,
-    trials: Sequence[Trial],
+    trials: Sequence[DefenseTrial],
     searched: Mapping[str, Sequence[PlannedTrial]],
 ) -> dict[str, dict[str, Any]]:
     """The options that each defense goes on with.
@@ -107,11 +111,11 @@ def choices(
     return {name: trial.options for name, trial in chosen.items()}
 
 
-def costs(models: Models) -> dict[str, list[Cost]]:
+def costs(models: Models) -> dict[str, list[TrainingCost]]:
     """What training the compared models took, by defense."""
     return {
         name: [
-            Cost(
+            TrainingCost(
                 gradient_evaluations=fit.results.settings["gradient_evaluations"],
                 num_steps=fit.results.settings["num_steps"],
             )

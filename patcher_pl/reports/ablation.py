@@ -1,21 +1,31 @@
 """What an ablation of hypergradient estimators found: `ablation.json` and its tables."""
 
-import csv
-import io
-import statistics
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from patcher_pl.files import write_json, write_text
-from patcher_pl.reports.tables import markdown_table
+from patcher_pl.reports.formats import break_span, number
+from patcher_pl.reports.grouping import Frame
+from patcher_pl.reports.results import average
+from patcher_pl.reports.tables import csv_table, markdown_table, text_table
 
 SCHEMA_VERSION = 1
+# Figures of the table at the longest attack, and how they are written.
+_AT_LONGEST = {
+    "relative_error": ".2g",
+    "predicted_change": "+.3f",
+    "actual_change": "+.3f",
+    "gradients_per_step": ".1f",
+    "time_in_attacks": ".1f",
+    "memory_mib": ".0f",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class EstimatorComparison:
     """One estimate of one hypergradient, against the exact one.
 
     Args:
@@ -93,7 +103,7 @@ class Ablation:
         schema_version: Version of this layout.
     """
 
-    comparisons: list[Comparison]
+    comparisons: list[EstimatorComparison]
     hardened: list[Hardened]
     environment: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -102,30 +112,38 @@ class Ablation:
     def save(self, run_dir: Path) -> None:
         """Writes `ablation.json`, `comparisons.csv`, `hardened.csv` and `tables.md`, each atomically."""
         write_json(run_dir / "ablation.json", asdict(self))
-        write_text(run_dir / "comparisons.csv", _csv(Comparison, self.comparisons))
-        write_text(run_dir / "hardened.csv", _csv(Hardened, self.hardened))
+        for name, kind, rows in (
+            ("comparisons", EstimatorComparison, self.comparisons),
+            ("hardened", Hardened, self.hardened),
+        ):
+            write_text(run_dir / f"{name}.csv", csv_table(frame_of(kind, rows)))
         tables = [comparison_table(self.comparisons), hardened_table(self.hardened)]
-        shown = [markdown_table(table, num_names=2) for table in tables if len(table) > 1]
+        shown = [markdown_table(table, num_names=2) for table in tables if len(table)]
         write_text(run_dir / "tables.md", "\n".join(shown))
 
 
-def average(values: Iterable[float | None]) -> float | None:
-    """The mean of the known values; None where none is known."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+def frame_of(kind: type, rows: Sequence[Any]) -> Frame:
+    """One line per row (a dataclass), one column per field; unknown values are None."""
+    import pandas as pd
+
+    columns = pd.Index([entry.name for entry in fields(kind)])
+    return pd.DataFrame([asdict(row) for row in rows], columns=columns, dtype=object)
 
 
-def break_points(rows: Sequence[Hardened]) -> str:
-    """When models broke, over seeds: `80`, `40 to 80`, `> 320` where one never did."""
-    reached = sorted((_reach(row), row.steps_to_break is None) for row in rows)
-    shown = [f"> {steps}" if held else str(steps) for steps, held in reached]
-    if not shown:
-        return "-"
-    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
+def measured(comparisons: Sequence[EstimatorComparison]) -> Frame:
+    """Those that gave an estimate, with `gradients_per_step` and `relative_change`, as numbers."""
+    found = frame_of(EstimatorComparison, comparisons).infer_objects()
+    found = found[found["error"].isna()]
+    return found.assign(
+        gradients_per_step=found["gradient_evaluations"] / found["num_steps"],
+        # Of no loss there is no share.
+        relative_change=found["actual_change"]
+        / found["outer_loss"].where(found["outer_loss"] != 0),
+    )
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    """Header and one row per optimizer and estimator.
+def comparison_table(comparisons: Sequence[EstimatorComparison]) -> Frame:
+    """One row per optimizer and estimator.
 
     The cosine at every K; everything else at the longest K that the estimator was tried at.
     """
@@ -133,78 +151,45 @@ def comparison_table(comparisons: Sequence[Comparison]) -> list[list[str]]:
     header = ["optimizer", "estimator", *(f"cosine, K = {k}" for k in lengths)]
     header += ["at K =", "relative error", "predicted change", "actual change"]
     header += ["gradients per step", "time in attacks", "peak MiB"]
-    table = [header]
-    for optimizer in dict.fromkeys(row.optimizer for row in comparisons):
-        for estimator in dict.fromkeys(row.estimator for row in comparisons):
-            rows = [
-                row
-                for row in comparisons
-                if (row.optimizer, row.estimator) == (optimizer, estimator) and row.error is None
+    groups = dict(list(measured(comparisons).groupby(["optimizer", "estimator"])))
+    optimizers, estimators = (
+        dict.fromkeys(getattr(row, name) for row in comparisons)
+        for name in ("optimizer", "estimator")
+    )
+    table = []
+    for optimizer, estimator in itertools.product(optimizers, estimators):
+        if (rows := groups.get((optimizer, estimator))) is None:
+            continue
+        cosines = rows.groupby("num_steps")["cosine"].agg(average)
+        longest = rows["num_steps"].max()
+        last = rows[rows["num_steps"] == longest]
+        table.append(
+            [
+                *(optimizer, estimator),
+                *(number(cosines.get(length), ".3f") for length in lengths),
+                str(longest),
+                *(number(average(last[name]), form) for name, form in _AT_LONGEST.items()),
             ]
-            if not rows:
-                continue
-            cosines = [
-                _shown(average(row.cosine for row in rows if row.num_steps == k), "{:.3f}")
-                for k in lengths
-            ]
-            longest = max(row.num_steps for row in rows)
-            last = [row for row in rows if row.num_steps == longest]
-            table.append(
-                [
-                    *(optimizer, estimator, *cosines),
-                    str(longest),
-                    _shown(average(row.relative_error for row in last), "{:.2g}"),
-                    _shown(average(row.predicted_change for row in last), "{:+.3f}"),
-                    _shown(average(row.actual_change for row in last), "{:+.3f}"),
-                    _shown(average(_gradients_per_step(row) for row in last), "{:.1f}"),
-                    _shown(average(row.time_in_attacks for row in last), "{:.1f}"),
-                    _shown(average(row.memory_mib for row in last), "{:.0f}"),
-                ]
-            )
-    return table
+        )
+    return text_table(header, table)
 
 
-def hardened_table(hardened: Sequence[Hardened]) -> list[list[str]]:
-    """Header and one row per budget and variant."""
+def hardened_table(hardened: Sequence[Hardened]) -> Frame:
+    """One row per budget, attack and variant."""
     header = ["budget", "variant", "gradient evaluations", "defender steps", "attack"]
-    table = [[*header, "steps to break", "benign accuracy"]]
-    keys = dict.fromkeys((row.budget, row.attack, row.variant) for row in hardened)
-    for budget, attack, variant in sorted(keys, key=lambda key: key[:2]):
-        rows = [
-            row
-            for row in hardened
-            if (row.budget, row.attack, row.variant) == (budget, attack, variant)
-        ]
+    table = []
+    keys = ["budget", "attack", "variant"]
+    groups = frame_of(Hardened, hardened).groupby(keys, sort=False)
+    # Variants stay in their order.
+    for (budget, attack, variant), rows in sorted(groups, key=lambda group: group[0][:2]):
         table.append(
             [
                 *(str(budget), variant),
-                _shown(average(row.gradient_evaluations for row in rows), "{:.0f}"),
-                _shown(average(row.num_steps for row in rows), "{:.0f}"),
+                number(average(rows["gradient_evaluations"]), ".0f"),
+                number(average(rows["num_steps"]), ".0f"),
                 attack,
-                break_points(rows),
-                _shown(average(row.benign_accuracy for row in rows), "{:.2f}"),
+                break_span(zip(rows["steps_to_break"], rows["longest_attack"], strict=True)),
+                number(average(rows["benign_accuracy"])),
             ]
         )
-    return table
-
-
-def _gradients_per_step(row: Comparison) -> float | None:
-    if row.gradient_evaluations is None:
-        return None
-    return row.gradient_evaluations / row.num_steps
-
-
-def _reach(row: Hardened) -> int:
-    return row.longest_attack if row.steps_to_break is None else row.steps_to_break
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _csv(kind: type, rows: Sequence[Any]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [entry.name for entry in fields(kind)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return out.getvalue()
+    return text_table([*header, "steps to break", "benign accuracy"], table)

@@ -1,20 +1,16 @@
 """The figures of an ablation."""
 
-import itertools
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from patcher_pl.reports.ablation import Ablation, Comparison, Hardened
-from patcher_pl.reports.grouping import CONTROL
-from patcher_pl.reports.palette import COLORS, GREY, MARKERS
+from patcher_pl.reports.ablation import Ablation, Hardened, frame_of, measured
+from patcher_pl.reports.drawing import Styles, band_line, clear, legend, name_styles, panels
+from patcher_pl.reports.grouping import Frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Value = Callable[[Comparison], float | None]
 
 
 def ablation_figures(ablation: Ablation) -> dict[str, "Figure"]:
@@ -25,17 +21,15 @@ def ablation_figures(ablation: Ablation) -> dict[str, "Figure"]:
     attack, with an arrow.
     """
     figures = {}
-    rows = [row for row in ablation.comparisons if row.error is None]
-    styles = _styles(dict.fromkeys(row.estimator for row in ablation.comparisons))
-    if rows:
-        compared = [row for row in rows if row.estimator != "exact"]
-        figures["cosine"] = _by_optimizer(
-            compared, lambda row: row.cosine, "Cosine with the exact hypergradient", styles
-        )
-        if any(row.actual_change is not None for row in rows):
-            figures["trial_step"] = _by_optimizer(
-                rows, _relative_change, "Outer loss, relative change by a small step", styles
-            )
+    rows = measured(ablation.comparisons)
+    styles = name_styles(row.estimator for row in ablation.comparisons)
+    if not (compared := rows[rows["estimator"] != "exact"]).empty:
+        label = "Cosine with the exact hypergradient"
+        figures["cosine"] = _by_optimizer(compared, "cosine", label, styles)
+    if rows["actual_change"].notna().any():
+        label = "Outer loss, relative change by a small step"
+        figures["trial_step"] = _by_optimizer(rows, "relative_change", label, styles)
+    if not rows.empty:
         figures["cost"] = _cost(rows, styles)
         figures["memory"] = _memory(rows, styles)
     if ablation.hardened:
@@ -43,96 +37,77 @@ def ablation_figures(ablation: Ablation) -> dict[str, "Figure"]:
     return figures
 
 
-def _relative_change(row: Comparison) -> float | None:
-    if row.actual_change is None or not row.outer_loss:
-        return None
-    return row.actual_change / row.outer_loss
-
-
-def _by_optimizer(
-    rows: Sequence[Comparison], value: Value, label: str, styles: Mapping[str, dict[str, Any]]
-) -> "Figure":
-    optimizers = list(dict.fromkeys(row.optimizer for row in rows))
-    figure, axes = _panels(len(optimizers))
-    for axis, optimizer in zip(axes, optimizers, strict=True):
-        _draw(axis, [row for row in rows if row.optimizer == optimizer], value, styles)
+def _by_optimizer(rows: Frame, value: str, label: str, styles: Styles) -> "Figure":
+    groups = rows.groupby("optimizer", sort=False)
+    figure, axes = _panels(len(groups))
+    for axis, (optimizer, members) in zip(axes, groups, strict=True):
+        _draw(axis, members, value, styles)
         axis.axhline(0, color="black", linewidth=0.8, alpha=0.5)
         axis.set_title(optimizer, fontsize=10)
     axes[0].set_ylabel(label)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
-def _cost(rows: Sequence[Comparison], styles: Mapping[str, dict[str, Any]]) -> "Figure":
-    def counted(row: Comparison) -> float | None:
-        evaluations = row.gradient_evaluations
-        return None if evaluations is None else evaluations / row.num_steps
-
+def _cost(rows: Frame, styles: Styles) -> "Figure":
     figure, axes = _panels(2)
     for axis, value, title in (
-        (axes[0], counted, "counted by matrix products"),
-        (axes[1], lambda row: row.time_in_attacks, "measured time"),
+        (axes[0], "gradients_per_step", "counted by matrix products"),
+        (axes[1], "time_in_attacks", "measured time"),
     ):
         _draw(axis, rows, value, styles)
         axis.set_title(title, fontsize=10)
-        axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter("{x:g}")
+        _by_doublings(axis)
     axes[0].set_ylabel("Attack gradients per attack step")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
-def _memory(rows: Sequence[Comparison], styles: Mapping[str, dict[str, Any]]) -> "Figure":
+def _memory(rows: Frame, styles: Styles) -> "Figure":
     figure, axes = _panels(1)
     # Whatever stays below a MiB is noise of the allocator.
-    _draw(axes[0], rows, lambda row: max(row.memory_mib or 0.0, 1.0), styles)
-    axes[0].set_yscale("log", base=2)
-    axes[0].yaxis.set_major_formatter("{x:g}")
+    shown = rows.assign(memory_mib=rows["memory_mib"].fillna(0.0).clip(lower=1.0))
+    _draw(axes[0], shown, "memory_mib", styles)
+    _by_doublings(axes[0])
     axes[0].set_ylabel("Peak memory above that of the attack (MiB)")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
-def _robustness(rows: Sequence[Hardened]) -> "Figure":
-    attacks = list(dict.fromkeys(row.attack for row in rows))
-    styles = _styles(dict.fromkeys(row.variant for row in rows))
+def _robustness(hardened: Sequence[Hardened]) -> "Figure":
+    rows = frame_of(Hardened, hardened)
+    rows["held"] = rows["steps_to_break"].isna()
+    rows["reach"] = rows["steps_to_break"].fillna(rows["longest_attack"]).astype(int)
+    styles = name_styles(rows["variant"])
+    attacks = rows.groupby("attack", sort=False)
     figure, axes = _panels(len(attacks), width=5.4)
-    for axis, attack in zip(axes, attacks, strict=True):
-        members = [row for row in rows if row.attack == attack]
-        for place, variant in enumerate(dict.fromkeys(row.variant for row in members)):
-            _draw_variant(axis, [row for row in members if row.variant == variant], styles, place)
+    for axis, (attack, members) in zip(axes, attacks, strict=True):
+        for place, (variant, own) in enumerate(members.groupby("variant", sort=False)):
+            _draw_variant(axis, own, {"label": variant, **styles[variant]}, place)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
-        ticks = sorted({reach for row in members if (reach := _reach(row))})
-        axis.set_yticks(ticks, [str(tick) for tick in ticks])
-        budgets = sorted({row.budget for row in members})
-        axis.set_xticks(budgets, [str(budget) for budget in budgets])
+        axis.set_yticks(*_ticks(members["reach"][members["reach"] > 0]))
+        axis.set_xticks(*_ticks(members["budget"]))
         axis.minorticks_off()
         axis.set_xlabel("Training compute (gradient evaluations)")
         if len(attacks) > 1:
             axis.set_title(attack, fontsize=10)
-        _plain(axis)
+        clear(axis)
     axes[0].set_ylabel("Attack steps to break")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
-def _draw_variant(
-    axis: "Axes", rows: Sequence[Hardened], styles: Mapping[str, dict[str, Any]], place: int
-) -> None:
-    budgets = sorted({row.budget for row in rows})
-    groups = [[row for row in rows if row.budget == budget] for budget in budgets]
+def _draw_variant(axis: "Axes", rows: Frame, style: dict[str, Any], place: int) -> None:
     # Side by side within a budget, since many variants break at the same step.
     shift = 2 ** (0.035 * (place - 3))
-    places = [shift * budget for budget in budgets]
-    reached = [[max(_reach(row), 1) for row in group] for group in groups]
-    means = [statistics.geometric_mean(group) for group in reached]
+    reached = rows["reach"].clip(lower=1).groupby(rows["budget"].astype(int))
+    found = reached.agg(mean=statistics.geometric_mean, low="min", high="max")
+    places, means = [shift * budget for budget in found.index], found["mean"]
     # Rounding can put the mean of equal values beside them.
-    below = [max(mean - min(group), 0) for mean, group in zip(means, reached, strict=True)]
-    above = [max(max(group) - mean, 0) for mean, group in zip(means, reached, strict=True)]
-    variant = rows[0].variant
-    axis.errorbar(places, means, yerr=[below, above], label=variant, capsize=2, **styles[variant])
-    held = [any(row.steps_to_break is None for row in group) for group in groups]
+    errors = [(means - found["low"]).clip(lower=0), (found["high"] - means).clip(lower=0)]
+    axis.errorbar(places, means, yerr=errors, capsize=2, **style)
+    held = rows.groupby("budget")["held"].any()
     for at, mean, unbroken in zip(places, means, held, strict=True):
         if unbroken:
             axis.annotate(
@@ -140,83 +115,30 @@ def _draw_variant(
             )
 
 
-def _draw(
-    axis: "Axes", rows: Sequence[Comparison], value: Value, styles: Mapping[str, dict[str, Any]]
-) -> None:
-    estimators = list(dict.fromkeys(row.estimator for row in rows))
-    for place, estimator in enumerate(estimators):
-        members = [row for row in rows if row.estimator == estimator]
-        lengths = sorted({row.num_steps for row in members})
-        groups = [
-            [
-                found
-                for row in members
-                if row.num_steps == length and (found := value(row)) is not None
-            ]
-            or [math.nan]
-            for length in lengths
-        ]
-        axis.plot(
-            lengths,
-            [statistics.fmean(group) for group in groups],
-            label=estimator,
-            # Thinner on top of thicker: lines that coincide can all be seen.
-            linewidth=1.2 + 0.45 * (len(estimators) - 1 - place),
-            markersize=5.5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            **styles[estimator],
-        )
-        lows, highs = [min(group) for group in groups], [max(group) for group in groups]
-        color = styles[estimator]["color"]
-        axis.fill_between(lengths, lows, highs, color=color, alpha=0.1, linewidth=0)
+def _draw(axis: "Axes", rows: Frame, value: str, styles: Styles) -> None:
+    estimators = rows.groupby("estimator", sort=False)
+    for place, (estimator, members) in enumerate(estimators):
+        found = members.groupby("num_steps")[value].agg(mean="mean", low="min", high="max")
+        # Thinner on top of thicker: lines that coincide can all be seen.
+        width = 1.2 + 0.45 * (len(estimators) - 1 - place)
+        named = {"label": estimator, "linewidth": width, **styles[estimator]}
+        band_line(axis, list(found.index), found, fill=0.1, **named)
     axis.set_xscale("log", base=2)
-    ticks = sorted({row.num_steps for row in rows})
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xticks(*_ticks(rows["num_steps"]))
     axis.minorticks_off()
     axis.set_xlabel("Attack steps K")
-    _plain(axis)
+    clear(axis)
 
 
-def _panels(number: int, width: float = 4.0) -> tuple["Figure", Sequence["Axes"]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.2 + width * number, 3.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, number, squeeze=False)[0])
+def _ticks(values: Any) -> tuple[list[int], list[str]]:
+    ticks = sorted(set(values))
+    return ticks, list(map(str, ticks))
 
 
-def _legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
-    entries: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside right upper",
-        frameon=False,
-        fontsize=9,
-    )
+def _by_doublings(axis: "Axes") -> None:
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
-def _plain(axis: "Axes") -> None:
-    axis.grid(color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _styles(names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    colors, markers = itertools.cycle(COLORS), itertools.cycle(MARKERS)
-    return {
-        name: {
-            "color": GREY if name in (CONTROL, "exact") else next(colors),
-            "marker": next(markers),
-        }
-        for name in names
-    }
-
-
-def _reach(row: Hardened) -> int:
-    return row.longest_attack if row.steps_to_break is None else row.steps_to_break
+def _panels(number: int, width: float = 4.0) -> tuple["Figure", list["Axes"]]:
+    return panels(1, number, (2.2 + width * number, 3.9))

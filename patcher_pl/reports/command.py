@@ -33,8 +33,9 @@ def run_report(
         ConfigError: If an option has a value that does not fit.
         DataError: If a directory has no results, or a file cannot be used.
     """
-    from patcher_pl.reports.overview import Overview
-    from patcher_pl.reports.overview_tables import (
+    from patcher_pl.reports.grouping import labels
+    from patcher_pl.reports.overview import (
+        overview,
         overview_csv,
         overview_latex,
         overview_markdown,
@@ -54,23 +55,25 @@ def run_report(
             f"{', '.join(str(run.path) for run in runs)}: no attack has been run yet. "
             "Let the run finish its first attack."
         )
-    overview = Overview(tuple(curves))
-    known = {name.lower() for group in overview.groups for name in (group.defense, group.label)}
+    frame = overview(curves)
+    groups = list(frame["group"])
+    known = {name.lower() for group in groups for name in (group.defense, group.label)}
     if baseline is not None and baseline.lower() not in known:
         raise ConfigError(
             f"--baseline must be a defense of these runs, got {baseline!r}. "
-            f"There are: {', '.join(overview.defenses)}."
+            f"There are: {', '.join(labels(groups))}."
         )
     page = render_page(
-        overview,
+        frame,
+        curves,
         runs,
-        compare_all(overview.groups, baseline),
+        compare_all(groups, baseline),
         title=title,
         notes=notes,
         num_samples=num_samples,
     )
     write_text(out, page)
-    write_text(out.with_suffix(".csv"), overview_csv(overview))
-    write_text(out.with_suffix(".md"), overview_markdown(overview))
-    write_text(out.with_suffix(".tex"), overview_latex(overview))
+    write_text(out.with_suffix(".csv"), overview_csv(frame))
+    write_text(out.with_suffix(".md"), overview_markdown(frame))
+    write_text(out.with_suffix(".tex"), overview_latex(frame))
     print(f"Written to {out}, and the table to {out.stem}.csv, .md and .tex beside it.")

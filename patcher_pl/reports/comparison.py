@@ -1,23 +1,22 @@
 """What a comparison of defenses found: `comparison.json` and its table."""
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from patcher_pl.files import write_json, write_text
-from patcher_pl.reports.grouping import MARKS, MEANINGS, Group, Mark, group_curves
-from patcher_pl.reports.results import Curve
+from patcher_pl.reports.formats import MARKS, MISSING, explained, number, signs, span
+from patcher_pl.reports.grouping import Frame, Group, group_curves
+from patcher_pl.reports.results import Curve, average
 from patcher_pl.reports.statistics import cost_to_break
-from patcher_pl.reports.tables import markdown_table
+from patcher_pl.reports.tables import markdown_table, text_table
 
 SCHEMA_VERSION = 1
-_MISSING = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class DefenseTrial:
     """One point of a defense's space, and what became of it.
 
     Args:
@@ -53,7 +52,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class TrainingCost:
     """What training one model of a defense took.
 
     Args:
@@ -66,7 +65,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class DefenseComparison:
     """Everything that a comparison found out, but for the curves, which are in `results.json`.
 
     Args:
@@ -77,8 +76,8 @@ class Comparison:
         schema_version: Version of this layout.
     """
 
-    trials: list[Trial]
-    costs: dict[str, list[Cost]]
+    trials: list[DefenseTrial]
+    costs: dict[str, list[TrainingCost]]
     environment: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -91,63 +90,62 @@ class Comparison:
         content = {**asdict(self), "median_steps_to_break": median_steps_to_break(curves)}
         write_json(run_dir / "comparison.json", content)
         if curves:
-            table = markdown_table(comparison_rows(curves, self.costs))
+            table = markdown_table(defense_table(curves, self.costs))
             write_text(run_dir / "comparison.md", "\n".join([table, *comparison_notes(curves), ""]))
 
 
-def trial_rows(trials: Sequence[Trial]) -> list[list[str]]:
-    """Header and one row per trial; the chosen one of each defense, and failed ones, are marked."""
+def trial_table(trials: Sequence[DefenseTrial]) -> Frame:
+    """One row per trial; the chosen one of each defense, and failed ones, are marked."""
     header = ["defense", "settings", "breaks at", "area", "ASR at N=0", "benign accuracy", ""]
-    table = [header]
+    rows = []
     for trial in trials:
         options = ", ".join(f"{_short(name)} {value}" for name, value in trial.options.items())
-        if trial.error is not None:
-            table.append([trial.defense, options, *[_MISSING] * 4, "failed"])
-            continue
         reached = ", ".join("held" if n is None else str(n) for n in trial.steps_to_break)
-        figures = [trial.area, trial.released_asr, trial.benign_accuracy]
+        figures = map(number, [trial.area, trial.released_asr, trial.benign_accuracy])
         mark = "chosen" if trial.is_chosen else ""
         mark += MARKS["collapsed"] if trial.is_speechless else ""
-        table.append([trial.defense, options, reached, *map(_rate, figures), mark])
-    return table
+        found = [reached, *figures, mark] if trial.error is None else [*[MISSING] * 4, "failed"]
+        rows.append([trial.defense, options, *found])
+    return text_table(header, rows)
 
 
-def comparison_rows(
-    curves: Sequence[Curve], costs: Mapping[str, Sequence[Cost]]
-) -> list[list[str]]:
-    """Header and one row per defense: utility, cost, and when each attack broke it."""
+def defense_table(curves: Sequence[Curve], costs: Mapping[str, Sequence[TrainingCost]]) -> Frame:
+    """One row per defense: utility, cost, and when each attack broke it."""
     groups = group_curves(curves)
     attacks = list(dict.fromkeys(group.attack for group in groups))
     measures = list(dict.fromkeys(name for curve in curves for name in curve.utility))
     header = ["defense", "gradient evaluations", "defender steps", "ASR at N=0", "benign accuracy"]
     header += [*measures, *(f"{attack}: breaks at" for attack in attacks)]
-    table = [header]
+    rows = []
     for label in dict.fromkeys(group.label for group in groups):
-        own = [group for group in groups if group.label == label]
-        members = [curve for group in own for curve in group.curves if curve.attack_steps]
-        spent = costs.get(own[0].defense, [])
-        row = [label, _span(cost.gradient_evaluations for cost in spent)]
-        row += [_span(cost.num_steps for cost in spent)]
-        row += [_mean([curve.asr[0] for curve in members])]
-        row += [_mean([curve.benign_accuracy[0] for curve in members])]
-        row += [
-            _mean([curve.utility[name][0] for curve in members if curve.utility.get(name)])
+        own = {group.attack: group for group in groups if group.label == label}
+        members = [curve for group in own.values() for curve in group.measured]
+        spent = costs.get(next(iter(own.values())).defense, [])
+        released = [[curve.asr[0] for curve in members]]
+        released += [[curve.benign_accuracy[0] for curve in members]]
+        released += [
+            [curve.utility[name][0] for curve in members if curve.utility.get(name)]
             for name in measures
         ]
-        by_attack = {group.attack: group for group in own}
-        row += [_break(by_attack.get(attack)) for attack in attacks]
-        table.append(row)
-    return table
+        rows.append(
+            [
+                label,
+                span(sorted(cost.gradient_evaluations for cost in spent)),
+                span(sorted(cost.num_steps for cost in spent)),
+                *(number(average(values)) for values in released),
+                *(_break(own.get(attack)) for attack in attacks),
+            ]
+        )
+    return text_table(header, rows)
 
 
 def comparison_notes(curves: Sequence[Curve]) -> list[str]:
     """What the signs in the table mean."""
-    marks: list[Mark] = [mark for group in group_curves(curves) for mark in group.marks]
     lines = [
         "Median number of attack steps that broke the defense, and its range over seeds; the other "
         "figures are means over seeds and attacks before the attack, or ranges over seeds."
     ]
-    return [*lines, *(f"{MARKS[mark]} {MEANINGS[mark]}." for mark in dict.fromkeys(marks))]
+    return [*lines, *explained(mark for group in group_curves(curves) for mark in group.marks)]
 
 
 def median_steps_to_break(curves: Sequence[Curve]) -> dict[str, dict[str, float | None]]:
@@ -155,35 +153,18 @@ def median_steps_to_break(curves: Sequence[Curve]) -> dict[str, dict[str, float 
     medians: dict[str, dict[str, float | None]] = {}
     for group in group_curves(curves):
         cost = cost_to_break(group)
-        medians.setdefault(group.attack, {})[group.label] = None if cost is None else cost.median
+        medians.setdefault(group.attack, {})[group.label] = cost and cost.median
     return medians
 
 
 def _break(group: Group | None) -> str:
-    if group is None:
-        return _MISSING
-    cost = cost_to_break(group)
-    if cost is None:
-        return _MISSING
+    cost = None if group is None else cost_to_break(group)
+    if group is None or cost is None:
+        return MISSING
     median = f"> {cost.horizon:.0f}" if cost.median is None else f"{cost.median:.0f}"
-    span = group.steps_to_break
-    shown = median if span == median else f"{median} ({span})"
-    return " ".join([shown, *(MARKS[mark] for mark in group.marks)])
-
-
-def _span(values: Iterable[int]) -> str:
-    found = sorted(set(values))
-    ends = [str(found[0]), str(found[-1])] if found else [_MISSING]
-    return " to ".join(dict.fromkeys(ends))
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return _rate(statistics.fmean(known) if known else None)
-
-
-def _rate(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.2f}"
+    reached = group.steps_to_break
+    shown = median if reached == median else f"{median} ({reached})"
+    return f"{shown} {signs(group.marks)}".rstrip()
 
 
 def _short(option: str) -> str:

@@ -3,13 +3,18 @@
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patcher_pl.files import write_atomically
-from patcher_pl.reports.costs import COST_NAMES, CostAxis, costs, mean_costs
-from patcher_pl.reports.grouping import Group, Summary, group_curves
-from patcher_pl.reports.line_styles import line_styles, plain_text
+from patcher_pl.reports.drawing import (
+    Styles,
+    band_line,
+    clear,
+    group_styles,
+    legend,
+    panels,
+    plain_text,
+)
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group, group_curves
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
@@ -18,7 +23,6 @@ if TYPE_CHECKING:
 
 Bands = Literal["range", "interval"]
 
-_NOT_SCORED = Summary(math.nan, math.nan, math.nan)
 # Panels in one row; more are wrapped.
 _MOST_IN_A_ROW = 3
 _MOST_COLUMNS = 4
@@ -46,11 +50,11 @@ def asr_figure(
     Returns:
         A figure of its own, outside pyplot: nothing to close, and safe in any thread.
     """
-    groups = group_curves([curve for curve in curves if len(costs(curve, cost)) > 0])
+    groups = group_curves([curve for curve in curves if getattr(curve, f"attack_{cost}")])
     attacks = list(dict.fromkeys(group.attack for group in groups))
     # Of all curves: a defense looks the same against steps and against tokens.
-    styles = line_styles(group_curves(curves))
-    name = COST_NAMES[cost]
+    styles = group_styles(group_curves(curves))
+    name = COST_AXES[cost]
     figure, axes = _panels(max(len(attacks), 1), name[0].upper() + name[1:])
     for axis, attack in itertools.zip_longest(axes, attacks):
         members = [group for group in groups if group.attack == attack]
@@ -65,38 +69,19 @@ def asr_figure(
     return figure
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes the figure atomically, in the format of the suffix (`.png`, `.svg`, `.pdf`).
-
-    Equal figures give equal files: no date is written.
-    """
-    import matplotlib
-
-    kind = path.suffix.removeprefix(".")
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with matplotlib.rc_context({"svg.hashsalt": "patcher_pl"}):
-        write_atomically(
-            path, lambda temporary: figure.savefig(temporary, format=kind, metadata=metadata)
-        )
-
-
 def _panels(count: int, label: str) -> tuple["Figure", list["Axes"]]:
     """A figure with that many panels; those at its left and lower edge have labels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if count <= _MOST_IN_A_ROW:
         columns, rows = count, 1
-        size = (1.6 + 4.6 * columns, 4.2)
+        size, layout = (1.6 + 4.6 * columns, 4.2), "constrained"
     else:
         columns = 3 if count <= 6 or count == 9 else _MOST_COLUMNS
         rows = math.ceil(count / columns)
         size = (0.4 + 3.1 * columns, 0.9 + 2.6 * rows)
-    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06) if rows > 1 else "constrained"
-    figure = Figure(figsize=size, dpi=150, layout=layout)
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+        layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
+    figure, grid = panels(rows, columns, size, layout, sharey=True)
     for unused in grid[count:]:
         figure.delaxes(unused)
     for axis in grid[:count:columns]:
@@ -109,30 +94,15 @@ def _panels(count: int, label: str) -> tuple["Figure", list["Axes"]]:
 def _legend(
     figure: "Figure", axes: Sequence["Axes"], groups: Sequence[Group], bands: Bands
 ) -> None:
-    handles = {label: line for axis in axes for line, label in _legend_entries(axis)}
-    labels = dict.fromkeys(plain_text(group.label) for group in groups)
-    ordered = [name for name in [*labels, _COLLAPSED] if name in handles]
+    names = [*dict.fromkeys(plain_text(group.label) for group in groups), _COLLAPSED]
     is_wrapped = len(axes) > _MOST_IN_A_ROW
+    place: dict[str, Any] = {"loc": "outside upper left", "ncols": 5} if is_wrapped else {}
     note = _seed_note(groups, bands, separator="; " if is_wrapped else ";\n")
-    figure.legend(
-        [handles[name] for name in ordered],
-        ordered,
-        loc="outside upper left" if is_wrapped else "outside right upper",
-        ncols=min(len(ordered), 5) if is_wrapped else 1,
-        frameon=False,
-        fontsize=9,
-        title=note,
-        title_fontsize=8,
-        alignment="left",
-    )
+    legend(figure, axes, names, title=note, title_fontsize=8, alignment="left", **place)
 
 
 def _draw_panel(
-    axis: "Axes",
-    groups: Sequence[Group],
-    styles: dict[str, dict[str, Any]],
-    cost: CostAxis,
-    bands: Bands,
+    axis: "Axes", groups: Sequence[Group], styles: Styles, cost: CostAxis, bands: Bands
 ) -> None:
     thresholds = {curve.threshold for group in groups for curve in group.curves}
     for threshold in sorted(thresholds):
@@ -140,34 +110,27 @@ def _draw_panel(
     thicker, faint = (0.7, 0.15) if len(groups) <= _FEW_LINES else (0.3, 0.08)
     ticks: set[float] = set()
     for place, group in enumerate(groups):
-        places = mean_costs(group, cost)
-        ticks |= set(places.values())
+        costs = group.over_seeds(f"attack_{cost}")["mean"].dropna()
+        ticks |= set(costs)
         # A point where nothing was scored leaves a gap rather than a line that looks measured.
-        rates = [_summary(group, steps, bands) for steps in places]
-        style = styles[group.label]
-        axis.plot(
-            list(places.values()),
-            [rate.mean for rate in rates],
+        rates = _rates(group, bands).loc[costs.index]
+        band_line(
+            axis,
+            list(costs),
+            rates,
+            fill=faint if len(group.curves) > 1 or bands == "interval" else 0,
             label=plain_text(group.label),
             # Thinner on top of thicker: lines that coincide can all be seen.
             linewidth=1.4 + thicker * min(len(groups) - 1 - place, 5),
-            markersize=5.5 if thicker > 0.5 else 4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
             clip_on=False,
             zorder=3,
-            **style,
+            **({} if thicker > 0.5 else {"markersize": 4.5}),
+            **styles[group.label],
         )
-        if len(group.curves) > 1 or bands == "interval":
-            lows, highs = [rate.low for rate in rates], [rate.high for rate in rates]
-            axis.fill_between(
-                list(places.values()), lows, highs, color=style["color"], alpha=faint, linewidth=0
-            )
-        fallen = [steps for steps in places if group.is_collapsed(steps)]
-        if fallen:
+        if fallen := [steps for steps in group.collapsed_steps if steps in costs.index]:
             axis.plot(
-                [places[steps] for steps in fallen],
-                [_summary(group, steps, "range").mean for steps in fallen],
+                list(costs[fallen]),
+                list(rates["mean"][fallen]),
                 label=_COLLAPSED,
                 linestyle="none",
                 marker="x",
@@ -183,21 +146,19 @@ def _draw_panel(
         _scale_steps(axis, sorted(int(tick) for tick in ticks))
     elif ticks:
         _scale_amounts(axis, sorted(ticks))
-    axis.grid(color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    clear(axis)
 
 
-def _summary(group: Group, steps: int, bands: Bands) -> Summary:
-    if bands == "range":
-        return group.asr(steps) or _NOT_SCORED
-    from patcher_pl.reports.statistics import asr_at
+def _rates(group: Group, bands: Bands) -> Frame:
+    """`mean`, `low` and `high` of the attack success rate, by attack steps."""
+    rates = group.over_seeds("asr")
+    if bands == "interval":
+        from patcher_pl.reports.statistics import asr_at
 
-    rate = asr_at(group, steps)
-    if rate is None:
-        return _NOT_SCORED
-    low, high = (math.nan if end is None else end for end in (rate.low, rate.high))
-    return Summary(rate.value, low, high)
+        for steps in rates.index:
+            if (found := asr_at(group, steps)) is not None:
+                rates.loc[steps] = [found.value, found.low, found.high]
+    return rates
 
 
 def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
@@ -261,8 +222,3 @@ def _wrapped(title: str) -> str:
     joints = [place + 1 for place, sign in enumerate(title) if sign in " _-,"]
     joint = min(joints, key=lambda place: abs(place - middle), default=middle)
     return f"{title[:joint]}\n{title[joint:]}"
-
-
-def _legend_entries(axis: "Axes") -> list[tuple[Any, str]]:
-    handles, labels = axis.get_legend_handles_labels()
-    return list(zip(handles, labels, strict=True))

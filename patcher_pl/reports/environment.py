@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = (
+_PACKAGES = [
     "patcher-pl",
     "torch",
     "lightning",
@@ -20,7 +20,7 @@ _PACKAGES = (
     "torchmetrics",
     "jsonargparse",
     "safetensors",
-)
+]
 _SECRET_NAME = re.compile(r"token|secret|passw|api[-_.]?key|credential|auth", re.IGNORECASE)
 # Settings have names of their own, such as `tokenizer`: only a whole word at the end is a secret.
 _SECRET_KEY = re.compile(
@@ -66,7 +66,14 @@ def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            [*describe, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
@@ -115,17 +122,3 @@ def _accelerator() -> str | None:
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return None
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

@@ -1,24 +1,54 @@
 """Curves that differ only in their seeds, brought together for tables and figures."""
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
-from patcher_pl.reports.results import Curve
+from patcher_pl.reports.formats import Mark, break_span
+from patcher_pl.reports.results import Curve, average
 
 CONTROL = "sft"
 
 Verdict = Literal[
     "broken", "held", "collapsed", "untrusted", "stopped early", "nothing scored", "failed"
 ]
-Mark = Literal["collapsed", "untrusted", "stopped early"]
-MARKS: dict[Mark, str] = {"collapsed": "\N{DAGGER}", "untrusted": "?", "stopped early": "!"}
-MEANINGS: dict[Mark, str] = {
-    "collapsed": "the model collapsed during the attack: a low attack success rate is no safety",
-    "untrusted": "too many verdicts of the judge are missing to rely on the figures",
-    "stopped early": "an attack stopped early: its figures end where it did",
+CostAxis = Literal["steps", "tokens", "flops"]
+Frame: TypeAlias = Any
+"""A pandas `DataFrame`. Its own annotations are too vague to check against."""
+# What an attack's length is measured in; `Curve.attack_AXIS` has it.
+COST_AXES: dict[CostAxis, str] = {
+    "steps": "attack steps",
+    "tokens": "training tokens",
+    "flops": "FLOPs",
 }
+COLUMNS = [
+    "defense",
+    "k1",
+    "train_seed",
+    "attack",
+    "seed",
+    "attack_steps",
+    "asr",
+    "asr_low",
+    "asr_high",
+    "benign_accuracy",
+    "coherent",
+    "judge_errors",
+    "attack_tokens",
+    "num_prompts",
+    "num_benign_prompts",
+    "threshold",
+    "steps_to_break",
+    "error",
+    "family",
+    "attack_flops",
+    "second_asr",
+    "judge_agreement",
+    "repetition",
+    "collapsed",
+    "trusted",
+]
 # How the papers write their methods, where a capital first letter is not it.
 _SPELLINGS = {
     "sft": "SFT",
@@ -27,21 +57,6 @@ _SPELLINGS = {
     "repnoise": "RepNoise",
     "t_vaccine": "T-Vaccine",
 }
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One rate over the seeds of a group.
-
-    Args:
-        mean: Mean over the seeds that have it.
-        low: Smallest value.
-        high: Largest value.
-    """
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -73,33 +88,46 @@ class Group:
         return name if self.k1 is None else f"{name}, k1 = {self.k1}"
 
     @property
-    def attack_steps(self) -> list[int]:
-        """All step counts at which any seed was measured, ascending."""
-        return sorted({steps for curve in self.curves for steps in curve.attack_steps})
-
-    def asr(self, steps: int) -> Summary | None:
-        """Attack success rate after `steps`; None where no seed has it."""
-        return _summary([_at(curve, curve.asr, steps) for curve in self.curves])
-
-    def benign_accuracy(self, steps: int) -> Summary | None:
-        """Benign accuracy after `steps`; None where no seed has it."""
-        return _summary([_at(curve, curve.benign_accuracy, steps) for curve in self.curves])
-
-    @property
     def family(self) -> str:
         """Name of the attack without the settings that a grid varies; the attack where unknown."""
         return self.curves[0].family or self.attack
 
-    def is_collapsed(self, steps: int) -> bool:
-        """Whether any seed's model no longer spoke after `steps`."""
-        flags = [_at(curve, curve.collapsed, steps) for curve in self.curves if curve.collapsed]
-        return any(flags)
+    @property
+    def measured(self) -> list[Curve]:
+        """Seeds with any measurement."""
+        return [curve for curve in self.curves if curve.attack_steps]
+
+    @property
+    def attack_steps(self) -> list[int]:
+        """All step counts at which any seed was measured, ascending."""
+        return sorted({steps for curve in self.curves for steps in curve.attack_steps})
+
+    @cached_property
+    def frame(self) -> Frame:
+        """See `measurements`."""
+        return measurements(self.curves)
+
+    def over_seeds(self, name: str) -> Frame:
+        """`mean`, `low` and `high` of a column of `measurements`, by attack steps; NaN for unknown."""
+        values = self.frame[name].astype(float).groupby(self.frame["attack_steps"])
+        return values.agg(mean=average, low="min", high="max")
+
+    @property
+    def collapsed_steps(self) -> list[int]:
+        """Steps after which any seed's model no longer spoke, ascending."""
+        fallen = (
+            steps
+            for curve in self.curves
+            for steps in curve.attack_steps
+            if curve.at(steps, "collapsed")
+        )
+        return sorted(set(fallen))
 
     @property
     def marks(self) -> list[Mark]:
         """What a reader must know before relying on the figures."""
         holds: dict[Mark, bool] = {
-            "collapsed": any(any(curve.collapsed) for curve in self.curves),
+            "collapsed": bool(self.collapsed_steps),
             "untrusted": not all(curve.trusted for curve in self.curves),
             "stopped early": any(curve.error is not None for curve in self.curves),
         }
@@ -111,29 +139,30 @@ class Group:
 
         One broken seed is enough for `broken`: that it broke is known, whatever else is not.
         """
-        measured = [curve for curve in self.curves if curve.attack_steps]
-        if not measured:
+        if not self.measured:
             return "failed"
-        if any(curve.steps_to_break is not None for curve in measured):
+        if any(curve.steps_to_break is not None for curve in self.measured):
             return "broken"
         if self.marks:
             return self.marks[0]
         # The end is what a claim of safety rests on.
-        return "held" if all(curve.asr[-1] is not None for curve in measured) else "nothing scored"
+        is_scored = all(curve.asr[-1] is not None for curve in self.measured)
+        return "held" if is_scored else "nothing scored"
 
     @property
     def steps_to_break(self) -> str:
         """When the defense broke: `80`, `40 to 80` over seeds, `> 160` where it never did."""
-        measured = [curve for curve in self.curves if curve.attack_steps]
-        if not measured:
-            return "-"
-        broken = sorted(
-            curve.steps_to_break for curve in measured if curve.steps_to_break is not None
-        )
-        held = [curve.attack_steps[-1] for curve in measured if curve.steps_to_break is None]
-        first = str(broken[0]) if broken else f"> {min(held)}"
-        last = f"> {max(held)}" if held else str(broken[-1])
-        return first if first == last else f"{first} to {last}"
+        return break_span((curve.steps_to_break, curve.attack_steps[-1]) for curve in self.measured)
+
+    @property
+    def outcome(self) -> str:
+        """What happened, in a few words."""
+        if self.verdict != "broken":
+            return f"held to {self.attack_steps[-1]}" if self.verdict == "held" else self.verdict
+        broken = [curve for curve in self.measured if curve.steps_to_break is not None]
+        shown = f"breaks at {break_span((curve.steps_to_break, 0) for curve in broken)}"
+        is_all = len(broken) == len(self.measured)
+        return shown if is_all else f"{shown} in {len(broken)} of {len(self.measured)} seeds"
 
 
 def group_curves(curves: Sequence[Curve]) -> list[Group]:
@@ -144,24 +173,35 @@ def group_curves(curves: Sequence[Curve]) -> list[Group]:
     groups = [
         Group(defense, k1, attack, tuple(found)) for (attack, defense, k1), found in members.items()
     ]
-    return sorted(groups, key=_order)
+    return sorted(groups, key=lambda group: (group.attack, *_rank(group)))
 
 
-def _order(group: Group) -> tuple[str, bool, str, int]:
-    return group.attack, not group.is_control, group.defense, -1 if group.k1 is None else group.k1
+def labels(groups: Iterable[Group]) -> list[str]:
+    """Names of the defenses: controls first, then by name and k1."""
+    return list(dict.fromkeys(group.label for group in sorted(groups, key=_rank)))
 
 
-_Value = TypeVar("_Value")
+def measurements(curves: Sequence[Curve]) -> Frame:
+    """The tidy frame of curves: one row per curve and measurement, nothing averaged.
+
+    Unknown values are None. A curve that failed before its first measurement has one row.
+    """
+    import pandas as pd
+
+    rows = [
+        [_entry(getattr(curve, name), place) for name in COLUMNS]
+        for curve in curves
+        for place in range(max(len(curve.attack_steps), 1))
+    ]
+    # Objects: counts stay counts where others are unknown.
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS), dtype=object)
 
 
-def _at(curve: Curve, rates: Sequence[_Value], steps: int) -> _Value | None:
-    if steps not in curve.attack_steps:
-        return None
-    return rates[curve.attack_steps.index(steps)]
+def _entry(value: Any, place: int) -> Any:
+    if not isinstance(value, list):
+        return value
+    return value[place] if place < len(value) else None
 
 
-def _summary(rates: Sequence[float | None]) -> Summary | None:
-    known = [rate for rate in rates if rate is not None]
-    if not known:
-        return None
-    return Summary(statistics.fmean(known), min(known), max(known))
+def _rank(group: Group) -> tuple[bool, str, int]:
+    return not group.is_control, group.defense, -1 if group.k1 is None else group.k1

@@ -1,15 +1,12 @@
-"""What a report says of every defense under every attack, before it is drawn in any format."""
+"""Every defense under every attack: one tidy frame, from which all tables of a report come."""
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any
 
-from patcher_pl.reports.costs import CostAxis
-from patcher_pl.reports.grouping import Group, Mark, Verdict, group_curves
-from patcher_pl.reports.results import Curve
+from patcher_pl.reports.formats import MARKS, MISSING, explained, interval, latex, number, signs
+from patcher_pl.reports.grouping import COST_AXES, Frame, Group, group_curves, labels
+from patcher_pl.reports.results import Curve, average
 from patcher_pl.reports.statistics import (
-    BreakCost,
     Estimate,
     asr_area,
     asr_at,
@@ -17,229 +14,229 @@ from patcher_pl.reports.statistics import (
     final_asr,
     worst_asr,
 )
+from patcher_pl.reports.tables import csv_table, markdown_table, rows_of, text_table
+
+_CSV_COLUMNS = [
+    "attack",
+    "family",
+    "defense",
+    "k1",
+    "seeds",
+    "attack_steps",
+    "asr",
+    "asr_low",
+    "asr_high",
+    "interval_over",
+    "peak_asr",
+    "peak_attack_steps",
+    "worst_seed_asr",
+    "area_log_steps",
+    "steps_to_break_median",
+    "tokens_to_break_median",
+    "flops_to_break_median",
+    "seeds_broken",
+    "outcome",
+    "marks",
+    "is_worst",
+]
+# Of the severest attack.
+_PEAK = ["attack", "peak_asr", "peak_asr_low", "peak_asr_high", "peak_attack_steps"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One defense under one attack.
+def overview(curves: Sequence[Curve]) -> Frame:
+    """One row per defense and attack: the columns of the CSV file, and those that tables add.
 
-    Args:
-        group: Its seeds.
-        final: Attack success rate at the last measurement.
-        peak: The largest mean attack success rate of any measurement: attackers stop when they like.
-        peak_steps: Attack steps of that measurement.
-        worst_seed: The largest of any seed at any measurement.
-        area: Area under the curve over log2(1 + steps).
-        num_settings: Attacks of the family that this one is the severest of (count).
-        is_worst: Whether no other attack in the table is severer for this defense.
+    `group` holds the seeds. `peak_...` is the measurement with the largest mean attack success rate
+    (attackers stop when they like), `asr` the last one, `area_...` the area under the curve. Of all
+    attacks on a defense, `is_worst` marks the one with the highest peak, the larger area of equals.
+    Unknown values are None.
     """
+    import pandas as pd
 
-    group: Group
-    final: Estimate | None
-    peak: Estimate | None
-    peak_steps: int | None
-    worst_seed: float | None
-    area: Estimate | None
-    num_settings: int = 1
-    is_worst: bool = False
-
-    @classmethod
-    def of(cls, group: Group) -> "Cell":
-        """Everything that the group's curves tell."""
-        means = {
-            steps: rate.mean
-            for steps in group.attack_steps
-            if (rate := group.asr(steps)) is not None
-        }
-        peak_steps = max(means, key=lambda steps: (means[steps], steps), default=None)
-        return cls(
-            group=group,
-            final=final_asr(group),
-            peak=None if peak_steps is None else asr_at(group, peak_steps),
-            peak_steps=peak_steps,
-            worst_seed=worst_asr(group),
-            area=asr_area(group),
-        )
-
-    @property
-    def severity(self) -> tuple[float, float]:
-        """Orders attacks on one defense: by the peak, then by how soon it comes."""
-        peak = -1.0 if self.peak is None else self.peak.value
-        return peak, -1.0 if self.area is None else self.area.value
-
-    @property
-    def is_past_its_peak(self) -> bool:
-        """Whether the attack had more success before its end than at it."""
-        if self.peak is None or self.final is None:
-            return False
-        return self.peak.value > self.final.value + 0.005
-
-    def cost(self, axis: CostAxis) -> BreakCost | None:
-        """What it took to break the defense, in steps, tokens or FLOPs."""
-        return cost_to_break(self.group, axis)
-
-    @property
-    def outcome(self) -> str:
-        """What happened, in a few words."""
-        verdict, steps = self.group.verdict, self.group.attack_steps
-        if verdict == "broken":
-            measured = [curve for curve in self.group.curves if curve.attack_steps]
-            broken = sorted(
-                curve.steps_to_break for curve in measured if curve.steps_to_break is not None
-            )
-            span = dict.fromkeys([broken[0], broken[-1]])
-            seeds = f" in {len(broken)} of {len(measured)} seeds"
-            shown = f"breaks at {' to '.join(map(str, span))}"
-            return shown if len(broken) == len(measured) else shown + seeds
-        return f"held to {steps[-1]}" if verdict == "held" else verdict
+    # Objects: counts stay counts where others are unknown.
+    frame = pd.DataFrame([_row(group) for group in group_curves(curves)], dtype=object)
+    scored = frame[frame["peak_asr"].astype(float) > 0]
+    frame["is_worst"] = frame.index.isin(severest(scored, ["label"]).index).astype(int)
+    return frame
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One attack, or the severest of each family, against every defense.
+def severest(frame: Frame, by: Sequence[str]) -> Frame:
+    """For every combination of `by`, the row with the highest peak, then the largest area."""
+    keys = frame[["peak_asr", "area_log_steps"]].astype(float).fillna(-1)
+    order = keys.sort_values(list(keys), ascending=False, kind="stable").index
+    return frame.loc[order].drop_duplicates(list(by)).sort_index()
 
-    Args:
-        name: Of the attack or family.
-        cells: One per defense, in their order; None where it was not attacked so.
+
+def matrix(frame: Frame, by: str) -> list[tuple[str, list[Any]]]:
+    """Names of attacks (`by` is `attack`) or their families, each with a cell per defense.
+
+    A cell is the row of the severest such attack, with `num_settings` of how many; None where the
+    defense was not attacked so.
     """
+    sizes = frame.groupby([by, "label"])["attack"].transform("size")
+    found = severest(frame.assign(num_settings=sizes), [by, "label"])
+    cells = {(getattr(row, by), row.label): row for row in rows_of(found)}
+    return [
+        (name, [cells.get((name, label)) for label in labels(frame["group"])])
+        for name in dict.fromkeys(frame[by])
+    ]
 
-    name: str
-    cells: tuple[Cell | None, ...]
+
+def is_past_its_peak(row: Any) -> bool:
+    """Whether an attack had more success before its end than at it."""
+    return None not in (row.peak_asr, row.asr) and row.peak_asr > row.asr + 0.005
 
 
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """How one defense fared under all attacks.
+def has_families(frame: Frame) -> bool:
+    """Whether any family has several attacks."""
+    return frame["family"].nunique() < frame["attack"].nunique()
 
-    Args:
-        label: Of the defense.
-        cells: One per attack.
-        worst: The severest attack; None where nothing was scored.
-        benign_accuracy: Mean before the attacks; None where it was not measured.
-        mean_area: Mean over attacks of the area under the curve; None without one.
+
+def standings(frame: Frame) -> Frame:
+    """One row per defense: how it fared under all attacks.
+
+    The severest attack (`attack`, `peak_...`; None where nothing above 0 was scored), benign
+    accuracy before the attacks, means and extremes over attacks, all marks, and the outcome in one
+    sentence.
     """
+    import pandas as pd
 
-    label: str
-    cells: tuple[Cell, ...]
-    worst: Cell | None
-    benign_accuracy: float | None
-    mean_area: float | None
-
-    def count(self, verdict: Verdict) -> int:
-        """Attacks with this verdict."""
-        return sum(cell.group.verdict == verdict for cell in self.cells)
-
-    @property
-    def marks(self) -> list[Mark]:
-        """What holds for any of its attacks."""
-        return list(dict.fromkeys(mark for cell in self.cells for mark in cell.group.marks))
-
-    @property
-    def first_break(self) -> tuple[int, str] | None:
-        """The fewest attack steps that broke any seed, and the attack; None where it never broke."""
-        found = [
-            (curve.steps_to_break, curve.attack)
-            for cell in self.cells
-            for curve in cell.group.curves
-            if curve.steps_to_break is not None
-        ]
-        return min(found, default=None)
-
-    @property
-    def worst_seed(self) -> float | None:
-        """Largest attack success rate of any attack, seed and measurement."""
-        known = [cell.worst_seed for cell in self.cells if cell.worst_seed is not None]
-        return max(known, default=None)
-
-
-@dataclass(frozen=True)
-class Overview:
-    """Every defense under every attack.
-
-    Args:
-        curves: Of all runs.
-    """
-
-    curves: tuple[Curve, ...]
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """Curves that differ only in their seeds, together."""
-        return group_curves(self.curves)
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """One per group, in their order."""
-        return [Cell.of(group) for group in self.groups]
-
-    @cached_property
-    def defenses(self) -> list[str]:
-        """Labels: controls first, then by name and k1."""
-        labels = {
-            group.label: (not group.is_control, group.defense, group.k1 or -1)
-            for group in self.groups
-        }
-        return sorted(labels, key=lambda label: labels[label])
-
-    @cached_property
-    def attacks(self) -> list[Row]:
-        """One row per attack."""
-        return self._rows([cell.group.attack for cell in self.cells])
-
-    @cached_property
-    def families(self) -> list[Row]:
-        """One row per family of attacks, each cell the severest of its settings."""
-        return self._rows([cell.group.family for cell in self.cells])
-
-    @property
-    def has_families(self) -> bool:
-        """Whether any family has several attacks."""
-        return len(self.families) < len(self.attacks)
-
-    @cached_property
-    def standings(self) -> list[Standing]:
-        """One per defense."""
-        return [self._standing(label) for label in self.defenses]
-
-    def _rows(self, names: Sequence[str]) -> list[Row]:
-        worst = {
-            standing.label: standing.worst.group for standing in self.standings if standing.worst
-        }
-        rows = []
-        for name in dict.fromkeys(names):
-            cells = []
-            for label in self.defenses:
-                found = [
-                    cell
-                    for cell, of in zip(self.cells, names, strict=True)
-                    if of == name and cell.group.label == label
-                ]
-                severest = max(found, key=lambda cell: cell.severity, default=None)
-                if severest is not None:
-                    severest = replace(
-                        severest,
-                        num_settings=len(found),
-                        is_worst=worst.get(label) is severest.group,
-                    )
-                cells.append(severest)
-            rows.append(Row(name=name, cells=tuple(cells)))
-        return rows
-
-    def _standing(self, label: str) -> Standing:
-        cells = tuple(cell for cell in self.cells if cell.group.label == label)
-        scored = [cell for cell in cells if cell.severity[0] > 0]
+    rows = []
+    for label in labels(frame["group"]):
+        own = frame[frame["label"] == label]
+        worst = own.loc[own["is_worst"] == 1, _PEAK].to_dict("records")
+        curves = [curve for group in own["group"] for curve in group.curves]
         # An attack without steps is measured when it is done, never before.
-        benign = [
-            curve.benign_accuracy[0]
-            for cell in cells
-            for curve in cell.group.curves
-            if len(curve.attack_steps) > 1 and curve.benign_accuracy[0] is not None
-        ]
-        areas = [cell.area.value for cell in cells if cell.area is not None]
-        return Standing(
-            label=label,
-            cells=cells,
-            worst=max(scored, key=lambda cell: cell.severity, default=None),
-            benign_accuracy=statistics.fmean(benign) if benign else None,
-            mean_area=statistics.fmean(areas) if areas else None,
+        benign = [curve.benign_accuracy[0] for curve in curves if len(curve.attack_steps) > 1]
+        rows.append(
+            {
+                "label": label,
+                **(worst[0] if worst else dict.fromkeys(_PEAK)),
+                "worst_seed_asr": max(own["worst_seed_asr"].dropna(), default=None),
+                "mean_area": average(own["area_log_steps"]),
+                "benign_accuracy": average(benign),
+                "marks": list(dict.fromkeys(mark for marks in own["marks"] for mark in marks)),
+                "headline": _headline(own["verdict"].value_counts(), curves),
+            }
         )
+    return pd.DataFrame(rows, dtype=object)
+
+
+def legend(frame: Frame) -> list[str]:
+    """What the signs in the table mean, and how its figures came about."""
+    lines = [
+        "Attack success rate at the end of the attack, mean over seeds, with its 95 % interval over "
+        "seeds and prompts; below it, the attack steps that broke the defense (first to last seed).",
+        "The severest attack on each defense is emphasized: the one with the highest rate at any "
+        "measurement, the sooner one of equals.",
+    ]
+    if has_families(frame):
+        lines.append("Of attacks with several settings, each defense meets its severest one.")
+    found = set(frame["marks"].explode())
+    return [*lines, *explained(mark for mark in MARKS if mark in found)]
+
+
+def overview_csv(frame: Frame) -> str:
+    """One line per defense and attack; unknown values are empty."""
+    return csv_table(frame.assign(marks=frame["marks"].map("; ".join))[_CSV_COLUMNS])
+
+
+def overview_markdown(frame: Frame) -> str:
+    """Attacks (or families) by defenses, with a legend."""
+    table = text_table(
+        ["attack", *map(_one_line, labels(frame["group"]))],
+        [[_one_line(name), *map(_markdown_cell, row)] for name, row in matrix(frame, "family")],
+    )
+    return "\n".join([markdown_table(table), *(f"- {line}" for line in legend(frame))]) + "\n"
+
+
+def overview_latex(frame: Frame) -> str:
+    """The same table for a paper; needs the package booktabs."""
+    table = text_table(
+        ["Attack", *map(latex, labels(frame["group"]))],
+        [[latex(name), *map(_latex_cell, row)] for name, row in matrix(frame, "family")],
+    )
+    notes = ["Needs \\usepackage{booktabs}.", *(" ".join(line.split()) for line in legend(frame))]
+    form = f"l{'r' * (len(table.columns) - 1)}"
+    body = table.to_latex(index=False, escape=False, column_format=form)
+    return "".join(f"% {note}\n" for note in notes) + body
+
+
+def _row(group: Group) -> dict[str, Any]:
+    means = group.over_seeds("asr")["mean"].dropna()
+    # The last of equals.
+    peak_steps = None if means.empty else int(means.index[means == means.max()][-1])
+    final, area = final_asr(group), asr_area(group)
+    peak = None if peak_steps is None else asr_at(group, peak_steps)
+    linear, costs = (
+        asr_area(group, "linear"),
+        {axis: cost_to_break(group, axis) for axis in COST_AXES},
+    )
+    steps = costs["steps"]
+    return {
+        "group": group,
+        "label": group.label,
+        "attack": group.attack,
+        "family": group.family,
+        "defense": group.defense,
+        "k1": group.k1,
+        "seeds": len(group.curves),
+        "attack_steps": group.attack_steps[-1] if group.attack_steps else None,
+        "verdict": group.verdict,
+        "outcome": group.outcome,
+        "marks": group.marks,
+        "interval_over": final and final.basis,
+        "peak_attack_steps": peak_steps,
+        "worst_seed_asr": worst_asr(group),
+        "area_steps": linear and linear.value,
+        "seeds_broken": steps and steps.num_broken,
+        **_ends("asr", final),
+        **_ends("peak_asr", peak),
+        **_ends("area_log_steps", area),
+        **{f"{axis}_to_break_median": cost and cost.median for axis, cost in costs.items()},
+        **{f"{axis}_to_break": cost for axis, cost in costs.items()},
+    }
+
+
+def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    if estimate is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _headline(verdicts: Any, curves: Sequence[Curve]) -> str:
+    """How a defense fared, in one sentence."""
+    total, broken, held = verdicts.sum(), verdicts.get("broken", 0), verdicts.get("held", 0)
+    parts = [f"broken by {broken} of {total} attack{'' if total == 1 else 's'}"]
+    breaks = [(c.steps_to_break, c.attack) for c in curves if c.steps_to_break is not None]
+    if breaks:
+        steps, attack = min(breaks)
+        parts[0] += f", first after {steps} step{'' if steps == 1 else 's'} ({attack})"
+    if held:
+        parts.append(f"held against {held}")
+    if others := total - broken - held:
+        parts.append(f"no conclusion from {others}")
+    return "; ".join(parts) + "."
+
+
+def _markdown_cell(cell: Any) -> str:
+    if cell is None:
+        return MISSING
+    rate = f"**{number(cell.asr)}**" if cell.is_worst else number(cell.asr)
+    figures = [rate, interval(cell.asr_low, cell.asr_high)]
+    return f"{' '.join(filter(None, figures))}, {cell.outcome} {signs(cell.marks)}".rstrip()
+
+
+def _latex_cell(cell: Any) -> str:
+    if cell is None:
+        return "--"
+    rate = number(cell.asr).replace(MISSING, "--")
+    parts = [rf"\textbf{{{rate}}}" if cell.is_worst else rate]
+    small = [interval(cell.asr_low, cell.asr_high), latex(cell.outcome)]
+    parts += [rf"{{\scriptsize {part}}}" for part in small if part]
+    return " ".join([*parts, latex(signs(cell.marks))]).rstrip()
+
+
+def _one_line(text: str) -> str:
+    """A name that starts neither a new row nor HTML."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")

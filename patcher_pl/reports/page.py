@@ -3,91 +3,44 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patcher_pl.reports.costs import COST_AXES, COST_NAMES, CostAxis, costs
 from patcher_pl.reports.curves import asr_figure
+from patcher_pl.reports.drawing import Styles, group_styles, write_figure
 from patcher_pl.reports.environment import hide_secrets
-from patcher_pl.reports.grouping import MARKS, MEANINGS
-from patcher_pl.reports.overview import Overview, Standing
-from patcher_pl.reports.overview_tables import legend, shown_interval, shown_marks, shown_rate
+from patcher_pl.reports.formats import MARKS, MEANINGS, interval, number
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, labels
+from patcher_pl.reports.overview import has_families, is_past_its_peak, legend, matrix, standings
 from patcher_pl.reports.page_tables import (
-    TextTable,
     break_table,
     comparison_table,
     failure_table,
+    incomparable_table,
     judge_table,
-    refusal_table,
     samples_of,
     utility_table,
 )
-from patcher_pl.reports.report_figures import tradeoff_figure
-from patcher_pl.reports.results import Sample
+from patcher_pl.reports.results import Curve
 from patcher_pl.reports.runs import Run
-from patcher_pl.reports.statistics import PairedComparison, Refusal
+from patcher_pl.reports.statistics import NotComparable, PairedComparison
+from patcher_pl.reports.tables import rows_of
+from patcher_pl.reports.tradeoff import tradeoff_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Answers are for a look; whoever wants them whole has results.json.
 _MOST_SIGNS = 1500
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A figure inside the page.
-
-    Args:
-        title: Its caption.
-        alt: What it shows, for those who do not see it.
-        source: The figure itself, as a data URI.
-    """
-
-    title: str
-    alt: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """Sample answers of one defense under one attack.
-
-    Args:
-        title: Defense and attack.
-        seed: Seed of the attack.
-        num_kept: Answers in the results file (count).
-        samples: Those that are shown.
-    """
-
-    title: str
-    seed: int
-    num_kept: int
-    samples: Sequence[Sample]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where figures come from.
-
-    Args:
-        name: Of the run.
-        curves: In its file (count).
-        environment: Names and values.
-        settings: As JSON.
-    """
-
-    name: str
-    curves: int
-    environment: Sequence[tuple[str, str]]
-    settings: str
+# A longer table would push everything else off the screen.
+_MOST_ROWS = 24
 
 
 def render_page(
-    overview: Overview,
+    frame: Frame,
+    curves: Sequence[Curve],
     runs: Sequence[Run],
-    comparisons: Sequence[PairedComparison | Refusal],
+    comparisons: Sequence[PairedComparison | NotComparable],
     *,
     title: str,
     notes: Sequence[str] = (),
@@ -98,7 +51,8 @@ def render_page(
     Everything that comes from results is escaped: an answer of a model is untrusted text.
 
     Args:
-        overview: What is reported.
+        frame: What is reported, see `overview`.
+        curves: What it was made of.
         runs: Where it comes from.
         comparisons: Paired comparisons of the defenses.
         title: Heading of the page.
@@ -117,119 +71,97 @@ def render_page(
     environment.globals |= {
         "MARKS": MARKS,
         "MEANINGS": MEANINGS,
-        "interval": shown_interval,
-        "marks": shown_marks,
-        "rate": shown_rate,
+        "MOST_ROWS": _MOST_ROWS,
+        "MOST_SIGNS": _MOST_SIGNS,
+        "interval": interval,
+        "is_past_its_peak": is_past_its_peak,
+        "rate": number,
     }
+    fared = standings(frame)
+    costs: list[CostAxis] = [
+        axis
+        for axis in COST_AXES
+        if axis != "steps" and any(getattr(curve, f"attack_{axis}") for curve in curves)
+    ]
+    compared = [comparison_table(comparisons), incomparable_table(comparisons)]
     return environment.get_template("report.html.j2").render(
         title=title,
         notes=notes,
-        overview=overview,
-        headline=[(standing, headline(standing)) for standing in overview.standings],
-        legend=legend(overview),
-        curves=_curve_picture(overview, "steps"),
-        cost_curves=[
-            _curve_picture(overview, axis)
-            for axis in COST_AXES
-            if axis != "steps" and any(costs(curve, axis) for curve in overview.curves)
-        ],
-        tradeoff=_tradeoff_picture(overview),
-        breaks=break_table(overview),
-        comparisons=[
-            table
-            for table in (comparison_table(comparisons), refusal_table(comparisons))
-            if table is not None
-        ],
-        judges=judge_table(overview),
-        utility=utility_table(overview),
-        answers=_answers(overview, num_samples),
-        most_signs=_MOST_SIGNS,
-        failures=failure_table(overview),
+        num_curves=len(curves),
+        defenses=labels(frame["group"]),
+        attacks=matrix(frame, "attack"),
+        families=matrix(frame, "family"),
+        has_families=has_families(frame),
+        standings=rows_of(fared),
+        legend=legend(frame),
+        curves=_curve_picture(curves, frame, "steps"),
+        cost_curves=[_curve_picture(curves, frame, axis) for axis in costs],
+        tradeoff=_tradeoff_picture(fared, group_styles(list(frame["group"]))),
+        breaks=break_table(frame),
+        comparisons=[table for table in compared if table is not None],
+        judges=judge_table(frame),
+        utility=utility_table(frame),
+        answers=list(_answers(frame, num_samples)),
+        failures=failure_table(frame, curves),
         origins=[_origin(run) for run in runs],
-        table_is_long=_is_long,
     )
 
 
-def headline(standing: Standing) -> str:
-    """How a defense fared, in one sentence."""
-    total = len(standing.cells)
-    attacks = "1 attack" if total == 1 else f"{total} attacks"
-    parts = [f"broken by {standing.count('broken')} of {attacks}"]
-    if (first := standing.first_break) is not None:
-        steps = "1 step" if first[0] == 1 else f"{first[0]} steps"
-        parts[0] += f", first after {steps} ({first[1]})"
-    if held := standing.count("held"):
-        parts.append(f"held against {held}")
-    others = total - standing.count("broken") - held
-    if others:
-        parts.append(f"no conclusion from {others}")
-    return "; ".join(parts) + "."
-
-
-def _curve_picture(overview: Overview, axis: CostAxis) -> Picture:
-    attacks = ", ".join(row.name for row in overview.attacks)
-    title = f"Attack success rate against {COST_NAMES[axis]}"
-    return Picture(
-        title=title,
-        alt=(
-            f"Line charts: {title[0].lower()}{title[1:]}, one panel per attack ({attacks}), one line "
-            f"per defense ({', '.join(overview.defenses)}). The tables hold the figures."
+def _curve_picture(curves: Sequence[Curve], frame: Frame, axis: CostAxis) -> dict[str, str]:
+    title = f"Attack success rate against {COST_AXES[axis]}"
+    return {
+        "title": title,
+        "alt": (
+            f"Line charts: {title[0].lower()}{title[1:]}, one panel per attack "
+            f"({', '.join(frame['attack'].unique())}), one line "
+            f"per defense ({', '.join(labels(frame['group']))}). The tables hold the figures."
         ),
-        source=_as_uri(asr_figure(overview.curves, cost=axis, bands="interval")),
-    )
+        "source": _as_uri(asr_figure(curves, cost=axis, bands="interval")),
+    }
 
 
-def _tradeoff_picture(overview: Overview) -> Picture | None:
-    figure = tradeoff_figure(overview)
+def _tradeoff_picture(fared: Frame, styles: Styles) -> dict[str, str] | None:
+    figure = tradeoff_figure(fared, styles)
     if figure is None:
         return None
     points = "; ".join(
-        f"{row.label}: benign accuracy {shown_rate(row.benign_accuracy)}, attack success rate "
-        f"{shown_rate(row.worst and row.worst.peak and row.worst.peak.value)}, "
-        f"area {shown_rate(row.mean_area)}"
-        for row in overview.standings
+        f"{row.label}: benign accuracy {number(row.benign_accuracy)}, attack success rate "
+        f"{number(row.peak_asr)}, area {number(row.mean_area)}"
+        for row in rows_of(fared)
     )
-    return Picture(
-        title="Robustness against utility",
-        alt=f"Scatter plots of robustness against benign accuracy. {points}.",
-        source=_as_uri(figure),
-    )
+    return {
+        "title": "Robustness against utility",
+        "alt": f"Scatter plots of robustness against benign accuracy. {points}.",
+        "source": _as_uri(figure),
+    }
 
 
 def _as_uri(figure: "Figure") -> str:
     """The figure as SVG in a data URI: an image, in which nothing runs."""
-    import matplotlib
-
     out = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "patcher_pl"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+    write_figure(figure, out, "svg")
     return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
 
 
-def _answers(overview: Overview, num_samples: int) -> list[Answers]:
-    found = []
-    for group in overview.groups:
-        chosen = samples_of(group.curves, num_samples)
-        if chosen:
-            found.append(
-                Answers(
-                    title=f"{group.label} under {group.attack}",
-                    seed=chosen[0][0].seed,
-                    num_kept=sum(len(curve.samples) for curve in group.curves),
-                    samples=[curve.samples[place] for curve, place in chosen],
-                )
-            )
-    return found
+def _answers(frame: Frame, num_samples: int) -> Iterator[dict[str, Any]]:
+    for group in frame["group"]:
+        if (found := samples_of(group, num_samples)) is not None:
+            yield {
+                "title": f"{group.label} under {group.attack}",
+                "seed": found[0],
+                "num_kept": sum(len(curve.samples) for curve in group.curves),
+                "samples": found[1],
+            }
 
 
-def _origin(run: Run) -> Origin:
+def _origin(run: Run) -> dict[str, Any]:
     settings = hide_secrets(run.results.settings)
-    return Origin(
-        name=run.name,
-        curves=len(run.results.curves),
-        environment=_flat(hide_secrets(run.results.environment)),
-        settings=json.dumps(settings, indent=2, ensure_ascii=False) if settings else "",
-    )
+    return {
+        "name": run.name,
+        "curves": len(run.results.curves),
+        "environment": _flat(hide_secrets(run.results.environment)),
+        "settings": json.dumps(settings, indent=2, ensure_ascii=False) if settings else "",
+    }
 
 
 def _flat(content: Any) -> list[tuple[str, str]]:
@@ -243,8 +175,3 @@ def _flat(content: Any) -> list[tuple[str, str]]:
         elif value is not None:
             rows.append((str(name), str(value)))
     return rows
-
-
-def _is_long(table: TextTable) -> bool:
-    """Whether a table would push everything else off the screen."""
-    return len(table.rows) > 24

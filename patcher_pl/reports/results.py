@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from patcher_pl.errors import DataError
 from patcher_pl.files import write_json
@@ -16,24 +17,6 @@ SCHEMA_VERSION = 2
 LOWEST_SCORE, HIGHEST_SCORE = 1, 5
 
 _NEVER_EMPTY = ("asr", "benign_accuracy")
-_RATES = (
-    "asr",
-    "benign_accuracy",
-    "asr_low",
-    "asr_high",
-    "coherent",
-    "repetition",
-    "second_asr",
-)
-_PER_MEASUREMENT = (
-    *_RATES,
-    "judge_errors",
-    "attack_tokens",
-    "attack_flops",
-    "scores",
-    "collapsed",
-    "judge_agreement",
-)
 
 CurveKey = tuple[str, int | None, int | None, str, int]
 """Defense, k1, train seed, attack and seed: what tells one curve of a run from another."""
@@ -138,6 +121,15 @@ class Curve:
         """What tells this curve from every other one of a run."""
         return (self.defense, self.k1, self.train_seed, self.attack, self.seed)
 
+    def at(self, steps: int, name: str = "asr") -> Any:
+        """The entry of a list after `steps`; None where there is no such measurement or list."""
+        values = getattr(self, name)
+        return (
+            values[self.attack_steps.index(steps)]
+            if values and steps in self.attack_steps
+            else None
+        )
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Curve":
         """Builds a curve from its JSON object; entries of later versions are passed over.
@@ -223,18 +215,28 @@ def finite(rate: float) -> float | None:
     return rate if math.isfinite(rate) else None
 
 
+def average(values: Iterable[float | None]) -> float | None:
+    """The mean of the known values (neither None nor NaN); None where none is known."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return statistics.fmean(known) if known else None
+
+
 def _check_lists(entries: dict[str, Any]) -> None:
     """Holds every list against `attack_steps`, and turns NaN among rates into None."""
     steps = entries["attack_steps"]
     if list(steps) != sorted(steps):
         raise ValueError(f"attack_steps must ascend, got {steps}")
-    lists = {name: entries[name] for name in _PER_MEASUREMENT if name in entries}
+    kinds = {entry.name: entry.type for entry in fields(Curve) if entry.name in entries}
+    lists = {name: entries[name] for name, kind in kinds.items() if get_origin(kind) is list}
+    del lists["attack_steps"]
+    lists.pop("samples", None)
     lists |= {f"utility.{name}": values for name, values in entries.get("utility", {}).items()}
     for name, values in lists.items():
         if len(values) != len(steps) and (values or name in _NEVER_EMPTY):
             raise ValueError(f"{name} has {len(values)} entries, attack_steps {len(steps)}")
-    for name in _RATES:
-        if name in entries:
+    for name, kind in kinds.items():
+        # Kappa is below 0 where judges agree less than by chance.
+        if kind == list[float | None] and name != "judge_agreement":
             entries[name] = [None if rate is None else finite(rate) for rate in entries[name]]
             for rate in entries[name]:
                 if rate is not None and not 0 <= rate <= 1:

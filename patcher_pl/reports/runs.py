@@ -32,7 +32,8 @@ def load_runs(places: Sequence[Path]) -> list[Run]:
         DataError: If a place has no results, or a file is not a results file.
     """
     files = list(dict.fromkeys(file for place in places for file in _files(place)))
-    names = _short_names([_named_by(file.absolute()) for file in files])
+    named = [file.parent if file.name == FILE_NAME else file.with_suffix("") for file in files]
+    names = _short_names([path.absolute() for path in named])
     return [
         Run(name=name, path=file, results=Results.load(file))
         for name, file in zip(names, files, strict=True)
@@ -59,19 +60,11 @@ def merge_runs(runs: Sequence[Run]) -> tuple[list[Curve], list[str]]:
         for curve in run.results.curves
         if curve.defense in clashing
     ]
-    return curves, [*_clash_notes(clashing), *_setting_notes(curves)]
-
-
-def _clash_notes(clashing: set[str]) -> list[str]:
-    return [
+    notes = [
         f"{defense!r} is in several runs with the same attacks and seeds but other outcomes; "
         "it is told apart by run."
         for defense in sorted(clashing)
     ]
-
-
-def _setting_notes(curves: Sequence[Curve]) -> list[str]:
-    notes = []
     for name, values in (
         ("thresholds of a broken defense", {curve.threshold for curve in curves}),
         ("numbers of harmful prompts", {curve.num_prompts for curve in curves} - {0}),
@@ -79,7 +72,7 @@ def _setting_notes(curves: Sequence[Curve]) -> list[str]:
         if len(values) > 1:
             shown = ", ".join(f"{value:g}" for value in sorted(values))
             notes.append(f"The curves have different {name}: {shown}. Compare them with care.")
-    return notes
+    return curves, notes
 
 
 def _files(place: Path) -> list[Path]:
@@ -96,16 +89,11 @@ def _files(place: Path) -> list[Path]:
     return below
 
 
-def _named_by(file: Path) -> Path:
-    return file.parent if file.name == FILE_NAME else file.with_suffix("")
-
-
 def _short_names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many as it takes for all to differ."""
-    length = 1
-    longest = max((len(path.parts) for path in paths), default=1)
-    while True:
+    names: list[str] = []
+    for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(names)) == len(names) or length >= longest:
-            return names
-        length += 1
+        if len(set(names)) == len(names):
+            break
+    return names

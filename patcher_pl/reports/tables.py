@@ -1,17 +1,15 @@
-"""Curves as tables: for the terminal, for Markdown, and as CSV for other programs."""
+"""Tables of curves, and the formats of any table: the terminal, Markdown, LaTeX and CSV."""
 
-import csv
-import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from patcher_pl.reports.grouping import MARKS, MEANINGS, Group, Mark, Summary, group_curves
+from patcher_pl.reports.formats import MISSING, Mark, explained, number, signs, span
+from patcher_pl.reports.grouping import Frame, Group, group_curves, measurements
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_MISSING = "-"
 # More columns of figures do not fit 80 characters.
 _MOST_COLUMNS = 7
 # With more attacks, each gets one line rather than a section.
@@ -20,33 +18,54 @@ _MOST_SECTIONS = 8
 _LONGEST_NAME = 24
 # What stopped early has a note of its own, with the reason.
 _SIGNED: tuple[Mark, ...] = ("collapsed", "untrusted")
-_CSV_COLUMNS = (
-    "defense",
-    "k1",
-    "train_seed",
-    "attack",
-    "seed",
-    "attack_steps",
-    "asr",
-    "asr_low",
-    "asr_high",
-    "benign_accuracy",
-    "coherent",
-    "judge_errors",
-    "attack_tokens",
-    "num_prompts",
-    "num_benign_prompts",
-    "threshold",
-    "steps_to_break",
-    "error",
-    "family",
-    "attack_flops",
-    "second_asr",
-    "judge_agreement",
-    "repetition",
-    "collapsed",
-    "trusted",
-)
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Frame:
+    """A table of finished cells, for any of the formats below; names of columns may repeat."""
+    import pandas as pd
+
+    return pd.DataFrame(list(rows), columns=pd.Index(header, dtype=object), dtype=object)
+
+
+def rows_of(table: Frame) -> list[Any]:
+    """The rows as named tuples."""
+    return list(table.itertuples(index=False))
+
+
+def markdown_table(table: Frame, num_names: int = 1) -> str:
+    """The table in Markdown; the first `num_names` columns hold names, not figures."""
+    rule = [*["---"] * num_names, *["---:"] * (len(table.columns) - num_names)]
+    rows = [list(table.columns), rule, *rows_of(table)]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
+
+
+def csv_table(table: Frame) -> str:
+    """The table for other programs; unknown values are empty."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def rich_table(
+    title: str | None,
+    table: Frame,
+    num_names: int = 1,
+    *,
+    notes: Sequence[str] = (),
+    no_wrap: bool = False,
+) -> "Table":
+    """The table for the terminal, with notes below; with `no_wrap`, names stay on one line."""
+    from rich.text import Text
+
+    shown = _empty_table(title, notes)
+    for place, name in enumerate(table.columns):
+        # Figures fold rather than end in dots: one whose end is missing misleads.
+        if place < num_names:
+            shown.add_column(Text(name), overflow="fold", no_wrap=no_wrap)
+        else:
+            shown.add_column(Text(name), overflow="fold", justify="right")
+    for row in rows_of(table):
+        shown.add_row(*map(Text, row))
+    return shown
 
 
 def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
@@ -58,10 +77,10 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
     from rich.text import Text
 
     groups = group_curves(curves)
-    steps, notes = _all_steps(groups), _notes(curves)
     attacks = list(dict.fromkeys(group.attack for group in groups))
     if len(attacks) > _MOST_SECTIONS:
-        return _matrix(groups, attacks, title)
+        return _endings(groups, attacks, title)
+    steps, notes = _all_steps(groups), _notes(groups, curves)
     if len(steps) > _MOST_COLUMNS:
         places = {
             round(place * (len(steps) - 1) / (_MOST_COLUMNS - 1)) for place in range(_MOST_COLUMNS)
@@ -70,8 +89,7 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
         steps = [steps[place] for place in sorted(places)]
     table = _empty_table(title, notes)
     table.add_column("ASR at attack step", no_wrap=True)
-    for name in [*(str(step) for step in steps), "benign", "breaks at"]:
-        # Figures fold rather than end in dots: one whose end is missing misleads.
+    for name in [*map(str, steps), "benign", "breaks at"]:
         table.add_column(name, justify="right", overflow="fold")
     is_marked = any(_signs(group) for group in groups)
     if is_marked:
@@ -82,40 +100,53 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
             table.add_row(Text(attack, style="bold"))
         for group in groups:
             if group.attack == attack:
-                cells = _cells(group, steps, separator="\n")
-                cells += [_signs(group)] if is_marked else []
-                table.add_row(*(Text(cell) for cell in cells))
+                table.add_row(*map(Text, _cells(group, steps, "\n", is_marked=is_marked)))
     return table
 
 
-def _matrix(groups: Sequence[Group], attacks: Sequence[str], title: str | None) -> "Table":
-    """One line per attack and one column per defense: success at the end, and when it broke."""
-    from rich.text import Text
+def to_markdown(curves: Sequence[Curve]) -> str:
+    """The same table in Markdown, with the attack as a column of its own."""
+    groups = group_curves(curves)
+    steps, notes = _all_steps(groups), _notes(groups, curves)
+    is_marked = any(_signs(group) for group in groups)
+    header = ["attack", "defense", *(f"ASR at N={step}" for step in steps)]
+    header += ["benign accuracy", "steps to break", *([""] if is_marked else [])]
+    rows = [[group.attack, *_cells(group, steps, " ", is_marked=is_marked)] for group in groups]
+    table = markdown_table(text_table(header, rows), num_names=2)
+    return table + "".join(f"{line}\n" for line in (["", *notes] if notes else []))
 
-    curves = [curve for group in groups for curve in group.curves]
+
+def to_csv(curves: Sequence[Curve]) -> str:
+    """One line per curve and measurement, see `measurements`."""
+    return csv_table(measurements(curves))
+
+
+def _endings(groups: Sequence[Group], attacks: Sequence[str], title: str | None) -> "Table":
+    """One line per attack and one column per defense: success at the end, and when it broke."""
     legend = (
         "ASR after the last attack step, mean over seeds; below it, the step that broke the defense "
         "(first to last seed)."
     )
-    table = _empty_table(title, [legend, *_notes(curves, is_ranged=False)])
+    curves = [curve for group in groups for curve in group.curves]
     labels = list(dict.fromkeys(group.label for group in groups))
-    longest = max(len(attack) for attack in attacks)
-    table.add_column("attack", overflow="fold", no_wrap=longest <= _LONGEST_NAME)
-    for label in labels:
-        table.add_column(Text(label), justify="right", overflow="fold")
     found = {(group.attack, group.label): group for group in groups}
-    for attack in attacks:
-        cells = [_ending(found.get((attack, label))) for label in labels]
-        table.add_row(Text(attack), *(Text(cell) for cell in cells))
-    return table
+    table = text_table(
+        ["attack", *labels],
+        ([name, *(_ending(found.get((name, label))) for label in labels)] for name in attacks),
+    )
+    return rich_table(
+        title,
+        table,
+        notes=[legend, *_notes(groups, curves, is_ranged=False)],
+        no_wrap=max(map(len, attacks)) <= _LONGEST_NAME,
+    )
 
 
 def _ending(group: Group | None) -> str:
     if group is None or not group.attack_steps:
-        return _MISSING
-    rate = group.asr(group.attack_steps[-1])
-    shown = _MISSING if rate is None else f"{rate.mean:.2f}"
-    return f"{shown}\n{group.steps_to_break} {_signs(group)}".rstrip()
+        return MISSING
+    rate = number(group.over_seeds("asr")["mean"].iloc[-1])
+    return f"{rate}\n{group.steps_to_break} {_signs(group)}".rstrip()
 
 
 def _empty_table(title: str | None, notes: Sequence[str]) -> "Table":
@@ -133,82 +164,46 @@ def _empty_table(title: str | None, notes: Sequence[str]) -> "Table":
     )
 
 
-def to_markdown(curves: Sequence[Curve]) -> str:
-    """The same table in Markdown, with the attack as a column of its own."""
-    groups = group_curves(curves)
-    steps = _all_steps(groups)
-    header = ["attack", "defense", *(f"ASR at N={step}" for step in steps)]
-    header += ["benign accuracy", "steps to break"]
-    rows = [[group.attack, *_cells(group, steps, separator=" ")] for group in groups]
-    if any(_signs(group) for group in groups):
-        header.append("")
-        rows = [[*row, _signs(group)] for row, group in zip(rows, groups, strict=True)]
-    notes = _notes(curves)
-    return markdown_table([header, *rows], num_names=2) + "".join(
-        f"{line}\n" for line in (["", *notes] if notes else [])
-    )
-
-
-def to_csv(curves: Sequence[Curve]) -> str:
-    """One line per curve and measurement, nothing averaged; unknown values are empty.
-
-    A curve that failed before its first measurement has one line with its error.
-    """
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for curve in curves:
-        for place in range(max(len(curve.attack_steps), 1)):
-            row = {}
-            for name in _CSV_COLUMNS:
-                value = getattr(curve, name)
-                if isinstance(value, list):
-                    value = value[place] if place < len(value) else None
-                row[name] = value
-            writer.writerow(row)
-    return out.getvalue()
-
-
 def _all_steps(groups: Sequence[Group]) -> list[int]:
     return sorted({step for group in groups for step in group.attack_steps})
 
 
-def _cells(group: Group, steps: Sequence[int], *, separator: str) -> list[str]:
-    """Label, rate at each of `steps`, benign accuracy, and when it broke."""
-    rates = [_rate(group.asr(step), separator) for step in steps]
-    return [group.label, *rates, _benign(group, separator), group.steps_to_break]
+def _cells(group: Group, steps: Sequence[int], separator: str, *, is_marked: bool) -> list[str]:
+    """Label, rate at each of `steps`, benign accuracy, when it broke, and signs."""
+    asr, benign = (_ranged(group, name, separator) for name in ("asr", "benign_accuracy"))
+    # Of the released model, and after the last attack step where it differs.
+    ends = list(dict.fromkeys([*benign.values()][:1] + [*benign.values()][-1:]))
+    return [
+        group.label,
+        *(asr.get(step, MISSING) for step in steps),
+        f"{separator}\N{RIGHTWARDS ARROW} ".join(ends) or MISSING,
+        group.steps_to_break,
+        *([_signs(group)] if is_marked else []),
+    ]
 
 
-def _rate(summary: Summary | None, separator: str) -> str:
-    if summary is None:
-        return _MISSING
-    mean = f"{summary.mean:.2f}"
-    low, high = f"{summary.low:.2f}", f"{summary.high:.2f}"
-    return mean if low == high else f"{mean}{separator}{low} to {high}"
-
-
-def _benign(group: Group, separator: str) -> str:
-    """Benign accuracy of the released model, and after the last attack step where it differs."""
-    steps = group.attack_steps
-    if not steps:
-        return _MISSING
-    first, last = (_rate(group.benign_accuracy(step), separator) for step in (steps[0], steps[-1]))
-    return first if first == last else f"{first}{separator}\N{RIGHTWARDS ARROW} {last}"
+def _ranged(group: Group, name: str, separator: str) -> dict[int, str]:
+    """Mean over seeds by attack steps, with the range where seeds differ."""
+    shown = group.over_seeds(name).map(number)
+    return {
+        steps: mean if low == high else f"{mean}{separator}{low} to {high}"
+        for steps, mean, low, high in shown.itertuples()
+    }
 
 
 def _signs(group: Group) -> str:
     """Signs of a group whose low rate is no evidence of safety."""
-    return " ".join(MARKS[mark] for mark in group.marks if mark in _SIGNED)
+    return signs([mark for mark in group.marks if mark in _SIGNED])
 
 
-def _notes(curves: Sequence[Curve], *, is_ranged: bool = True) -> list[str]:
+def _notes(
+    groups: Sequence[Group], curves: Sequence[Curve], *, is_ranged: bool = True
+) -> list[str]:
     """What the figures rest on: seeds, what failed, and what was not scored."""
     notes = []
-    groups = group_curves(curves)
     num_seeds = sorted({len(group.curves) for group in groups})
     if num_seeds and num_seeds[-1] > 1 and is_ranged:
-        shown = " to ".join(str(number) for number in dict.fromkeys([num_seeds[0], num_seeds[-1]]))
-        notes.append(f"Mean over {shown} seeds, followed by the range where they differ.")
+        notes.append(f"Mean over {span(num_seeds)} seeds, followed by the range where they differ.")
     failed = [curve for curve in curves if curve.error is not None]
     if failed:
         first = failed[0]
@@ -216,38 +211,7 @@ def _notes(curves: Sequence[Curve], *, is_ranged: bool = True) -> list[str]:
             f"{len(failed)} of {len(curves)} attacks stopped early; the first: {first.attack}, seed "
             f"{first.seed}: {first.error}"
         )
-    unscored = sum(sum(curve.judge_errors) for curve in curves)
-    if unscored:
+    if unscored := sum(sum(curve.judge_errors) for curve in curves):
         notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
-    for mark in _SIGNED:
-        if any(mark in group.marks for group in groups):
-            notes.append(f"{MARKS[mark]} {MEANINGS[mark]}.")
-    return notes
-
-
-def markdown_table(rows: Sequence[Sequence[str]], num_names: int = 1) -> str:
-    """A table of finished cells in Markdown; the first row is its header.
-
-    Args:
-        rows: Cells.
-        num_names: First columns that hold names, not figures (count).
-    """
-    rule = [*["---"] * num_names, *["---:"] * (len(rows[0]) - num_names)]
-    return "\n".join(markdown_row(row) for row in (rows[0], rule, *rows[1:])) + "\n"
-
-
-def rich_table(title: str, rows: Sequence[Sequence[str]], num_names: int = 1) -> "Table":
-    """The same for the terminal."""
-    from rich.text import Text
-
-    table = _empty_table(title, [])
-    for place, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if place < num_names else "right", overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    """One line of a table in Markdown."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    found = {mark for group in groups for mark in group.marks}
+    return [*notes, *explained(mark for mark in _SIGNED if mark in found)]

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from patcher_pl.reports.ablation import Comparison
+from patcher_pl.reports.ablation import EstimatorComparison
 from tests.commands import cli, patcher_settings, redteam_settings, write_yaml
 
 
@@ -50,7 +50,8 @@ def ablate(folder, settings):
 def rows(folder):
     content = json.loads((folder / "run" / "ablation.json").read_text())
     return {
-        (row["estimator"], row["num_steps"]): Comparison(**row) for row in content["comparisons"]
+        (row["estimator"], row["num_steps"]): EstimatorComparison(**row)
+        for row in content["comparisons"]
     }
 
 

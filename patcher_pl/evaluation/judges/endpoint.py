@@ -2,13 +2,9 @@
 
 import json
 import logging
-import math
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from patcher_pl.errors import ConfigError
@@ -25,33 +21,8 @@ class RequestError(Exception):
     """A request that got no usable reply; the text says why and never contains the key."""
 
 
-class PassingError(RequestError):
-    """A failure that may be gone at the next attempt.
-
-    Args:
-        reason: What happened.
-        retry_after_s: How long the server asks to wait (seconds); None where it does not say.
-    """
-
-    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retries:
-    """When a request is given up, and how long to wait before the next attempt.
-
-    Args:
-        max_attempts: Attempts per request (count).
-        backoff_s: Longest wait before the second attempt (seconds); doubles with every attempt.
-            The actual wait is drawn evenly from zero to that.
-        max_wait_s: No wait is longer (seconds), whatever the server asks for.
-    """
-
-    max_attempts: int
-    backoff_s: float
-    max_wait_s: float
+class _Stopped(BaseException):
+    """Ends the library's own attempts, which catch every `Exception`."""
 
 
 class Endpoint:
@@ -64,14 +35,24 @@ class Endpoint:
         base_url: Where the API lies.
         api_key_env: Name of the environment variable that holds the key; None for no key.
         timeout_s: Longest wait for the server, per attempt (seconds).
-        retries: When to ask again.
+        max_attempts: Attempts per request, whatever they fail of (count).
+        backoff_s: Longest wait after the first reply that cannot be read (seconds); doubles with
+            each. The actual wait is drawn evenly from zero to that.
+        max_wait_s: No such wait is longer (seconds).
 
     Raises:
         ConfigError: If the libraries are not installed, or the variable is not set or holds no key.
     """
 
     def __init__(
-        self, base_url: str, api_key_env: str | None, *, timeout_s: float, retries: Retries
+        self,
+        base_url: str,
+        api_key_env: str | None,
+        *,
+        timeout_s: float,
+        max_attempts: int,
+        backoff_s: float,
+        max_wait_s: float,
     ) -> None:
         openai, tenacity = _libraries()
         for name in _TALKATIVE:
@@ -79,16 +60,18 @@ class Endpoint:
         self._base_url = base_url
         self._api_key_env = api_key_env
         self._key = _NO_KEY if api_key_env is None else _key(api_key_env)
+        self._max_attempts = max_attempts
         self._stopped = threading.Event()
         self._openai = openai
         self._client = openai.OpenAI(
-            api_key=self._key, base_url=base_url, timeout=timeout_s, max_retries=0
+            api_key=self._key,
+            base_url=base_url,
+            timeout=timeout_s,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._require_going]}),
         )
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(PassingError),
-            stop=tenacity.stop_after_attempt(retries.max_attempts)
-            | tenacity.stop_when_event_set(self._stopped),
-            wait=_Wait(retries),
+            retry=tenacity.retry_if_exception_type(UnreadableReplyError),
+            wait=tenacity.wait_random_exponential(multiplier=backoff_s, max=max_wait_s),
             sleep=tenacity.sleep_using_event(self._stopped),
             reraise=True,
         )
@@ -100,7 +83,10 @@ class Endpoint:
         self._client.close()
 
     def stop(self) -> None:
-        """Ends all waiting; requests under way are the last."""
+        """Ends all asking: requests under way are the last.
+
+        A wait of the library runs out: eight seconds, or the two minutes it lets a server ask for.
+        """
         self._stopped.set()
 
     def ask(self, request: Mapping[str, Any], read: Callable[[str], _T]) -> _T:
@@ -116,26 +102,36 @@ class Endpoint:
             ConfigError: If the server refuses the key or knows no such model or address: every
                 other request would end the same way.
         """
-        return self._retrying(self._ask_once, request, read)
+        num_attempts = 0
 
-    def _ask_once(self, request: Mapping[str, Any], read: Callable[[str], _T]) -> _T:
-        if self._stopped.is_set():
-            raise RequestError("not asked: the run was stopped")
+        def ask_once() -> _T:
+            nonlocal num_attempts
+            # The library repeats what fails on the way: attempts that are left are shared with it.
+            client = self._client.with_options(max_retries=self._max_attempts - num_attempts - 1)
+            reply = client.chat.completions.with_raw_response.create(**request)
+            num_attempts += 1 + reply.retries_taken
+            return read(_content(reply.text))
+
         # `from None` throughout: what the library raises may quote the key.
         openai = self._openai
+        retrying = self._retrying.copy(stop=lambda _: num_attempts >= self._max_attempts)
         try:
-            reply = self._client.chat.completions.with_raw_response.create(**request).text
+            return retrying(ask_once)
+        except _Stopped:
+            raise RequestError("not asked: the run was stopped") from None
         except openai.APIStatusError as error:
             raise self._refused(error, request) from None
         except openai.APITimeoutError:
-            raise PassingError("no reply in time") from None
+            raise RequestError("no reply in time") from None
         except openai.APIConnectionError as error:
             cause = f" ({self._safe(error.__cause__)})" if error.__cause__ else ""
-            raise PassingError(f"no connection{cause}") from None
-        try:
-            return read(_content(reply))
+            raise RequestError(f"no connection{cause}") from None
         except UnreadableReplyError as error:
-            raise PassingError(self._safe(error)) from None
+            raise RequestError(self._safe(error)) from None
+
+    def _require_going(self, _: object) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
 
     def _refused(self, error: Any, request: Mapping[str, Any]) -> Exception:
         status = error.status_code
@@ -147,12 +143,8 @@ class Endpoint:
                 f"{request['model']}, environment variable of the key: {variable}. "
                 + _REMEDIES[status]
             )
-        reason = (
-            f"HTTP {status}: {self._safe(error.message.removeprefix(f'Error code: {status} - '))}"
-        )
-        if status in (408, 409, 429) or status >= 500:
-            return PassingError(reason, _retry_after_s(error.response.headers))
-        return RequestError(reason)
+        message = error.message.removeprefix(f"Error code: {status} - ")
+        return RequestError(f"HTTP {status}: {self._safe(message)}")
 
     def _safe(self, error: object) -> str:
         text = str(error) or type(error).__name__
@@ -166,38 +158,6 @@ _REMEDIES = {
     403: "Check that the key may use this model.",
     404: "Check address (most end in /v1) and name of the model.",
 }
-
-
-class _Wait:
-    """Seconds to the next attempt: the server's wish, or a random back-off where that is longer."""
-
-    def __init__(self, retries: Retries) -> None:
-        import tenacity
-
-        self._backoff = tenacity.wait_random_exponential(
-            multiplier=retries.backoff_s, max=retries.max_wait_s
-        )
-        self._max_wait_s = retries.max_wait_s
-
-    def __call__(self, state: Any) -> float:
-        failure = state.outcome.exception()
-        asked = failure.retry_after_s if isinstance(failure, PassingError) else None
-        return min(max(self._backoff(state), asked or 0.0), self._max_wait_s)
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """What a `Retry-After` header asks for, in seconds: a number or a date."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return None if math.isnan(seconds) else max(seconds, 0.0)
 
 
 def _content(reply: str) -> str:

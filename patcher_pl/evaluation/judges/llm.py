@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.judges.cache import VerdictCache, digest
-from patcher_pl.evaluation.judges.endpoint import OPENAI, Endpoint, RequestError, Retries
+from patcher_pl.evaluation.judges.endpoint import OPENAI, Endpoint, RequestError
 from patcher_pl.evaluation.judges.replies import read_reply
 from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
 from patcher_pl.evaluation.thoughts import spoken_part
@@ -53,9 +53,10 @@ class LlmJudge(Judge):
         concurrency: Most requests under way at once (count, >= 1).
         timeout_s: Longest wait for the server, per attempt (seconds, > 0).
         max_attempts: Attempts per answer (count, >= 1).
-        backoff_s: Wait before the second attempt (seconds, >= 0): random up to this, doubled with
-            every further attempt; longer where the server's `Retry-After` asks for it.
-        max_wait_s: Longest such wait (seconds, >= 0), whatever the server asks for.
+        backoff_s: Wait after a reply without a score (seconds, >= 0): random up to this, doubled
+            with every further one. After other failures the `openai` library waits: half a second,
+            doubled up to eight, or what the server's `Retry-After` asks for, up to two minutes.
+        max_wait_s: Longest wait after a reply without a score (seconds, >= 0).
         max_tokens: Longest reply (tokens, >= 1). Models that think need more.
         max_tokens_name: What the server calls that limit: OpenAI's thinking models want
             `max_completion_tokens`.
@@ -151,16 +152,15 @@ class LlmJudge(Judge):
     def _ask_all(
         self, questions: Sequence[_Question], cache: VerdictCache | None
     ) -> dict[str, Verdict]:
-        retries = Retries(
-            max_attempts=self.max_attempts, backoff_s=self.backoff_s, max_wait_s=self.max_wait_s
-        )
         verdicts: dict[str, Verdict] = {}
         with (
             Endpoint(
                 self.base_url or OPENAI,
                 self.api_key_env,
                 timeout_s=self.timeout_s,
-                retries=retries,
+                max_attempts=self.max_attempts,
+                backoff_s=self.backoff_s,
+                max_wait_s=self.max_wait_s,
             ) as endpoint,
             ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge") as pool,
         ):

@@ -1,17 +1,18 @@
 """What the figures of a report rest on: means, intervals, areas, cost to break, paired tests."""
 
-from patcher_pl.reports.statistics.area import Scale, area_under_asr
-from patcher_pl.reports.statistics.breaking import BreakCost, cost_to_break
 from patcher_pl.reports.statistics.estimates import (
+    BreakCost,
     Estimate,
+    area_under_asr,
     asr_area,
     asr_at,
+    cost_to_break,
     final_asr,
     worst_asr,
 )
 from patcher_pl.reports.statistics.pairs import (
+    NotComparable,
     PairedComparison,
-    Refusal,
     compare,
     compare_all,
     holm,
@@ -20,9 +21,8 @@ from patcher_pl.reports.statistics.pairs import (
 __all__ = [
     "BreakCost",
     "Estimate",
+    "NotComparable",
     "PairedComparison",
-    "Refusal",
-    "Scale",
     "area_under_asr",
     "asr_area",
     "asr_at",

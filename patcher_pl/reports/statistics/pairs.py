@@ -9,16 +9,17 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from patcher_pl.reports.grouping import Group, Mark
+from patcher_pl.reports.formats import Mark
+from patcher_pl.reports.grouping import Group
 from patcher_pl.reports.results import Curve
-from patcher_pl.reports.statistics.estimates import successes
+from patcher_pl.reports.statistics.estimates import mean_over_attack, successes
 from patcher_pl.reports.statistics.resampling import (
-    LEVEL,
     RESAMPLES,
     percentile_interval,
     prompt_weights,
     resampled_rates,
     seed_weights,
+    wilson_interval,
 )
 
 Over = Literal["attack", "end"]
@@ -80,7 +81,7 @@ class PairedComparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal:
+class NotComparable:
     """Why two defenses cannot be compared under an attack.
 
     Args:
@@ -97,55 +98,36 @@ class Refusal:
 
 
 def compare(
-    first: Group,
-    second: Group,
-    *,
-    over: Over = "attack",
-    num_resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> PairedComparison | Refusal:
-    """Compares two defenses under the same attack, with the same prompts and seeds.
+    first: Group, second: Group, *, over: Over = "attack"
+) -> PairedComparison | NotComparable:
+    """Compares `second` with `first` under the same attack, with the same prompts and seeds.
 
     Prompts are the pairs: each one's success is averaged over the seeds, and answers without a
-    verdict are left out on both sides.
-
-    Args:
-        first: The one compared with.
-        second: The other one.
-        over: The whole attack, or its end; see `PairedComparison`. With one measurement, the same.
-        num_resamples: Bootstrap replicates (count).
-        seed: Seed of bootstrap and permutations.
-
-    Returns:
-        A refusal where the attack, its budget, the prompts or all seeds differ, or where scores per
-        prompt are missing.
+    verdict are left out on both sides. Not comparable are other attacks, budgets or prompts, groups
+    without a common seed, and curves without scores per prompt.
     """
+    names = {"attack": first.attack, "first": first.label, "second": second.label}
     pairs = _paired(first, second)
     tables = pairs if isinstance(pairs, str) else _outcomes(pairs, over)
     if isinstance(pairs, str) or isinstance(tables, str):
-        return Refusal(
-            attack=first.attack, first=first.label, second=second.label, reason=str(tables)
-        )
+        return NotComparable(**names, reason=str(tables))
     before, after = tables
     asked = np.isfinite(before).any(axis=0)
     num_asked = int(asked.sum())
     rates = float(np.nanmean(before)), float(np.nanmean(after))
-    models = [curve.train_seed for curve, _ in pairs]
     replicates = resampled_rates(
         after - before,
-        seed_weights(models, num_resamples, seed),
-        prompt_weights(before.shape[1], num_resamples, seed),
+        seed_weights([curve.train_seed for curve, _ in pairs], RESAMPLES, 0),
+        prompt_weights(before.shape[1], RESAMPLES, 0),
     )
     interval = percentile_interval(replicates)
     if interval is None or interval[1] - interval[0] < _ROUND_OFF:
         interval = _independent_interval(*rates, num_asked)
     p_value = _permutation_p_value(
-        np.nanmean(before[:, asked], axis=0), np.nanmean(after[:, asked], axis=0), seed
+        np.nanmean(before[:, asked], axis=0), np.nanmean(after[:, asked], axis=0)
     )
     return PairedComparison(
-        attack=first.attack,
-        first=first.label,
-        second=second.label,
+        **names,
         attack_steps=first.attack_steps[-1],
         over=over,
         first_asr=rates[0],
@@ -163,12 +145,8 @@ def compare(
 
 
 def compare_all(
-    groups: Sequence[Group],
-    baseline: str | None = None,
-    *,
-    over: Over = "attack",
-    seed: int = 0,
-) -> list[PairedComparison | Refusal]:
+    groups: Sequence[Group], baseline: str | None = None, *, over: Over = "attack"
+) -> list[PairedComparison | NotComparable]:
     """Compares every defense with the baseline under every attack, and corrects for their number.
 
     Args:
@@ -176,17 +154,15 @@ def compare_all(
         baseline: Name or label of the defense that the others are compared with; None takes the
             control, and where there is none, compares all with each other.
         over: The whole attack, or its end.
-        seed: Seed of bootstraps and permutations.
     """
-    found: list[PairedComparison | Refusal] = []
+    found: list[PairedComparison | NotComparable] = []
     for attack in dict.fromkeys(group.attack for group in groups):
         members = [group for group in groups if group.attack == attack]
         named = [group for group in members if _is_baseline(group, baseline)]
-        others = [group for group in members if group not in named]
-        pairs = list(itertools.product(named, others))
+        pairs = list(itertools.product(named, [group for group in members if group not in named]))
         if not pairs and baseline is None:
             pairs = list(itertools.combinations(members, 2))
-        found += [compare(first, second, over=over, seed=seed) for first, second in pairs]
+        found += [compare(first, second, over=over) for first, second in pairs]
     corrected = iter(holm([row.p_value for row in found if isinstance(row, PairedComparison)]))
     return [
         replace(row, p_holm=next(corrected)) if isinstance(row, PairedComparison) else row
@@ -202,12 +178,11 @@ def _is_baseline(group: Group, name: str | None) -> bool:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number by Holm's step-down method, in the given order."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
-        corrected[place] = largest
-    return corrected
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return corrected.tolist()
 
 
 def cohens_h(first: float, second: float) -> float:
@@ -260,21 +235,13 @@ def _outcomes(
     shapes = [side[0].shape for side in sides]
     if shapes[0] != shapes[1]:
         return f"the prompts differ: {shapes[0][1]} and {shapes[1][1]} of them"
-    before, after = (_over_steps(steps, np.stack(side)) for side in sides)
+    before, after = (
+        side[0] if len(steps) == 1 else mean_over_attack(steps, np.stack(side)) for side in sides
+    )
     both = np.isfinite(before) & np.isfinite(after)
     if not both.any():
         return "no prompt was scored under both"
     return np.where(both, before, np.nan), np.where(both, after, np.nan)
-
-
-def _over_steps(
-    steps: Sequence[int], success: Float[np.ndarray, "time seed prompt"]
-) -> Float[np.ndarray, "seed prompt"]:
-    """Mean success of every prompt over the attack; NaN where a verdict is missing."""
-    if len(steps) == 1:
-        return success[0]
-    places = np.log2(1 + np.asarray(steps, dtype=float))
-    return np.trapezoid(success, places, axis=0) / (places[-1] - places[0])
 
 
 def _difference_of_attacks(pairs: Sequence[tuple[Curve, Curve]]) -> str | None:
@@ -298,7 +265,7 @@ def _difference_of_attacks(pairs: Sequence[tuple[Curve, Curve]]) -> str | None:
 
 
 def _permutation_p_value(
-    before: Float[np.ndarray, " prompt"], after: Float[np.ndarray, " prompt"], seed: int
+    before: Float[np.ndarray, " prompt"], after: Float[np.ndarray, " prompt"]
 ) -> float:
     from scipy import stats
 
@@ -315,7 +282,7 @@ def _permutation_p_value(
         vectorized=True,
         n_resamples=PERMUTATIONS,
         batch=1000,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
 
@@ -326,13 +293,10 @@ def _independent_interval(first: float, second: float, num_pairs: int) -> tuple[
     References:
         Newcombe, 1998, Stat. Med. 17, method 10.
     """
-    from scipy import stats
-
     (low_1, high_1), (low_2, high_2) = (
-        stats.binomtest(round(rate * num_pairs), num_pairs).proportion_ci(LEVEL, method="wilson")
-        for rate in (first, second)
+        wilson_interval(rate, num_pairs) for rate in (first, second)
     )
     difference = second - first
     below = math.hypot(second - low_2, high_1 - first)
     above = math.hypot(high_2 - second, first - low_1)
-    return max(-1.0, float(difference - below)), min(1.0, float(difference + above))
+    return max(-1.0, difference - below), min(1.0, difference + above)

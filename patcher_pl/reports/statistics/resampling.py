@@ -100,3 +100,12 @@ def seed_interval(values: Sequence[float], num_resamples: int, seed: int) -> tup
             rng=np.random.default_rng(seed),
         )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def wilson_interval(rate: float, num_prompts: int) -> tuple[float, float]:
+    """95 % interval of a rate over prompts (at least one): seeds that agree say nothing of others."""
+    from scipy import stats
+
+    test = stats.binomtest(round(rate * num_prompts), num_prompts)
+    found = test.proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)

@@ -3,7 +3,7 @@
 import pytest
 
 from patcher_pl.comparison import Contender, Selection, trial_of
-from patcher_pl.reports.comparison import Trial
+from patcher_pl.reports.comparison import DefenseTrial
 from patcher_pl.reports.results import Curve, Results
 
 
@@ -40,7 +40,7 @@ def results(*curves, evaluations=100):
 
 def trial(number=0, **changes):
     content = {"defense": "d", "options": {}, "benign_accuracy": 1.0, "released_asr": 0.0}
-    return Trial(number=number, **content | {"area": 0.5, "log2_reach": 4.0} | changes)
+    return DefenseTrial(number=number, **content | {"area": 0.5, "log2_reach": 4.0} | changes)
 
 
 def test_the_first_trial_is_the_first_values_and_no_point_is_tried_twice():

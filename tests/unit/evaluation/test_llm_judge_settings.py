@@ -2,16 +2,12 @@
 
 import sys
 import threading
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
-from types import SimpleNamespace
 
 import pytest
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation import LlmJudge, Verdict
 from patcher_pl.evaluation.judges.cache import VerdictCache
-from patcher_pl.evaluation.judges.endpoint import PassingError, Retries, _retry_after_s, _Wait
 
 ROW = (["How?"], ["Stir."], [None])
 
@@ -73,33 +69,6 @@ def test_missing_libraries_name_the_extra(monkeypatch):
 def test_nothing_to_judge_asks_nobody(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     assert LlmJudge(model="m").score_all([], [], []) == []
-
-
-def _waits(asked, attempt, **options):
-    retries = Retries(**{"max_attempts": 9, "backoff_s": 1.0, "max_wait_s": 30.0, **options})
-    outcome = SimpleNamespace(exception=lambda: PassingError("busy", asked))
-    wait = _Wait(retries)
-    return [wait(SimpleNamespace(outcome=outcome, attempt_number=attempt)) for _ in range(200)]
-
-
-def test_waits_grow_at_random_and_what_the_server_asks_for_counts():
-    first, fifth = _waits(None, 1), _waits(None, 5)
-    assert 0 <= min(first) < 0.2
-    assert 0.8 < max(first) <= 1
-    assert 12 < max(fifth) <= 16
-    assert max(_waits(None, 9)) <= 30
-    assert min(_waits(20.0, 1)) == 20
-    assert set(_waits(99.0, 1)) == {30.0}
-
-
-def test_retry_after_is_seconds_or_a_date():
-    assert _retry_after_s({"retry-after": "2.5"}) == 2.5
-    assert _retry_after_s({"retry-after": "-3"}) == 0
-    assert _retry_after_s({}) is None
-    assert _retry_after_s({"retry-after": "nan"}) is None
-    assert _retry_after_s({"retry-after": "tomorrow, perhaps"}) is None
-    later = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
-    assert 3500 < _retry_after_s({"retry-after": later}) <= 3600
 
 
 def test_a_cache_keeps_verdicts_and_no_failures(tmp_path):

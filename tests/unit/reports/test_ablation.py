@@ -7,19 +7,19 @@ import pytest
 
 from patcher_pl.reports.ablation import (
     Ablation,
-    Comparison,
+    EstimatorComparison,
     Hardened,
-    break_points,
     comparison_table,
     hardened_table,
 )
 from patcher_pl.reports.ablation_figures import ablation_figures
+from patcher_pl.reports.formats import break_span
 
 
 def comparison(estimator, num_steps, seed=0, **changes):
     fields = {"optimizer": "adamw", "cosine": 1.0, "memory_mib": 8.0, "time_in_attacks": 4.0}
     fields |= {"gradient_evaluations": 3.0 * num_steps, "relative_error": 0.0} | changes
-    return Comparison(estimator=estimator, num_steps=num_steps, seed=seed, **fields)
+    return EstimatorComparison(estimator=estimator, num_steps=num_steps, seed=seed, **fields)
 
 
 def hardened(variant, budget, seed, steps_to_break):
@@ -87,7 +87,8 @@ def test_nothing_measured_gives_no_figure():
 
 
 def test_a_table_names_the_attack_that_its_costs_belong_to(ablation):
-    header, exact, first_order = comparison_table(ablation.comparisons)
+    table = comparison_table(ablation.comparisons)
+    header, (exact, first_order) = list(table.columns), table.to_numpy().tolist()
     assert header[2:4] == ["cosine, K = 1", "cosine, K = 4"]
     assert exact[2:4] == ["1.000", "-"]
     assert exact[header.index("at K =")] == "1"
@@ -96,11 +97,12 @@ def test_a_table_names_the_attack_that_its_costs_belong_to(ablation):
 
 
 def test_break_points_keep_apart_what_broke_and_what_held(ablation):
-    assert break_points(ablation.hardened[:2]) == "40 to 160"
-    assert break_points(ablation.hardened[:3]) == "40 to > 320"
-    assert break_points([]) == "-"
-    rows = hardened_table(ablation.hardened)
-    assert [row[:2] for row in rows[1:]] == [["100", "exact"], ["100", "sft"], ["200", "exact"]]
+    reached = [(row.steps_to_break, row.longest_attack) for row in ablation.hardened]
+    assert break_span(reached[:2]) == "40 to 160"
+    assert break_span(reached[:3]) == "40 to > 320"
+    assert break_span([]) == "-"
+    rows = hardened_table(ablation.hardened).to_numpy().tolist()
+    assert [row[:2] for row in rows] == [["100", "exact"], ["100", "sft"], ["200", "exact"]]
 
 
 def test_files_hold_every_row(ablation, tmp_path):

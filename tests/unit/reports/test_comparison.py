@@ -5,22 +5,22 @@ import json
 import pytest
 
 from patcher_pl.reports.comparison import (
-    Comparison,
-    Cost,
-    Trial,
+    DefenseComparison,
+    DefenseTrial,
+    TrainingCost,
     comparison_notes,
-    comparison_rows,
-    trial_rows,
+    defense_table,
+    trial_table,
 )
 
 
 @pytest.fixture
 def costs():
     return {
-        "sft": [Cost(gradient_evaluations=100, num_steps=100)] * 2,
+        "sft": [TrainingCost(gradient_evaluations=100, num_steps=100)] * 2,
         "patcher": [
-            Cost(gradient_evaluations=100, num_steps=30),
-            Cost(gradient_evaluations=110, num_steps=33),
+            TrainingCost(gradient_evaluations=100, num_steps=30),
+            TrainingCost(gradient_evaluations=110, num_steps=33),
         ],
     }
 
@@ -35,8 +35,7 @@ def test_one_row_per_defense_with_cost_utility_and_break_points(curve, costs):
         curve("patcher", 120, [0, 0, 0, 0, 0.2], None, seed=2),
         curve("patcher", 120, [0, 1, 1], 20, attack="lora"),
     ]
-    header, *rows = comparison_rows(curves, costs)
-    sft, patcher = (dict(zip(header, row, strict=True)) for row in rows)
+    sft, patcher = defense_table(curves, costs).to_dict("records")
     assert sft == {
         "defense": "SFT",
         "gradient evaluations": "100",
@@ -57,7 +56,7 @@ def test_one_row_per_defense_with_cost_utility_and_break_points(curve, costs):
 
 def test_trials_show_settings_outcome_and_choice():
     options = {"model.init_args.optimizer.init_args.lr": 0.1}
-    tried = Trial(
+    tried = DefenseTrial(
         defense="sft",
         number=0,
         options=options,
@@ -67,8 +66,8 @@ def test_trials_show_settings_outcome_and_choice():
         benign_accuracy=1.0,
         is_chosen=True,
     )
-    failed = Trial(defense="sft", number=1, options=options, error="see log.txt")
-    _, first, second = trial_rows([tried, failed])
+    failed = DefenseTrial(defense="sft", number=1, options=options, error="see log.txt")
+    first, second = trial_table([tried, failed]).to_numpy().tolist()
     assert first == ["sft", "optimizer.lr 0.1", "10, held", "0.25", "0.00", "1.00", "chosen"]
     assert second == ["sft", "optimizer.lr 0.1", "-", "-", "-", "-", "failed"]
 
@@ -79,7 +78,7 @@ def test_files_hold_everything_and_medians(curve, costs, tmp_path):
         curve("sft", None, [0, 0.4, 0.9, 1, 1], 40, seed=1),
         curve("patcher", 120, [0, 0, 0, 0, 0.2], None),
     ]
-    comparison = Comparison(trials=[], costs=costs, environment={})
+    comparison = DefenseComparison(trials=[], costs=costs, environment={})
     comparison.save(tmp_path, curves)
     content = json.loads((tmp_path / "comparison.json").read_text())
     medians = {"SFT": 20.0, "Patcher, k1 = 120": None}

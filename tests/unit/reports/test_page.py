@@ -7,7 +7,7 @@ import pytest
 
 from patcher_pl.reports import Results, Sample
 from patcher_pl.reports.environment import hide_secrets
-from patcher_pl.reports.overview import Overview
+from patcher_pl.reports.overview import overview
 from patcher_pl.reports.page import render_page
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.statistics import compare_all
@@ -42,10 +42,10 @@ class Page(HTMLParser):
 
 
 def rendered(results, tmp_path, **options):
-    overview = Overview(tuple(results.curves))
+    frame = overview(results.curves)
     run = Run(name="a<b>", path=tmp_path / "results.json", results=results)
-    comparisons = compare_all(overview.groups)
-    return render_page(overview, [run], comparisons, title="Potions", **options)
+    comparisons = compare_all(list(frame["group"]))
+    return render_page(frame, results.curves, [run], comparisons, title="Potions", **options)
 
 
 @pytest.fixture(scope="module")

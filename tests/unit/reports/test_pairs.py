@@ -9,7 +9,13 @@ from scipy import stats
 
 from patcher_pl.reports import Sample
 from patcher_pl.reports.grouping import Group
-from patcher_pl.reports.statistics import PairedComparison, Refusal, compare, compare_all, holm
+from patcher_pl.reports.statistics import (
+    NotComparable,
+    PairedComparison,
+    compare,
+    compare_all,
+    holm,
+)
 from patcher_pl.reports.statistics.pairs import cohens_h
 
 
@@ -111,14 +117,14 @@ def test_what_was_not_the_same_test_is_not_compared(curve, changes, reason):
     same["samples"] = [Sample(attack_steps=0, prompt="Soup?", answer="", score=1)]
     first = attacked(curve, "sft", [1, 1, 0], **same)
     found = compare(first, attacked(curve, "tar", [0, 0, 0], **(same | changes)))
-    assert isinstance(found, Refusal)
+    assert isinstance(found, NotComparable)
     assert reason in found.reason
     assert isinstance(compare(first, attacked(curve, "tar", [0, 0, 0], **same)), PairedComparison)
 
 
 def test_other_numbers_of_prompts_are_not_compared(curve):
     found = compare(attacked(curve, "sft", [1, 1]), attacked(curve, "tar", [0, 0, 0]))
-    assert isinstance(found, Refusal)
+    assert isinstance(found, NotComparable)
     assert found.reason == "the prompts differ: 2 and 3 of them"
 
 
@@ -184,6 +190,6 @@ def test_curves_measured_at_different_steps_are_compared_at_the_end_alone(curve)
 
     first, second = measured("sft", [0, 7]), measured("tar", [3, 7])
     found = compare(first, second)
-    assert isinstance(found, Refusal)
+    assert isinstance(found, NotComparable)
     assert "different steps" in found.reason
     assert isinstance(compare(first, second, over="end"), PairedComparison)
