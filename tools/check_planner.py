@@ -145,7 +145,8 @@ def main() -> None:
     parser.add_argument("--fit", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fit:
-        print(_fit(*options.fit, options.accelerator))
+        warm_up, config = options.fit
+        print(_fit(warm_up, config, options.accelerator))
         return
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:

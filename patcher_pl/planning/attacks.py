@@ -64,7 +64,7 @@ def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
 
 def sites_of(attacks: Patcher | None) -> dict[Any, Part | str]:
     """Where tensors of a part or phase come into being; see `Tracker`."""
-    sites = {
+    sites: dict[Any, Part | str] = {
         Weights.snapshot: Part.SAVED_WEIGHTS,
         Weights.shifted: Part.SAVED_WEIGHTS,
         Weights.replaced: Part.SAVED_WEIGHTS,

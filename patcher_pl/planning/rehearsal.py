@@ -216,10 +216,12 @@ class _Ledger(Callback):
                     lambda owner: self._label_gradient(owner.grad)  # type: ignore[arg-type]
                 )
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._before = self._spent(pl_module)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Leaves out what comes after the step, such as measuring how far it can be trusted."""
         self.batches.append(self._spent(pl_module).plus(self._before, -1))
 
