@@ -17,7 +17,7 @@ from patcher_pl.data.schemas import (
     PkuSafeRlhf,
     ToxicDpo,
 )
-from patcher_pl.data.sources import Source, SourceRows
+from patcher_pl.data.sources import Source
 from patcher_pl.data.stream import BatchStream, FixedBatches
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ __all__ = [
     "RowError",
     "SafetyDataModule",
     "Source",
-    "SourceRows",
     "StrongReject",
     "ToxicDpo",
     "XsTest",
