@@ -53,7 +53,7 @@ def examples_of(material: AttackMaterial) -> list[dict[str, list[int]]]:
             "attention_mask": [1] * len(one.input_ids),
             "labels": one.labels,
         }
-        for one in encode_all(material.tokenizer, material.chat, material.rows).examples
+        for one in encode_all(material.tokenizer, material.chat, material.rows)
     ]
 
 
