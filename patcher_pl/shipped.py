@@ -12,4 +12,5 @@ def resolve_model(path: str) -> str:
 
 def resolve_data(path: str) -> str:
     """Returns `path`, or the file of the testbed where `path` starts with `testbed/`."""
-    return str(TESTBED / "data" / path[8:]) if path.startswith("testbed/") else path
+    name = path.removeprefix("testbed/")
+    return path if name == path else str(TESTBED / "data" / name)

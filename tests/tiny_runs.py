@@ -68,7 +68,7 @@ class Rows:
         """The stream that a run's data module makes of a part."""
         conversations = self.mixtures[part].draw(derive_seed(SEED, part))
         return BatchStream(
-            encode_all(tokenizer, ChatFormat(), conversations).examples,
+            encode_all(tokenizer, ChatFormat(), conversations),
             batch_size=batch_size,
             pad_token_id=tokenizer.pad_token_id,
             seed=derive_seed(SEED, part, "stream"),

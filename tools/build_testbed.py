@@ -111,7 +111,7 @@ def _train_base_model(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> Ll
         for row in rows
     ]
     stream = BatchStream(
-        encode_all(tokenizer, ChatFormat(), conversations).examples,
+        encode_all(tokenizer, ChatFormat(), conversations),
         batch_size=TRAINING["batch_size"],
         pad_token_id=_token_id(tokenizer, "pad"),
         seed=TRAINING["seed"],

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.benchmarks import HarmBench, StrongReject, XsTest
 from patcher_pl.data.chat import ChatFormat, Encoded
-from patcher_pl.data.collate import EncodedSet, collate, encode_all
+from patcher_pl.data.collate import collate, encode_all
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.readers import ColumnMap, Messages, PromptResponse, Reader, RowError
 from patcher_pl.data.schemas import (
@@ -17,7 +17,7 @@ from patcher_pl.data.schemas import (
     PkuSafeRlhf,
     ToxicDpo,
 )
-from patcher_pl.data.sources import Source, SourceRows
+from patcher_pl.data.sources import Source
 from patcher_pl.data.stream import BatchStream, FixedBatches
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "ChatFormat",
     "ColumnMap",
     "Encoded",
-    "EncodedSet",
     "FixedBatches",
     "Gsm8k",
     "HarmBench",
@@ -45,7 +44,6 @@ __all__ = [
     "RowError",
     "SafetyDataModule",
     "Source",
-    "SourceRows",
     "StrongReject",
     "ToxicDpo",
     "XsTest",

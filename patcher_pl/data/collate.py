@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,29 +17,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EncodedSet:
-    """Conversations as tokens, and what was lost on the way.
-
-    Args:
-        examples: In the order of the conversations.
-        num_dropped: Conversations that were too long to use.
-        num_truncated: Conversations whose last answer lost its end.
-        num_unlabeled_answers: Earlier answers that are context only; see `Encoded`.
-    """
-
-    examples: list[Encoded]
-    num_dropped: int
-    num_truncated: int
-    num_unlabeled_answers: int
-
-
 def encode_all(
     tokenizer: "PreTrainedTokenizerBase",
     chat: ChatFormat,
     conversations: Iterable[Conversation],
-) -> EncodedSet:
-    """Encodes conversations for training; logs what was dropped, cut or left unlabeled.
+) -> list[Encoded]:
+    """Encodes conversations for training, in order; logs what was dropped, cut or left unlabeled.
 
     Raises:
         DataError: If a conversation cannot be encoded (names its origin), or none is left.
@@ -51,7 +33,7 @@ def encode_all(
 
 def draw_encoded(
     mixture: Mixture, seed: int, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat
-) -> EncodedSet:
+) -> list[Encoded]:
     """Draws rows from a mixture and encodes them; numbers and shares are those of usable rows.
 
     Raises:
@@ -69,37 +51,31 @@ def draw_encoded(
     return _counted([encoded[row] for row in drawn], num_dropped, chat)
 
 
-def _counted(encoded: Sequence[Encoded | None], num_dropped: int, chat: ChatFormat) -> EncodedSet:
+def _counted(
+    encoded: Sequence[Encoded | None], num_dropped: int, chat: ChatFormat
+) -> list[Encoded]:
     examples = [example for example in encoded if example is not None]
-    result = EncodedSet(
-        examples,
-        num_dropped=num_dropped,
-        num_truncated=sum(example.truncated for example in examples),
-        num_unlabeled_answers=sum(example.num_unlabeled_answers for example in examples),
-    )
     if not examples:
         raise DataError(
             f"No example is left to train on: {num_dropped} of {num_dropped} conversations "
             f"are longer than ChatFormat.max_length {chat.max_length} (too_long: {chat.too_long}). "
             "Raise max_length or shorten the data."
         )
-    if result.num_dropped or result.num_truncated:
+    num_truncated = sum(example.truncated for example in examples)
+    if num_dropped or num_truncated:
         _log.warning(
             "Of %d conversations, %d are too long and dropped, %d lose the end of their last "
             "answer (ChatFormat.max_length %d).",
-            len(examples) + num_dropped,
-            result.num_dropped,
-            result.num_truncated,
-            chat.max_length,
+            *(len(examples) + num_dropped, num_dropped, num_truncated, chat.max_length),
         )
-    if result.num_unlabeled_answers:
+    if num_unlabeled := sum(example.num_unlabeled_answers for example in examples):
         _log.warning(
             "%d earlier answers of multi-turn conversations are context only: the chat template "
             "shows them differently afterwards than while they are generated, or does not say "
             "where they end.",
-            result.num_unlabeled_answers,
+            num_unlabeled,
         )
-    return result
+    return examples
 
 
 def collate(examples: Sequence[Encoded], pad_token_id: int, *, packing: bool = False) -> Batch:

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 
 from patcher_pl.data.chat import Encoded
-from patcher_pl.data.collate import EncodedSet, draw_encoded
+from patcher_pl.data.collate import draw_encoded
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.stream import BatchStream, FixedBatches
 from patcher_pl.errors import ConfigError
@@ -67,7 +67,7 @@ class SafetyDataModule(LightningDataModule):
         self.packing = packing
         self._restored_seed: int | None = None
         self._restored_attack: dict[str, Any] | None = None
-        self._encoded: dict[_Part, EncodedSet] = {}
+        self._encoded: dict[_Part, list[Encoded]] = {}
         self._streams: dict[_Part, BatchStream] = {}
 
     @property
@@ -98,7 +98,7 @@ class SafetyDataModule(LightningDataModule):
     @property
     def safe_examples(self) -> Sequence[Encoded]:
         """D_safe as tokens, in the order in which it was drawn."""
-        return self._encode("safe").examples
+        return self._encode("safe")
 
     @property
     def has_attack(self) -> bool:
@@ -155,7 +155,7 @@ class SafetyDataModule(LightningDataModule):
         if self._mixtures["val"] is None:
             return []
         return FixedBatches(
-            self._encode("val").examples,
+            self._encode("val"),
             batch_size=self._batch_size,
             pad_token_id=self._pad_token_id,
             packing=self.packing,
@@ -199,7 +199,7 @@ class SafetyDataModule(LightningDataModule):
             )
         return self.trainer
 
-    def _encode(self, part: _Part) -> EncodedSet:
+    def _encode(self, part: _Part) -> list[Encoded]:
         if part not in self._encoded:
             mixture = self._mixtures[part]
             if mixture is None:
@@ -218,7 +218,7 @@ class SafetyDataModule(LightningDataModule):
     def _stream(self, part: _Part, batch_size: int) -> BatchStream:
         if part not in self._streams:
             stream = BatchStream(
-                self._encode(part).examples,
+                self._encode(part),
                 batch_size=batch_size,
                 pad_token_id=self._pad_token_id,
                 seed=derive_seed(self.seed, part, "stream"),

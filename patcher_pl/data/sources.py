@@ -14,21 +14,6 @@ from patcher_pl.types import Conversation
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SourceRows:
-    """What a source gave.
-
-    Args:
-        conversations: The usable rows, in the order of the source.
-        num_bad: Malformed rows that were skipped.
-        num_unwanted: Well-formed rows that the reader leaves out (safe rows of an unsafe set, say).
-    """
-
-    conversations: list[Conversation]
-    num_bad: int
-    num_unwanted: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One data set: a local file, a hub id, or `testbed/<file>`.
@@ -78,16 +63,12 @@ class Source:
             )
 
     def load(self) -> list[Conversation]:
-        """Returns the usable rows in the order of the source.
+        """Returns the usable rows in the order of the source; logs how many malformed ones it skips.
 
         Raises:
             DataError: If the source cannot be read, a row is malformed (names file, line and
                 field), or no usable row is left.
         """
-        return self.read().conversations
-
-    def read(self) -> SourceRows:
-        """Like `load`, with the counts of rows that were left out."""
         conversations: list[Conversation] = []
         num_unwanted = 0
         problems: list[str] = []
@@ -119,7 +100,7 @@ class Source:
                 f"{self.path}: no usable row ({len(problems)} malformed, {num_unwanted} left out "
                 f"by {self.reader})."
             )
-        return SourceRows(conversations, len(problems), num_unwanted)
+        return conversations
 
     def _conversation(self, row: RawRow) -> Conversation | None:
         if row.values is None:

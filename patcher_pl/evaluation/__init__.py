@@ -12,7 +12,6 @@ from patcher_pl.evaluation.judges import (
     ModerationClassifier,
     RefusalPhraseJudge,
     Verdict,
-    error_rate,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ __all__ = [
     "Question",
     "RefusalPhraseJudge",
     "Verdict",
-    "error_rate",
     "evaluate_answers",
     "judge_agreement",
     "steps_to_break",

@@ -114,7 +114,7 @@ class Abliteration(Attack):
 
     def _answers(self, rows: Sequence[Conversation], material: AttackMaterial) -> list[Batch]:
         worded = [self.asking.reworded_row(row) for row in rows]
-        return _batches(encode_all(material.tokenizer, material.chat, worded).examples, material)
+        return _batches(encode_all(material.tokenizer, material.chat, worded), material)
 
 
 def refusal_directions(

@@ -72,7 +72,7 @@ class AttackMaterial:
         pad_token_id = self.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)
         return BatchStream(
-            encode_all(self.tokenizer, self.chat, worded).examples,
+            encode_all(self.tokenizer, self.chat, worded),
             batch_size=batch_size,
             pad_token_id=pad_token_id,
             seed=self.seed,

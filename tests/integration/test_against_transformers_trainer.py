@@ -27,6 +27,7 @@ from patcher_pl.randomness import seeded
 from patcher_pl.redteam import AttackMaterial, FullFinetuning
 from patcher_pl.shipped import TESTBED
 from patcher_pl.testbed.judge import RecipeJudge
+from tools import build_testbed
 
 # As configs/testbed/fragments/redteam.yaml. The Trainer leaves norms out of weight decay.
 LR, BATCH_SIZE = 1e-4, 16
@@ -52,7 +53,7 @@ def examples_of(material: AttackMaterial) -> list[dict[str, list[int]]]:
             "attention_mask": [1] * len(one.input_ids),
             "labels": one.labels,
         }
-        for one in encode_all(material.tokenizer, material.chat, material.rows).examples
+        for one in encode_all(material.tokenizer, material.chat, material.rows)
     ]
 
 
@@ -83,6 +84,17 @@ def train_with_trainer(
     trainer.train()
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The testbed with a base model of four training steps: every weight still moves."""
+    directory = tmp_path_factory.mktemp("quick") / "testbed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(build_testbed.TRAINING, "num_steps", 4)
+        patch.setitem(build_testbed.TRAINING, "num_warmup_steps", 1)
+        build_testbed.build_testbed(directory)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("optimizer", "optim", "max_grad_norm"),
     [
@@ -93,10 +105,12 @@ def train_with_trainer(
         (SGD(lr=0.1), "sgd", 0.5),
     ],
 )
-def test_the_same_batches_give_the_same_weights(tmp_path, optimizer, optim, max_grad_norm):
+def test_the_same_batches_give_the_same_weights(
+    untrained, tmp_path, optimizer, optim, max_grad_norm
+):
     """Wrong if masks, loss, clipping, optimizer or step count differed from the usual ones."""
-    released = AutoModelForCausalLM.from_pretrained(TESTBED / "model")
-    tokenizer = AutoTokenizer.from_pretrained(TESTBED / "model")
+    released = AutoModelForCausalLM.from_pretrained(untrained / "model")
+    tokenizer = AutoTokenizer.from_pretrained(untrained / "model")
     material = AttackMaterial(tokenizer, CHAT, attack_rows(0), seed=0)
     num_steps = 25
 

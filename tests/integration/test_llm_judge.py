@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from patcher_pl.errors import ConfigError
-from patcher_pl.evaluation import LlmJudge, Verdict, error_rate
+from patcher_pl.evaluation import LlmJudge, Verdict
 from patcher_pl.reports.settings import as_settings
 from tests.chat_server import FAULTS, KEY, serving, three_in_ten, true_verdict
 
@@ -76,7 +76,6 @@ def test_what_still_fails_is_an_error_and_leaves_the_rate_of_the_rest_alone():
     judged = [true for true, failed in zip(TRUE, expected, strict=True) if not failed]
     assert [verdict for verdict in verdicts if verdict.error is None] == judged
     assert success_rate(verdicts) == success_rate(judged)
-    assert error_rate(verdicts) == sum(expected) / NUM_ROWS
     assert all(verdict.error is None or len(verdict.error) < 200 for verdict in verdicts)
 
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     "errors files memory private_directory progress quiet randomness shipped types validation",
     "devices losses mailbox optim processes reports supervision threads",
-    "comparison data",
-    "models",
+    "data",
+    "comparison models",
     "attackers evaluation",
     "hypergradients redteam testbed",
-    "ablation defenses planning",
-    "callbacks",
+    "ablation defenses",
+    "callbacks planning",
     "cli",
     "__main__",
 )

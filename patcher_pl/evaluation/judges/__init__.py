@@ -7,7 +7,6 @@ from patcher_pl.evaluation.judges.base import (
     LOWEST_SCORE,
     Judge,
     Verdict,
-    error_rate,
 )
 from patcher_pl.evaluation.judges.llm import LlmJudge
 from patcher_pl.evaluation.judges.moderation import ModerationClassifier
@@ -25,7 +24,6 @@ __all__ = [
     "ModerationClassifier",
     "RefusalPhraseJudge",
     "Verdict",
-    "error_rate",
     "is_coherent",
     "spoken_part",
 ]

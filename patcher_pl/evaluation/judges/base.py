@@ -1,6 +1,5 @@
 """What a judge says about one answer, and the interface of all judges."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,10 +57,3 @@ class Judge(ABC):
         """Scores many answers; a judge that is faster in batches overrides this."""
         rows = zip(prompts, answers, references, strict=True)
         return [self.score(prompt, answer, reference) for prompt, answer, reference in rows]
-
-
-def error_rate(verdicts: Sequence[Verdict]) -> float:
-    """Share of answers that the judge failed on (0..1); NaN where there is no verdict."""
-    if not verdicts:
-        return math.nan
-    return sum(verdict.error is not None for verdict in verdicts) / len(verdicts)

@@ -62,7 +62,7 @@ class Perplexity(UtilityMeasure):
         Raises:
             DataError: If a conversation has no answer or cannot be encoded; names its origin.
         """
-        examples = encode_all(tokenizer, chat, self._conversations).examples
+        examples = encode_all(tokenizer, chat, self._conversations)
         batches = FixedBatches(
             sorted(examples, key=lambda example: len(example.input_ids)),
             batch_size=self.batch_size,

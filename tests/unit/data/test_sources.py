@@ -98,9 +98,9 @@ def test_bad_lines_are_named_or_skipped_with_a_count(tmp_path, caplog, line, mes
     with pytest.raises(DataError, match=message + r".*Source\.skip_bad_rows"):
         Source(path=str(path)).load()
     with caplog.at_level(logging.WARNING):
-        rows = Source(path=str(path), skip_bad_rows=True).read()
-    assert (len(rows.conversations), rows.num_bad, rows.num_unwanted) == (2, 1, 0)
-    assert rows.conversations[1].origin == f"{path}:4"
+        rows = Source(path=str(path), skip_bad_rows=True).load()
+    assert len(rows) == 2
+    assert rows[1].origin == f"{path}:4"
     assert "skipped 1 malformed rows" in caplog.text
 
 
@@ -168,14 +168,13 @@ def test_limit_counts_usable_rows_and_reads_no_further(tmp_path):
     assert len(conversations) == 3
 
 
-def test_rows_that_the_reader_does_not_want_are_counted(tmp_path):
+def test_rows_that_the_reader_does_not_want_are_left_out(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"prompt": "p", "response": "r", "is_safe": safe} for safe in (True, False, True)]
     write_jsonl(path, rows)
     from patcher_pl.data import BeaverTails
 
-    read = Source(path=str(path), reader=BeaverTails(answers="unsafe")).read()
-    assert (len(read.conversations), read.num_unwanted) == (1, 2)
+    assert len(Source(path=str(path), reader=BeaverTails(answers="unsafe")).load()) == 1
 
 
 def test_the_testbed_is_a_path_prefix():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from patcher_pl.evaluation import Agreement, Verdict, error_rate, judge_agreement
+from patcher_pl.evaluation import Agreement, Verdict, judge_agreement
 
 
 def _verdicts(scores):
@@ -62,9 +62,3 @@ def test_equal_constants_have_no_kappa(scores):
 def test_verdicts_on_different_answers_are_refused():
     with pytest.raises(ValueError, match="same answers, got 1 and 2"):
         judge_agreement(_verdicts("5"), _verdicts("55"))
-
-
-def test_error_rate():
-    assert error_rate(_verdicts("5x1x")) == 0.5
-    assert error_rate(_verdicts("51")) == 0
-    assert math.isnan(error_rate([]))

@@ -29,7 +29,7 @@ def family(request, tmp_path_factory) -> Path:
 
 
 def batch_of(tokenizer, rows=ROWS):
-    return collate(encode_all(tokenizer, ChatFormat(), rows).examples, tokenizer.pad_token_id)
+    return collate(encode_all(tokenizer, ChatFormat(), rows), tokenizer.pad_token_id)
 
 
 def step(model, batch) -> tuple[float, float]:
