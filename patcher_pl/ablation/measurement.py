@@ -23,7 +23,7 @@ from patcher_pl.hypergradients import (
     OuterLoss,
     measure_trust,
 )
-from patcher_pl.jobs import Job
+from patcher_pl.jobs.job import FOR_MODELS, Job
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.memory import peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
@@ -33,14 +33,6 @@ from patcher_pl.threads import cpu_threads
 from patcher_pl.types import Batch
 
 REFERENCE = "exact"
-# What every measurement imports.
-_MODULES = [
-    "patcher_pl.ablation.measurement",
-    "torch._decomp.decompositions_for_jvp",
-    "transformers.generation",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-]
 # Gradients that are timed; fewer where the attack is shorter.
 _NUM_TIMED = 8
 
@@ -106,7 +98,8 @@ class Measurement(Job[Comparison]):
         return Comparison(**content)
 
     def modules(self) -> list[str]:
-        return [*_MODULES, self.language_model.module_name()]
+        own = [__name__, "torch._decomp.decompositions_for_jvp"]
+        return [*own, *FOR_MODELS, self.language_model.module_name()]
 
     def _measured(self, device: torch.device) -> Comparison:
         torch.manual_seed(self.row.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.jobs.engines.base import Engine
+from patcher_pl.jobs.engine import Engine
 from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.signals import stoppable
 from patcher_pl.progress import progress_bar
