@@ -86,6 +86,8 @@ class RayCluster(Engine):
         finally:
             for task in pending:
                 ray.cancel(task)  # The cluster would go on with them.
+            if pending:
+                ray.wait(list(pending), num_returns=len(pending))  # They may save checkpoints.
 
     def _collect(self, ray: Any, task: Any, job: Job) -> None:
         try:
