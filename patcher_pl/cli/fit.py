@@ -205,7 +205,6 @@ class _Examination:
         self._cli = cli
         self._weights = spent  # A run that goes on trains its model further.
         self.board = Board(
-            redteam=options.redteam,
             run_directory=run_directory,
             engine=InProcess(),
             device=str(cli.trainer.strategy.root_device),
@@ -214,7 +213,8 @@ class _Examination:
         )
 
     def examine(self, trained: _Trained) -> None:
-        if self._cli.options.redteam is None:
+        redteam = self._cli.options.redteam
+        if redteam is None:
             return
         defense, logger = trained.defense, trained.logger
         seed = self._cli.options.seed_everything
@@ -230,7 +230,7 @@ class _Examination:
             bench=Bench(model, defense.tokenizer),
         )
         try:
-            curves = self.board.attack([attacked])
+            curves = self.board.attack(redteam, [attacked])
         except RunInterrupted as stop:
             how = f"{str(stop).removesuffix('.')} and --ckpt_path last."
             raise RunInterrupted(how, signal=stop.signal) from stop
