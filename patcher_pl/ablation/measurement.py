@@ -22,7 +22,7 @@ from patcher_pl.hypergradients import (
     OuterLoss,
     measure_trust,
 )
-from patcher_pl.jobs import Job
+from patcher_pl.jobs.job import FOR_MODELS, Job
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.memory import peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
@@ -32,14 +32,6 @@ from patcher_pl.threads import cpu_threads
 from patcher_pl.types import Batch, move_batch
 
 REFERENCE = "exact"
-# What every measurement imports.
-_MODULES = [
-    "patcher_pl.ablation.measurement",
-    "torch._decomp.decompositions_for_jvp",
-    "transformers.generation",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-]
 # Gradients that are timed; fewer where the attack is shorter.
 _NUM_TIMED = 8
 
@@ -105,7 +97,8 @@ class Measurement(Job[EstimatorComparison]):
         return EstimatorComparison(**content)
 
     def modules(self) -> list[str]:
-        return [*_MODULES, self.language_model.module_name()]
+        own = [__name__, "torch._decomp.decompositions_for_jvp"]
+        return [*own, *FOR_MODELS, self.language_model.module_name()]
 
     def _measured(self, device: torch.device) -> EstimatorComparison:
         torch.manual_seed(self.row.seed)

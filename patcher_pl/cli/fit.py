@@ -1,20 +1,24 @@
-"""What `fit` does once a model is trained: export, attack, control, results."""
+"""`fit`, `validate` and `test`, and what `fit` does once a model is trained: export, attack, control."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from patcher_pl.callbacks import GracefulStop
 from patcher_pl.callbacks.robustness_probe import log_robustness, robustness_scalars
 from patcher_pl.callbacks.run_checkpoint import find_last
+from patcher_pl.cli.attackers_beside import attackers_beside
 from patcher_pl.cli.console import write_reports
-from patcher_pl.cli.lightning_cli import PatcherCLI, fit_or_stop
+from patcher_pl.cli.errors import readable_config_errors
+from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
-from patcher_pl.errors import RunInterrupted
+from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
@@ -22,6 +26,64 @@ from patcher_pl.redteam.board import Board
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.reports.settings import as_settings
+from patcher_pl.threads import cpu_threads
+
+
+def run_lightning(command: str, arguments: Sequence[str]) -> None:
+    """Runs `fit`, `validate` or `test`.
+
+    Raises:
+        ConfigError: If the configuration cannot be run.
+        RunInterrupted: If a signal stopped the run; a checkpoint was saved.
+    """
+    with readable_config_errors():
+        cli = PatcherCLI(command, arguments)
+    options = cli.options
+    with cpu_threads(options.num_threads):
+        if command == "fit":
+            _fit(cli)
+            return
+        run = getattr(cli.trainer, command)
+        run(cli.model, datamodule=cli.datamodule, ckpt_path=options.ckpt_path, weights_only=True)
+
+
+def _fit(cli: PatcherCLI) -> None:
+    options = cli.options
+    run_directory = RunDirectory(options.run_dir)
+    rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
+    if not rehearsal and first:
+        run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
+        cli.save_config(run_directory.config)
+    try:
+        with attackers_beside(cli, run_directory):
+            fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
+    except PatcherError:
+        began = cli.trainer.global_step > 0 or run_directory.checkpoints.exists()
+        if first and not (began or rehearsal or cli.may_go_on):
+            run_directory.clear()  # Once mended, the same command may begin the run.
+        raise
+    if not rehearsal:
+        finish_fit(cli)
+
+
+def fit_or_stop(
+    trainer: Trainer,
+    model: Any,
+    data: Any,
+    ckpt_path: Path | str | None,
+    run_directory: RunDirectory,
+) -> None:
+    """Trains; a signal ends in `RunInterrupted` that says how to go on."""
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except RunInterrupted as stop:
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
+        number = next(callback.signal for callback in stops if callback.signal is not None)
+        raise RunInterrupted(
+            f"stopped by {number.name} after step {trainer.global_step}; everything up to there is "
+            f"saved in {run_directory.checkpoints}. Go on with the same command and --ckpt_path last.",
+            signal=number,
+        ) from stop
 
 
 @dataclass(frozen=True)
@@ -143,7 +205,6 @@ class _Examination:
         self._cli = cli
         self._weights = spent  # A run that goes on trains its model further.
         self.board = Board(
-            redteam=options.redteam,
             run_directory=run_directory,
             engine=InProcess(),
             device=str(cli.trainer.strategy.root_device),
@@ -152,7 +213,8 @@ class _Examination:
         )
 
     def examine(self, trained: _Trained) -> None:
-        if self._cli.options.redteam is None:
+        redteam = self._cli.options.redteam
+        if redteam is None:
             return
         defense, logger = trained.defense, trained.logger
         seed = self._cli.options.seed_everything
@@ -168,7 +230,7 @@ class _Examination:
             bench=Bench(model, defense.tokenizer),
         )
         try:
-            curves = self.board.attack([attacked])
+            curves = self.board.attack(redteam, [attacked])
         except RunInterrupted as stop:
             how = f"{str(stop).removesuffix('.')} and --ckpt_path last."
             raise RunInterrupted(how, signal=stop.signal) from stop

@@ -1,4 +1,4 @@
-"""`fit`, `validate` and `test`: LightningCLI with a fixed layout of the run's directory."""
+"""LightningCLI with a fixed layout of the run's directory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +21,13 @@ from patcher_pl.callbacks import (
 )
 from patcher_pl.callbacks.checkpoint_files import is_whole
 from patcher_pl.callbacks.run_checkpoint import find_last
-from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported, shards
-from patcher_pl.errors import CheckpointError, ConfigError, PatcherError, RunInterrupted
+from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.files import write_text
 from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.redteam import RedTeam
-from patcher_pl.threads import cpu_threads
 
 
 class PatcherCLI(LightningCLI):
@@ -239,63 +237,3 @@ class PatcherCLI(LightningCLI):
         config = self.config[self.command].clone()
         config.overwrite, config.ckpt_path = False, None
         write_text(path, self._parser(self.command).dump(config, skip_unset=False))
-
-
-def run_lightning(command: str, arguments: Sequence[str]) -> None:
-    """Runs `fit`, `validate` or `test`.
-
-    Raises:
-        ConfigError: If the configuration cannot be run.
-        RunInterrupted: If a signal stopped the run; a checkpoint was saved.
-    """
-    with readable_config_errors():
-        cli = PatcherCLI(command, arguments)
-    options = cli.options
-    with cpu_threads(options.num_threads):
-        if command == "fit":
-            _fit(cli)
-            return
-        run = getattr(cli.trainer, command)
-        run(cli.model, datamodule=cli.datamodule, ckpt_path=options.ckpt_path, weights_only=True)
-
-
-def _fit(cli: PatcherCLI) -> None:
-    from patcher_pl.cli.attackers_beside import attackers_beside
-    from patcher_pl.cli.fit import finish_fit
-
-    options = cli.options
-    run_directory = RunDirectory(options.run_dir)
-    rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
-    if not rehearsal and first:
-        run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
-        cli.save_config(run_directory.config)
-    try:
-        with attackers_beside(cli, run_directory):
-            fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
-    except PatcherError:
-        began = cli.trainer.global_step > 0 or run_directory.checkpoints.exists()
-        if first and not (began or rehearsal or cli.may_go_on):
-            run_directory.clear()  # Once mended, the same command may begin the run.
-        raise
-    if not rehearsal:
-        finish_fit(cli)
-
-
-def fit_or_stop(
-    trainer: Trainer,
-    model: Any,
-    data: Any,
-    ckpt_path: Path | str | None,
-    run_directory: RunDirectory,
-) -> None:
-    """Trains; a signal ends in `RunInterrupted` that says how to go on."""
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except RunInterrupted as stop:
-        stops = [callback for callback in trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
-        number = next(callback.signal for callback in stops if callback.signal is not None)
-        raise RunInterrupted(
-            f"stopped by {number.name} after step {trainer.global_step}; everything up to there is "
-            f"saved in {run_directory.checkpoints}. Go on with the same command and --ckpt_path last.",
-            signal=number,
-        ) from stop

@@ -115,7 +115,7 @@ def _run(command: str, arguments: list[str]) -> None:
 
         run_plan(arguments)
         return
-    from patcher_pl.cli.lightning_cli import run_lightning
+    from patcher_pl.cli.fit import run_lightning
 
     run_lightning(command, arguments)
 

@@ -108,7 +108,6 @@ def run_redteam(
         )
     ]
     board = Board(
-        redteam=redteam,
         run_directory=RunDirectory(run_dir),
         engine=engine or InProcess(),
         device=device,
@@ -116,9 +115,9 @@ def run_redteam(
         settings=as_settings({"redteam": redteam, "models": targets, "search": search}),
     )
     board.claim()
-    curves = board.attack(attacked)
+    curves = board.attack(redteam, attacked)
     if search is not None:
-        board.search(search, attacked, curves)
+        board.search(search, redteam, attacked, curves)
     curves = board.save().curves
     names = ", ".join(target.defense if model is None else str(model) for target in targets)
     write_reports(curves, run_dir, title=f"Red team of {names}")

@@ -1,8 +1,10 @@
 """Jobs that leave a file each, and what runs them: red teams, ablations, sweeps, comparisons."""
 
-from patcher_pl.jobs.engines import Engine, InProcess, Processes, RayCluster, run_missing
+from patcher_pl.jobs.engine import Engine, InProcess, run_missing
 from patcher_pl.jobs.fit import ConfigFile, Fit, choose_engine, plan_sweep, run_fits, seed_options
 from patcher_pl.jobs.job import Job
+from patcher_pl.jobs.processes import Processes
+from patcher_pl.jobs.ray_cluster import RayCluster
 from patcher_pl.jobs.run_directory import RunDirectory
 
 __all__ = [

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from patcher_pl.errors import ConfigError
-from patcher_pl.jobs.engines import Engine, Processes, run_missing
+from patcher_pl.jobs.engine import Engine, run_missing
 from patcher_pl.jobs.job import Job
+from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import fingerprint

@@ -12,6 +12,13 @@ from patcher_pl.files import write_json
 
 logger = logging.getLogger(__name__)
 
+# What every job that loads a model imports, see `Job.modules`.
+FOR_MODELS = (
+    "transformers.generation",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+)
+
 
 class Outcome(Protocol):
     """What a job found, or why it found nothing."""

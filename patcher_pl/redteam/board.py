@@ -26,7 +26,6 @@ class Board:
     """Plans attacks on models, has an engine run what is not done, and collects what is.
 
     Args:
-        redteam: Attacks, questions and judge.
         run_directory: Gets `results.json`, and `cells/` with the outcome of every attack.
         engine: What runs the attacks.
         device: Where, unless the engine has devices of its own.
@@ -34,7 +33,6 @@ class Board:
         settings: What the run was asked to do, for the results.
     """
 
-    redteam: RedTeam
     run_directory: RunDirectory
     engine: Engine
     device: str
@@ -55,12 +53,17 @@ class Board:
                 "Give another directory, or move results.json away."
             )
 
-    def attack(self, models: Sequence[AttackedModel]) -> list[Curve]:
+    def attack(self, redteam: RedTeam, models: Sequence[AttackedModel]) -> list[Curve]:
         """Curves of the whole grid on every model, in order."""
-        return self._run([(model, cell) for model in models for cell in self.redteam.cells()])
+        cells = redteam.cells()
+        return self._run([self._job(redteam, model, cell) for model in models for cell in cells])
 
     def search(
-        self, search: Search, models: Sequence[AttackedModel], grid: Sequence[Curve]
+        self,
+        search: Search,
+        redteam: RedTeam,
+        models: Sequence[AttackedModel],
+        grid: Sequence[Curve],
     ) -> None:
         """Searches for the strongest attack on every model.
 
@@ -72,7 +75,7 @@ class Board:
             for curve in grid:
                 if curve.key[:3] == model.name.model_key:
                     known[curve.attack].append(curve)
-            outcome = search.run(self.redteam, list(known.values()), partial(self._try, model))
+            outcome = search.run(redteam, list(known.values()), partial(self._try, redteam, model))
             name, best = model.name.defense, outcome[0]
             tried[name] = [asdict(trial) for trial in outcome]
             print(
@@ -92,8 +95,7 @@ class Board:
         results.save(self.run_directory.results)
         return results
 
-    def _run(self, wanted: Sequence[tuple[AttackedModel, Cell]]) -> list[Curve]:
-        jobs = [self._job(model, cell) for model, cell in wanted]
+    def _run(self, jobs: Sequence[AttackJob]) -> list[Curve]:
         self._planned.update({job.path: job for job in jobs})
         try:
             run_missing(jobs, self.engine, self.device, "attacks")
@@ -103,22 +105,24 @@ class Board:
         return _outcomes(jobs)
 
     def _try(
-        self, model: AttackedModel, chosen: Sequence[tuple[Attack, dict[str, Setting]]]
+        self,
+        redteam: RedTeam,
+        model: AttackedModel,
+        chosen: Sequence[tuple[Attack, dict[str, Setting]]],
     ) -> list[list[Curve]]:
-        groups = [self._cells_of(attack, settings) for attack, settings in chosen]
-        self._run([(model, cell) for cells in groups for cell in cells])
-        return [_outcomes([self._job(model, cell) for cell in cells]) for cells in groups]
+        groups: list[list[AttackJob]] = []
+        for attack, settings in chosen:
+            try:
+                cells = varied_cells(attack, redteam.data, settings, redteam.seeds)
+            except ValueError as error:  # The attack cannot have such settings.
+                print(f"Passed over: {error}")
+                cells = []
+            groups.append([self._job(redteam, model, cell) for cell in cells])
+        self._run([job for jobs in groups for job in jobs])
+        return [_outcomes(jobs) for jobs in groups]
 
-    def _cells_of(self, attack: Attack, settings: dict[str, Setting]) -> list[Cell]:
-        """The cells of a trial; none where the attack cannot have such settings."""
-        try:
-            return varied_cells(attack, self.redteam.data, settings, self.redteam.seeds)
-        except ValueError as error:
-            print(f"Passed over: {error}")
-            return []
-
-    def _job(self, model: AttackedModel, cell: Cell) -> AttackJob:
-        return AttackJob.plan(self.redteam, cell, model, self.run_directory.cells, self.num_threads)
+    def _job(self, redteam: RedTeam, model: AttackedModel, cell: Cell) -> AttackJob:
+        return AttackJob.plan(redteam, cell, model, self.run_directory.cells, self.num_threads)
 
 
 def _outcomes(jobs: Sequence[AttackJob]) -> list[Curve]:

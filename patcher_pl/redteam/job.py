@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from patcher_pl.devices import choose_device
-from patcher_pl.jobs.job import Job
+from patcher_pl.jobs.job import FOR_MODELS, Job
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.redteam.grid import Cell, Grid, ModelName
 from patcher_pl.redteam.red_team import Campaign, RedTeam
@@ -17,14 +17,6 @@ from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# What every attack imports.
-_MODULES = [
-    "patcher_pl.redteam.job",
-    "transformers.generation",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-]
 
 
 class Bench:
@@ -174,7 +166,7 @@ class AttackJob(Job[Curve]):
         self.write(asdict(curve))
 
     def modules(self) -> list[str]:
-        return [*_MODULES, self.target.language_model.module_name()]
+        return [__name__, *FOR_MODELS, self.target.language_model.module_name()]
 
     @property
     def language_model(self) -> LanguageModel:

@@ -103,7 +103,8 @@ class Search:
             if not isinstance(given[name], int) or given[name] < 1:
                 raise ValueError(f"Search.{name} must be >= 1, got {given[name]!r}.")
         for name, ends in space.items():
-            if ends and field_of(name) in _RANGES and not (len(ends) == 2 and ends[0] < ends[1]):
+            is_range = len(ends) == 2 and not any(isinstance(end, str) for end in ends)
+            if ends and field_of(name) in _RANGES and not (is_range and ends[0] < ends[1]):
                 raise ValueError(
                     f"Search.{name} must be [low, high] with low < high, or empty, got {ends}."
                 )

@@ -201,14 +201,13 @@ def test_finished_cells_are_not_repeated_and_failed_ones_are(model, tokenizer, r
             bench=Bench(model, tokenizer),
         )
         board = Board(
-            redteam=team,
             run_directory=RunDirectory(tmp_path),
             engine=InProcess(),
             device="cpu",
             num_threads=None,
             settings={},
         )
-        return board.attack([attacked])
+        return board.attack(team, [attacked])
 
     first = attack(team)
     assert [(curve.attack, curve.seed) for curve in first] == [

@@ -119,6 +119,10 @@ def test_results_of_another_command_are_not_overwritten(model_dir, quick, tmp_pa
     (tmp_path / "results.json").write_text('{"curves": []}')
     with pytest.raises(ConfigError, match="holds results of another command"):
         run_redteam(quick, tmp_path, str(model_dir), device="cpu")
+    (tmp_path / "cells").mkdir()  # A `fit` keeps cells too.
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="holds results of another command"):
+        run_redteam(quick, tmp_path, str(model_dir), device="cpu")
     assert (tmp_path / "results.json").read_text() == '{"curves": []}'
 
 

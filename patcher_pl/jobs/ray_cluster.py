@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.jobs.engines.base import Engine
+from patcher_pl.jobs.engine import Engine
 from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.signals import stoppable
 from patcher_pl.progress import progress_bar
@@ -86,6 +86,8 @@ class RayCluster(Engine):
         finally:
             for task in pending:
                 ray.cancel(task)  # The cluster would go on with them.
+            if pending:
+                ray.wait(list(pending), num_returns=len(pending))  # They may save checkpoints.
 
     def _collect(self, ray: Any, task: Any, job: Job) -> None:
         try:

@@ -14,7 +14,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
 from patcher_pl.errors import PatcherError
-from patcher_pl.jobs.engines.base import Engine
+from patcher_pl.jobs.engine import Engine
 from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.signals import interrupt, stoppable
 from patcher_pl.progress import progress_bar
