@@ -11,7 +11,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from patcher_pl.defenses import Defense, Patcher
+from patcher_pl.defenses import Defense
 from patcher_pl.planning import ATTACK, DEFEND, HYPERGRADIENT, Footprint, LayerSizes, Tracker
 from patcher_pl.planning.architecture import UnloadedModel
 from patcher_pl.planning.fakes import fake_tensors
@@ -89,8 +89,11 @@ def rehearse(
         callbacks=[ledger],
     )
     attacker = hypergradient = None
-    if isinstance(defense, Patcher):
-        attacker, hypergradient = defense.attacker, defense.hypergradient
+    if defense.attack_source is not None:
+        attacker, hypergradient = (
+            defense.attack_source.attacker,
+            defense.attack_source.hypergradient,
+        )
     with instrumented(tracker, attacker, hypergradient, multi_tensor), fake_tensors(tracker):
         with suppress(_SeenEnough):
             trainer.fit(defense, datamodule=_FullBatches(shapes))

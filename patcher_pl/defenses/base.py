@@ -9,19 +9,27 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from patcher_pl.defenses import random_state
-from patcher_pl.defenses.cost import Cost
-from patcher_pl.defenses.packing import require_packable
+from patcher_pl.defenses.attack_source import AttackSource
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
-from patcher_pl.defenses.strategies import require_supported, uses_fsdp1
-from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
+from patcher_pl.defenses.step import Cost, Step
+from patcher_pl.defenses.strategies import (
+    OneDevice,
+    require_packable,
+    require_shardable,
+    require_supported,
+    uses_fsdp1,
+)
+from patcher_pl.errors import CheckpointError, ConfigError, PatcherError, RunInterrupted
 from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel, Weights
+from patcher_pl.models.blocks import blocks_of
 from patcher_pl.models.shards import Shards
 from patcher_pl.types import Batch, count_conversations, count_tokens
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,14 +45,20 @@ class Defense(LightningModule):
 
     With `ModelParallelStrategy` (FSDP2) or `FSDPStrategy` (FSDP1) the model is sharded, and every
     process takes its own batch of each step. A step is then the same as one process takes on all
-    these batches together. `require_shardable` refuses where a defense cannot do that.
+    these batches together. `one_device` says of a defense that it cannot do that.
+
+    What a defense needs besides `add_gradients` it declares, in the class attributes below. One that
+    simulates an attack sets `attack_source` in its constructor; when to attack, what goes into
+    checkpoints, and how attackers in other processes are fed is then taken care of.
 
     Args:
         language_model: The model to harden; loaded in `configure_model`.
-        optimizer: Builds the defender's optimizer from its parameters.
+        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the rate
+            of the Patcher paper, which trains every weight.
         scheduler: Builds a learning-rate schedule from the optimizer; stepped once per defender
             step. None keeps the rate constant.
-        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
+        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 is the
+            Patcher paper's, and what the Trainer of transformers clips to.
         accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
 
     Raises:
@@ -54,42 +68,43 @@ class Defense(LightningModule):
     supports_packing: ClassVar[bool] = False
     """Whether packed batches (see `Batch`) mean the same to it as padded ones."""
 
+    one_device: ClassVar[OneDevice | None] = None
+    """Why it cannot be trained on sharded weights, and what can; None where it can."""
+
+    needs_attack_data: ClassVar[bool] = False
+    """Whether it trains on harmful conversations, beyond those of an `attack_source`."""
+
+    reads_layers: ClassVar[bool] = False
+    """Whether it looks into the decoder layers of the model (`blocks`)."""
+
     def __init__(
         self,
         language_model: LanguageModel,
-        optimizer: OptimizerCallable,
-        scheduler: LRSchedulerCallable | None,
-        max_grad_norm: float | None,
-        accumulate_grad_batches: int,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        accumulate_grad_batches: int = 1,
     ) -> None:
         super().__init__()
-        self._require(
-            max_grad_norm is None or max_grad_norm > 0,
-            "max_grad_norm",
-            "> 0 or null",
-            max_grad_norm,
-            "Use null to leave gradients as they are.",
-        )
-        self._require(
-            accumulate_grad_batches >= 1,
-            "accumulate_grad_batches",
-            ">= 1",
-            accumulate_grad_batches,
-            "Use 1 to take a step after every batch.",
-        )
         self.automatic_optimization = False
         self.language_model = language_model
         self.build_optimizer = optimizer
         self.build_scheduler = scheduler
         self.max_grad_norm = max_grad_norm
         self.accumulate_grad_batches = accumulate_grad_batches
+        is_norm = max_grad_norm is None or max_grad_norm > 0
+        remedy = "Use null to leave gradients as they are."
+        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
+        remedy = "Use 1 to take a step after every batch."
+        require(self, accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", remedy)
+        self.attack_source: AttackSource | None = None
         self.cost = Cost()
         self.stop_requested = False
         self._num_accumulated = 0
         self._losses: dict[str, Tensor] = {}
         self._restored_random_states: list[random_state.State] = []
         self._model: PreTrainedModel | None = None
-        self._weights: Weights | None = None
+        self._step: Step | None = None
 
     @abstractmethod
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
@@ -100,7 +115,9 @@ class Defense(LightningModule):
         """
 
     def before_step(self) -> None:
-        """Called before the first batch of every defender step; Patcher attacks here."""
+        """Called before the first batch of every defender step; attacks where that is due."""
+        if self.attack_source is not None:
+            self.attack_source.prepare(self.step)
 
     @property
     def name(self) -> str:
@@ -110,7 +127,7 @@ class Defense(LightningModule):
     @property
     def num_attack_steps(self) -> int | None:
         """Steps of the simulated attack (k1), None for defenses without one."""
-        return None
+        return None if self.attack_source is None else self.attack_source.attacker.num_steps
 
     @property
     def is_between_steps(self) -> bool:
@@ -125,12 +142,31 @@ class Defense(LightningModule):
         return self._model
 
     @property
-    def weights(self) -> Weights:
+    def step(self) -> Step:
+        """The step under way; what helpers get in place of the defense."""
+        assert self._step is not None, "There is a step in training only."
+        return self._step
+
+    @cached_property
+    def all_weights(self) -> Weights:
+        """Owner of every weight of the model, those under adapters too; an attacker gets these."""
+        return Weights(self.model, self.language_model.weight_copies_on)
+
+    @cached_property
+    def trained_weights(self) -> Weights:
         """Owner of what is trained: every weight, or the adapters."""
-        if self._weights is None:
-            place = self.language_model.weight_copies_on
-            self._weights = Weights(self.model, place, trained_only=True)
-        return self._weights
+        if self.language_model.lora is None:
+            return self.all_weights  # One owner: two would not know of each other's shifts.
+        return Weights(self.model, self.language_model.weight_copies_on, trained_only=True)
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder layers of the model.
+
+        Raises:
+            ConfigError: If they cannot be found.
+        """
+        return blocks_of(self.model)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -157,21 +193,20 @@ class Defense(LightningModule):
             self._model = self.language_model.sharding.wrap(self._model, device)
 
     def require_shardable(self) -> None:
-        """Refuses settings that cannot work on sharded weights; subclasses add their own.
+        """Refuses what cannot work on sharded weights.
 
         Raises:
-            ConfigError: If there is one.
+            ConfigError: If the defense, its adapters or its attacks are such.
         """
-        if self.language_model.lora is not None:
-            raise ConfigError(
-                f"LanguageModel.lora: {type(self).__name__} trains adapters on one device only, got "
-                f"{self.language_model.lora} with a strategy that shards. Set `lora: null`, or "
-                "`trainer.devices: 1` and no strategy."
-            )
+        require_shardable(self)
 
     def release(self) -> None:
         """Lets go of the weights, to make room; the defense is of no use to train afterwards."""
-        self._model = self._weights = None
+        self._model = self._step = None
+        for name in ("all_weights", "trained_weights", "blocks"):
+            self.__dict__.pop(name, None)
+        if self.attack_source is not None:
+            self.attack_source.release()
 
     def to(self, *args: Any, **kwargs: Any) -> "Defense":  # type: ignore[override]
         """Moves the module; one whose shards wait in host memory stays there."""
@@ -197,6 +232,14 @@ class Defense(LightningModule):
         """Refuses what this version cannot do right, before any compute is spent."""
         require_supported(self, self.trainer)
         require_packable(self, self.trainer)
+        has_attack = getattr(self.trainer.datamodule, "has_attack", False)  # type: ignore[attr-defined]
+        if (self.needs_attack_data or self.attack_source is not None) and not has_attack:
+            raise ConfigError(
+                f"SafetyDataModule.attack: {type(self).__name__} trains on, or against, harmful "
+                "conversations, got none. Set `data.attack`, or use SFT."
+            )
+        if self.reads_layers:
+            _ = self.blocks
         self.model.train()
 
     def on_train_start(self) -> None:
@@ -211,23 +254,72 @@ class Defense(LightningModule):
             # Lightning gives all processes one seed; each needs its own dropout.
             torch.manual_seed(torch.initial_seed() + rank)
         self._restored_random_states = []
+        self._step = self._begin_step()
+        if self.attack_source is not None:
+            self.attack_source.open(self.step)
+
+    def on_train_end(self) -> None:
+        """Lets attackers elsewhere know that they are no longer needed."""
+        if self.attack_source is not None:
+            self.attack_source.close()
 
     def stop_is_agreed(self) -> bool:
         """Whether any process was asked to stop; all of them ask, and get the same answer."""
         return self.trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
 
+    def check_for_stop(self) -> None:
+        """Ends the run here if any process was asked to stop; all of them ask at the same places.
+
+        Raises:
+            RunInterrupted: If so.
+        """
+        if self.stop_is_agreed():
+            raise RunInterrupted("Stopped during a simulated attack.")
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Takes one batch; every `accumulate_grad_batches`-th one ends a defender step."""
         if self._num_accumulated == 0:
-            self.before_step()
-        share = 1 / self.accumulate_grad_batches
-        for key, value in self.add_gradients(batch, share).items():
-            self._losses[key] = self._losses.get(key, 0) + share * value
+            self._step = self._begin_step()
+        with self.step.undoable():
+            if self._num_accumulated == 0:
+                self.before_step()
+            share = 1 / self.accumulate_grad_batches
+            for key, value in self.add_gradients(batch, share).items():
+                self._losses[key] = self._losses.get(key, 0) + share * value
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate_grad_batches:
             losses, self._losses = self._losses, {}
             self._num_accumulated = 0
-            self._log_step({**self._over_processes(losses), **self._take_step()})
+            losses = self._over_processes(losses)
+            taken = self._take_step
+            if self.attack_source is not None:
+                self._log_step({**losses, **self.attack_source.finish(self.step, taken)})
+            else:
+                self._log_step({**losses, **taken()})
+
+    def _begin_step(self) -> Step:
+        step = Step(
+            owner=type(self).__name__,
+            number=self.global_step,
+            model=self.model,
+            all_weights=self.all_weights,
+            trained_weights=self.trained_weights,
+            device=self.device,
+            data=self.trainer.datamodule,  # type: ignore[attr-defined]
+            loader=self.trainer.train_dataloader,
+            cost=self.cost,
+            backward=self.backward_of,
+            log=self.log_now,
+            check_for_stop=self.check_for_stop,
+        )
+        step.on_undo(self._forget_batches)
+        return step
+
+    def _forget_batches(self) -> None:
+        """Hands out the batches of this step again, and drops what they had added."""
+        self.trainer.train_dataloader.rewind(self._num_accumulated + 1)  # type: ignore[union-attr]
+        self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        self._num_accumulated, self._losses = 0, {}
 
     def _take_step(self) -> dict[str, Any]:
         optimizer = self.optimizers()
@@ -268,6 +360,12 @@ class Defense(LightningModule):
             values = {f"train/{key}": float(value) for key, value in metrics.items()}
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.global_step)
+
+    def log_now(self, metrics: Mapping[str, float], at: int | None = None) -> None:
+        """Logs at the defender step, or elsewhere; `self.log` would drop what falls between steps."""
+        if self.logger is not None:
+            step = self.global_step if at is None else at
+            self.logger.log_metrics(dict(metrics), step=step)
 
     def backward_of(self, loss: Tensor, batch: Batch) -> None:
         """Backward pass of a scaled loss, counted as one gradient evaluation."""
@@ -311,6 +409,8 @@ class Defense(LightningModule):
             "fsdp1": uses_fsdp1(self.trainer),
             "random_states": random_state.collect(self.device, self.trainer.world_size),
         }
+        if self.attack_source is not None:
+            self.attack_source.save(checkpoint, self.all_weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with the counters and the random state of the run.
@@ -338,7 +438,5 @@ class Defense(LightningModule):
             self.cost.tokens = 0  # The first process goes on with the sum.
         self._restored_random_states = state["random_states"]
         with_plain_optimizers(checkpoint, self)
-
-    def _require(self, holds: bool, field: str, rule: str, value: object, remedy: str) -> None:
-        if not holds:
-            raise ValueError(f"{type(self).__name__}.{field} must be {rule}, got {value}. {remedy}")
+        if self.attack_source is not None:
+            self.attack_source.load(checkpoint, self.all_weights, self.trainer.ckpt_path)
