@@ -19,15 +19,15 @@ from patcher_pl.defenses.step import Cost, Step
 from patcher_pl.defenses.strategies import (
     OneDevice,
     require_packable,
+    require_readable,
     require_shardable,
     require_supported,
     uses_fsdp1,
 )
-from patcher_pl.errors import CheckpointError, ConfigError, PatcherError, RunInterrupted
+from patcher_pl.errors import ConfigError, PatcherError, RunInterrupted
 from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.blocks import blocks_of
-from patcher_pl.models.shards import Shards
 from patcher_pl.types import Batch, count_conversations, count_tokens
 from patcher_pl.validation import require
 
@@ -47,9 +47,8 @@ class Defense(LightningModule):
     process takes its own batch of each step. A step is then the same as one process takes on all
     these batches together. `one_device` says of a defense that it cannot do that.
 
-    What a defense needs besides `add_gradients` it declares, in the class attributes below. One that
-    simulates an attack sets `attack_source` in its constructor; when to attack, what goes into
-    checkpoints, and how attackers in other processes are fed is then taken care of.
+    Needs are declared in the class attributes below. A defense that simulates an attack sets
+    `attack_source` in its constructor, which sees to when, by whom, and to checkpoints.
 
     Args:
         language_model: The model to harden; loaded in `configure_model`.
@@ -65,7 +64,7 @@ class Defense(LightningModule):
         ValueError: If a value is out of its range.
     """
 
-    supports_packing: ClassVar[bool] = False
+    supports_packing: bool = False
     """Whether packed batches (see `Batch`) mean the same to it as padded ones."""
 
     one_device: ClassVar[OneDevice | None] = None
@@ -161,11 +160,7 @@ class Defense(LightningModule):
 
     @cached_property
     def blocks(self) -> list[nn.Module]:
-        """The decoder layers of the model.
-
-        Raises:
-            ConfigError: If they cannot be found.
-        """
+        """The decoder layers of the model."""
         return blocks_of(self.model)
 
     @cached_property
@@ -193,11 +188,7 @@ class Defense(LightningModule):
             self._model = self.language_model.sharding.wrap(self._model, device)
 
     def require_shardable(self) -> None:
-        """Refuses what cannot work on sharded weights.
-
-        Raises:
-            ConfigError: If the defense, its adapters or its attacks are such.
-        """
+        """Refuses a defense, adapters or attacks that cannot work on sharded weights."""
         require_shardable(self)
 
     def release(self) -> None:
@@ -268,11 +259,7 @@ class Defense(LightningModule):
         return self.trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
 
     def check_for_stop(self) -> None:
-        """Ends the run here if any process was asked to stop; all of them ask at the same places.
-
-        Raises:
-            RunInterrupted: If so.
-        """
+        """Ends the run here if any process was asked to stop; all of them ask at the same places."""
         if self.stop_is_agreed():
             raise RunInterrupted("Stopped during a simulated attack.")
 
@@ -288,14 +275,11 @@ class Defense(LightningModule):
                 self._losses[key] = self._losses.get(key, 0) + share * value
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate_grad_batches:
-            losses, self._losses = self._losses, {}
+            losses, self._losses = self._over_processes(self._losses), {}
             self._num_accumulated = 0
-            losses = self._over_processes(losses)
-            taken = self._take_step
-            if self.attack_source is not None:
-                self._log_step({**losses, **self.attack_source.finish(self.step, taken)})
-            else:
-                self._log_step({**losses, **taken()})
+            source, take = self.attack_source, self._take_step
+            taken = take() if source is None else source.finish(self.step, take)
+            self._log_step({**losses, **taken})
 
     def _begin_step(self) -> Step:
         step = Step(
@@ -324,11 +308,8 @@ class Defense(LightningModule):
     def _take_step(self) -> dict[str, Any]:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        parameters = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = Shards(self.model, parameters).clip_gradients(limit)
+        grad_norm = self.trained_weights.shards.clip_gradients(limit)
         if not torch.isfinite(grad_norm):
             raise PatcherError(
                 f"{type(self).__name__} diverged at defender step {self.global_step} (gradient norm "
@@ -382,7 +363,7 @@ class Defense(LightningModule):
         self._log_held_out("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs the loss on held-out conversations."""
+        """As `validation_step`."""
         self._log_held_out("test", batch)
 
     def _log_held_out(self, stage: str, batch: Batch) -> None:
@@ -391,15 +372,8 @@ class Defense(LightningModule):
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=several)
         if self.trainer.state.fn == "fit":
             # Lightning takes this as the place on the logger's axis, instead of counting batches.
-            self.log(
-                "step",
-                float(self.global_step),
-                on_step=False,
-                on_epoch=True,
-                reduce_fx="max",
-                sync_dist=several,
-                batch_size=1,
-            )
+            place = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
+            self.log("step", float(self.global_step), sync_dist=several, **place)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters and the random state of the run."""
@@ -419,20 +393,7 @@ class Defense(LightningModule):
             CheckpointError: If the checkpoint is not one of this defense.
         """
         state = checkpoint.get("defense", {})
-        own, writer = type(self).__name__, state.get("class", "another program")
-        if writer != own:
-            raise CheckpointError(
-                f"The checkpoint was written by {writer}, so {own} cannot go on from it. Give "
-                f"--ckpt_path a checkpoint of {own}, or leave it away to start from the beginning."
-            )
-        size = len(state["random_states"])
-        fsdp1 = state.get("fsdp1", False), uses_fsdp1(self.trainer)
-        if any(fsdp1) and not (all(fsdp1) and size == self.trainer.world_size):
-            raise CheckpointError(
-                f"A run with FSDPStrategy can only go on with it and on as many devices; the "
-                f"checkpoint was written by {size}{' with it' if fsdp1[0] else ''}. Use "
-                "ModelParallelStrategy for runs that change their size."
-            )
+        require_readable(state, self)
         self.cost = Cost(**state["cost"])
         if self.global_rank > 0:
             self.cost.tokens = 0  # The first process goes on with the sum.

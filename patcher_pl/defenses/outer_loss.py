@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +30,8 @@ class OuterLoss(ABC):
     """
 
     data: Mixture | None = None
+    supports_packing: ClassVar[bool] = False
+    """Whether packed batches (see `Batch`) mean the same to it as padded ones."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -42,6 +45,8 @@ class OuterLoss(ABC):
 @dataclass(frozen=True, kw_only=True)
 class AnswerCrossEntropy(OuterLoss):
     """Mean cross-entropy of the answers (nats per token): on safe answers, the L_safe of the paper."""
+
+    supports_packing = True
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return first_order_loss(model, batch)

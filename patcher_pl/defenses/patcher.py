@@ -28,6 +28,14 @@ from patcher_pl.validation import require
 logger = logging.getLogger(__name__)
 
 
+def _of_source(name: str) -> Any:
+    """A setting that the attack source holds."""
+    return property(
+        lambda self: getattr(self.attack_source, name),
+        lambda self, value: setattr(self.attack_source, name, value),
+    )
+
+
 class Patcher(Defense):
     """Trains the attacked model to refuse, by a stale first-order hypergradient.
 
@@ -84,6 +92,9 @@ class Patcher(Defense):
     supports_packing = True
     default_outer: ClassVar[OuterLoss] = AnswerCrossEntropy()
     attack_source: AttackSource
+    attacker, hypergradient = _of_source("attacker"), _of_source("hypergradient")
+    refresh_every, num_sft_steps = _of_source("refresh_every"), _of_source("num_sft_steps")
+    trust_every = _of_source("trust_every")
 
     def __init__(
         self,
@@ -107,6 +118,7 @@ class Patcher(Defense):
             self, 0 <= alpha <= 1, "alpha", "in [0, 1]", "Use 0.5 to weigh both losses equally."
         )
         self.outer = self.default_outer if outer is None else outer
+        self.supports_packing = self.outer.supports_packing
         self.retain = retain
         self.restart_optimizer = restart_optimizer
         self.attack_source = attack_source(
@@ -121,30 +133,6 @@ class Patcher(Defense):
         )
         self._outer_data = None if self.outer.data is None else CompanionData(self.outer.data)
         self._retained: Retained | None = None
-
-    @property
-    def attacker(self) -> Attacker:
-        """The simulated attack."""
-        return self.attack_source.attacker
-
-    @property
-    def refresh_every(self) -> int:
-        """Defender steps for which an attack vector is used (k2)."""
-        return self.attack_source.refresh_every
-
-    @property
-    def num_sft_steps(self) -> int:
-        """Defender steps before the first attack."""
-        return self.attack_source.num_sft_steps
-
-    @property
-    def hypergradient(self) -> Hypergradient:
-        """How the loss after the attack is differentiated."""
-        return self.attack_source.hypergradient
-
-    @hypergradient.setter
-    def hypergradient(self, estimator: Hypergradient) -> None:
-        self.attack_source.hypergradient = estimator
 
     @property
     def is_first_order(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,13 +43,6 @@ class Cost:
         return asdict(self)
 
 
-class Log(Protocol):
-    """Hands numbers to the loggers at once; Lightning's own `log` drops what falls between its steps."""
-
-    def __call__(self, metrics: dict[str, float], at: int | None = None) -> None:
-        """Logs `metrics` at a place on the logger's axis; None for the defender's step."""
-
-
 @dataclass(kw_only=True, eq=False)
 class Step:
     """One defender step, as its helpers see it: they get this in place of the defense.
@@ -68,7 +61,7 @@ class Step:
         loader: The defender's own stream.
         cost: Counters of the run.
         backward: Backward pass of a scaled loss on a batch, counted as one gradient evaluation.
-        log: Logs at once.
+        log: Logs numbers by name at once, at the defender's step unless another place is given.
         check_for_stop: To be called where the step can be left; raises `RunInterrupted` in all
             processes if one of them was asked to stop.
     """
@@ -83,7 +76,7 @@ class Step:
     loader: Any
     cost: Cost
     backward: Callable[[Tensor, Batch], None]
-    log: Log
+    log: Callable[..., None]
     check_for_stop: Callable[[], None]
     _ways_back: list[Callable[[], None]] = field(default_factory=list)
 

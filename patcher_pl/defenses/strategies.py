@@ -1,13 +1,14 @@
-"""Which of Lightning's strategies, and which batches, a defense can be trained with."""
+"""Which of Lightning's strategies, batches and checkpoints a defense can be trained with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import ShardingStrategy
 
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
 from patcher_pl.models.packing import require_packing
 from patcher_pl.models.shards import Shards
@@ -128,6 +129,32 @@ def require_packable(defense: "Defense", trainer: Trainer) -> None:
     with trainer.precision_plugin.forward_context():
         rows = [one.input_ids for one in data.safe_examples[:2]]
         require_packing(defense.model, rows, device, setting)
+
+
+def require_readable(state: Mapping[str, Any], defense: "Defense") -> None:
+    """Refuses what another defense has saved, or one whose strategy kept other parts.
+
+    Args:
+        state: Of the checkpoint.
+        defense: That is to go on from it.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    own, writer = type(defense).__name__, state.get("class", "another program")
+    if writer != own:
+        raise CheckpointError(
+            f"The checkpoint was written by {writer}, so {own} cannot go on from it. Give "
+            f"--ckpt_path a checkpoint of {own}, or leave it away to start from the beginning."
+        )
+    size = len(state["random_states"])
+    fsdp1 = state.get("fsdp1", False), uses_fsdp1(defense.trainer)
+    if any(fsdp1) and not (all(fsdp1) and size == defense.trainer.world_size):
+        raise CheckpointError(
+            f"A run with FSDPStrategy can only go on with it and on as many devices; the "
+            f"checkpoint was written by {size}{' with it' if fsdp1[0] else ''}. Use "
+            "ModelParallelStrategy for runs that change their size."
+        )
 
 
 def _estimator_of(defense: "Defense") -> Hypergradient:

@@ -1,5 +1,7 @@
 """Where attacked weights come from: attacks in between, beside, differentiated, or along the way."""
 
+from typing import Any
+
 from patcher_pl.attackers import Attacker, Combine, ConcurrentAttacker
 from patcher_pl.attackers.combine import COMBINATIONS
 from patcher_pl.defenses.attack_source.along_the_way import AlongTheWay
@@ -23,71 +25,40 @@ def attack_source(
     trust_every: int | None = None,
     combine_points: Combine = "average",
 ) -> AttackSource:
-    """Returns the source that settings ask for; each is explained at `Patcher`.
+    """Returns the source that the settings of a defense ask for; they are explained at `Patcher`.
 
-    Args:
-        owner: Class of the defense whose settings they are, for messages.
-        language_model: The model to harden.
-        attacker: The simulated attack.
-        refresh_every: Defender steps for which an attack is used.
-        num_sft_steps: Defender steps before the first attack; None takes `refresh_every`.
-        hypergradient: How the outer loss is differentiated; None for `FirstOrder`.
-        trust_every: Fresh estimates from one measurement of trust to the next.
-        combine_points: How the vectors of one attack are used.
+    `owner` is the class of the defense, for messages. What kind of source it is, attacker and
+    hypergradient decide.
 
     Raises:
-        ValueError: If a value is out of its range, or no source can do all of it.
+        ValueError: If a value is out of its range, or no source can do all that is asked for.
     """
-    require(
-        owner,
-        refresh_every >= 1,
-        "refresh_every",
-        ">= 1",
-        "Use 1 to attack before every step.",
-        value=refresh_every,
-    )
+
+    def check(value: Any, field: str, holds: bool, rule: str, remedy: str) -> None:
+        require(owner, holds, field, rule, remedy, value=value)
+
     first = refresh_every if num_sft_steps is None else num_sft_steps
-    require(
-        owner,
-        first >= 0,
-        "num_sft_steps",
-        ">= 0 or null",
-        "Use 0 to attack from the first step on.",
-        value=first,
-    )
     estimator = FirstOrder() if hypergradient is None else hypergradient
     is_fresh = not isinstance(estimator, FirstOrder)
-    require(
-        owner,
-        trust_every is None or (trust_every >= 1 and is_fresh),
-        "trust_every",
-        ">= 1 with a `hypergradient` other than FirstOrder, or null",
-        "Use null to save the attacks.",
-        value=trust_every,
-    )
-    require(
-        owner,
-        combine_points in COMBINATIONS,
-        "combine_points",
-        f"one of {', '.join(COMBINATIONS)}",
-        "Use in_turn for the cheapest steps.",
-        value=combine_points,
-    )
+    measures = trust_every is None or (trust_every >= 1 and is_fresh)
+    combinations = f"one of {', '.join(COMBINATIONS)}"
+    rule = ">= 1 with a `hypergradient` other than FirstOrder, or null"
+    remedy = "Use 1 to attack before every step."
+    check(refresh_every, "refresh_every", refresh_every >= 1, ">= 1", remedy)
+    check(first, "num_sft_steps", first >= 0, ">= 0 or null", "Use 0 to attack from the first on.")
+    check(trust_every, "trust_every", measures, rule, "Use null to save the attacks.")
+    is_known, remedy = combine_points in COMBINATIONS, "Use in_turn for the cheapest steps."
+    check(combine_points, "combine_points", is_known, combinations, remedy)
     rounds = {"refresh_every": refresh_every, "num_sft_steps": first}
     if is_fresh:
         lora = language_model.lora
         return Fresh(owner, attacker, estimator, trust_every=trust_every, lora=lora, **rounds)
-    if isinstance(attacker, ConcurrentAttacker):
-        require(
-            owner,
-            combine_points == "average",
-            "combine_points",
-            "average with a ConcurrentAttacker, whose members give one vector each",
-            "Set `attacker.combine`, which is for vectors of several members.",
-            value=combine_points,
-        )
-        return Concurrent(owner, attacker, **rounds)
-    return InBetween(attacker, combine=combine_points, **rounds)
+    if not isinstance(attacker, ConcurrentAttacker):
+        return InBetween(attacker, combine=combine_points, **rounds)
+    rule = "average with a ConcurrentAttacker, whose members give one vector each"
+    remedy = "Set `attacker.combine`, which is for vectors of several members."
+    check(combine_points, "combine_points", combine_points == "average", rule, remedy)
+    return Concurrent(owner, attacker, **rounds)
 
 
 __all__ = [

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from patcher_pl.attackers import FineTuningAttacker
-from patcher_pl.defenses.attack_source.base import AttackSource, require_shardable_attacker
+from patcher_pl.defenses.attack_source.base import AttackSource
 from patcher_pl.defenses.outer_loss import Term
 from patcher_pl.defenses.step import Step
-from patcher_pl.models import Sharding, Weights
+from patcher_pl.models import Weights
 
 
 class AlongTheWay(AttackSource):
@@ -81,9 +81,6 @@ class AlongTheWay(AttackSource):
             **{name: torch.stack(losses).mean() for name, losses in found.items()},
             **{name: torch.tensor(loss, device=step.device) for name, loss in ends.items()},
         }
-
-    def require_shardable(self, owner: str, sharding: Sharding) -> None:
-        require_shardable_attacker(owner, self.attacker)
 
     def save(self, checkpoint: dict[str, Any], weights: Weights) -> None:
         """Keeps nothing: the next step attacks anew."""

@@ -35,6 +35,9 @@ class AttackSource(ABC):
     hypergradient: Hypergradient = FirstOrder()
     """How the outer loss is differentiated through the attack."""
 
+    trust_every: int | None = None
+    """Fresh estimates from one measurement of their trust to the next; None never measures it."""
+
     def __init__(self, attacker: Attacker, *, refresh_every: int, num_sft_steps: int) -> None:
         self.attacker = attacker
         self.refresh_every = refresh_every
@@ -69,13 +72,17 @@ class AttackSource(ABC):
             Losses to log, by the names of the terms.
         """
 
-    @abstractmethod
     def require_shardable(self, owner: str, sharding: Sharding) -> None:
         """Refuses what cannot be done with sharded weights.
 
         Raises:
             ConfigError: If there is such a setting of `owner`, the class of the defense.
         """
+        if not self.attacker.works_sharded:
+            raise ConfigError(
+                f"{owner}.attacker must work on sharded weights, got {self.attacker}. Attack every "
+                "weight (a FineTuningAttacker with `lora: null`), or train on one device."
+            )
 
     def finish(self, step: Step, take_step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Lets the optimizer take the step, and looks at what it did if that is asked for."""
@@ -175,16 +182,3 @@ def checked_norm(step: Step, vector: Vector) -> float:
             "`attacker.max_grad_norm`."
         )
     return norm
-
-
-def require_shardable_attacker(owner: str, attacker: Attacker) -> None:
-    """Refuses an attacker that needs whole weights.
-
-    Raises:
-        ConfigError: If it does.
-    """
-    if not attacker.works_sharded:
-        raise ConfigError(
-            f"{owner}.attacker must work on sharded weights, got {attacker}. Attack every weight (a "
-            "FineTuningAttacker with `lora: null`), or train on one device."
-        )

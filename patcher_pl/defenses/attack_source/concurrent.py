@@ -20,7 +20,7 @@ from patcher_pl.defenses.attack_source.base import (
     add_gradients_at,
     checked_norm,
 )
-from patcher_pl.defenses.attack_source.slots import Arrival, Clocks, Slot
+from patcher_pl.defenses.attack_source.slots import Clocks, Slot
 from patcher_pl.defenses.outer_loss import Term
 from patcher_pl.defenses.saved_tensors import own_parts
 from patcher_pl.defenses.step import Step
@@ -125,20 +125,22 @@ class Concurrent(AttackSource):
 
     def prepare(self, step: Step) -> None:
         is_due = self.is_due(step)
-        arrivals = self._exchange(step.number, is_due, step.check_for_stop)
+        arrived = self._exchange(step.number, is_due, step.check_for_stop)
         if is_due:
             self.num_attacks += 1
             # Where it would be if the attacks so far had taken their batches from it.
             position = self.num_attacks * self.attacker.num_steps
             step.attack_stream.load_state_dict({"position": position})
-        for arrival in arrivals:
+        for member, slot in arrived.items():
+            assert slot.vector is not None
+            assert slot.report is not None
             account_for_attack(
                 step,
-                norm=checked_norm(step, arrival.vector),
-                losses=arrival.report.losses,
-                num_tokens=arrival.report.num_tokens,
-                number=arrival.report.theta.number,
-                tag="attack" if len(self.slots) == 1 else f"attack_{arrival.member}",
+                norm=checked_norm(step, slot.vector),
+                losses=slot.report.losses,
+                num_tokens=slot.report.num_tokens,
+                number=slot.report.theta.number,
+                tag="attack" if len(self.slots) == 1 else f"attack_{member}",
             )
 
     def has_attacked(self, step: Step) -> bool:
@@ -154,7 +156,7 @@ class Concurrent(AttackSource):
             "`trainer.devices: 1` and no strategy."
         )
 
-    def _exchange(self, step: int, is_due: bool, between: Callable[[], None]) -> Sequence[Arrival]:
+    def _exchange(self, step: int, is_due: bool, between: Callable[[], None]) -> dict[int, Slot]:
         """Publishes and picks up what is due before a defender step, and waits where it must.
 
         Args:
@@ -163,7 +165,7 @@ class Concurrent(AttackSource):
             between: Called while waiting; may raise to end that, as if nothing had arrived.
 
         Returns:
-            What was picked up; the slots hold it already.
+            What was picked up, by member; the slots hold it already.
 
         Raises:
             PatcherError: If an attacker fails for good.
@@ -172,7 +174,7 @@ class Concurrent(AttackSource):
         published_before = self._version
         if self._is_idle(step) or (is_due and not self._is_fresh_enough(step)):
             self._publish(step)
-        arrived: dict[int, Arrival] = {}
+        arrived: dict[int, Slot] = {}
         if is_due:
             self._pick_up(arrived)
         if self._must_wait(step, arrived):
@@ -180,9 +182,9 @@ class Concurrent(AttackSource):
         # Only now, so that an attacker which has fallen behind does not skip what is waited for.
         if is_due and self._version == published_before:
             self._publish(step)
-        for arrival in arrived.values():
-            self._use(arrival)
-        return list(arrived.values())
+        for member, slot in arrived.items():
+            self._use(member, slot)
+        return arrived
 
     def vectors_at(self, step: int) -> list[Vector]:
         """Returns the attack vectors of a defender step; none before the first attack.
@@ -301,10 +303,10 @@ class Concurrent(AttackSource):
         )
         self.mailbox.defender.publish(theta.version, shared_state(self._model), theta.to_info())
 
-    def _pick_up(self, arrived: dict[int, Arrival]) -> None:
+    def _pick_up(self, arrived: dict[int, Slot]) -> None:
         """Adds the newest vectors that are newer than those in use."""
-        for member, (slot, side) in enumerate(zip(self.slots, self.mailbox.attackers, strict=True)):
-            known = arrived[member].report.theta.version if member in arrived else slot.version
+        for member, side in enumerate(self.mailbox.attackers):
+            known = arrived.get(member, self.slots[member]).version
 
             def is_wanted(snapshot: Snapshot, known: int = known) -> bool:
                 return snapshot.info["theta"]["life"] == self._life and snapshot.version > known
@@ -317,7 +319,8 @@ class Concurrent(AttackSource):
             found = side.fetch(named, is_wanted)
             if found is not None:
                 report = Attacked.from_info(found.info)
-                arrived[member] = Arrival(member, self._as_vector(tensors, report), report)
+                vector, theta = self._as_vector(tensors, report), report.theta
+                arrived[member] = Slot(vector, theta.step, theta.version, report)
 
     def _as_vector(self, tensors: list[Tensor], report: Attacked) -> list[Tensor]:
         if report.kind == "vector":
@@ -326,27 +329,20 @@ class Concurrent(AttackSource):
             pairs = zip(tensors, self._weights.parameters, strict=True)
             return [attacked - parameter.detach() for attacked, parameter in pairs]
 
-    def _must_wait(self, step: int, arrived: dict[int, Arrival]) -> bool:
+    def _must_wait(self, step: int, arrived: dict[int, Slot]) -> bool:
         if step < self.num_sft_steps:
             return False
+        slots = [arrived.get(member, slot) for member, slot in enumerate(self.slots)]
         if self.settings.lock_step:
-            versions = [
-                arrived[member].report.theta.version if member in arrived else slot.version
-                for member, slot in enumerate(self.slots)
-            ]
             # Within a round of a resumed run, nothing was published and nothing is waited for.
-            return any(version != self._version for version in versions)
+            return any(slot.version != self._version for slot in slots)
         limit = self.settings.max_staleness
-        for member, slot in enumerate(self.slots):
-            has_vector = member in arrived or slot.vector is not None
-            attacked = (
-                arrived[member].report.theta.step if member in arrived else slot.attacked_step
-            )
-            if not has_vector or (limit is not None and step - attacked > limit):
-                return True
-        return False
+        return any(
+            slot.vector is None or (limit is not None and step - slot.attacked_step > limit)
+            for slot in slots
+        )
 
-    def _wait(self, step: int, arrived: dict[int, Arrival], between: Callable[[], None]) -> None:
+    def _wait(self, step: int, arrived: dict[int, Slot], between: Callable[[], None]) -> None:
         began_s = time.monotonic()
 
         def look() -> bool | None:
@@ -368,13 +364,12 @@ class Concurrent(AttackSource):
         finally:
             self.waited_s += time.monotonic() - began_s
 
-    def _use(self, arrival: Arrival) -> None:
-        theta = arrival.report.theta
-        self.slots[arrival.member] = Slot(arrival.vector, theta.step, theta.version)
-        self._num_used += len(arrival.report.losses)
-        if arrival.report.random_state is not None:
-            device = self._weights.parameters[0].device
-            restore_random_state(arrival.report.random_state, device)
+    def _use(self, member: int, slot: Slot) -> None:
+        self.slots[member], report = slot, slot.report
+        assert report is not None
+        self._num_used += len(report.losses)
+        if report.random_state is not None:
+            restore_random_state(report.random_state, self._weights.parameters[0].device)
 
     def _check_room(self, model: nn.Module) -> None:
         size = sum(tensor.nbytes for tensor in shared_state(model).values())

@@ -12,7 +12,6 @@ from patcher_pl.defenses.attack_source.base import (
     AttackSource,
     add_gradients_at,
     checked_norm,
-    require_shardable_attacker,
 )
 from patcher_pl.defenses.outer_loss import Term
 from patcher_pl.defenses.step import Step
@@ -60,32 +59,32 @@ class Fresh(AttackSource):
         lora: Lora | None,
     ) -> None:
         super().__init__(attacker, refresh_every=refresh_every, num_sft_steps=num_sft_steps)
-        require(
-            owner,
-            attacker.is_differentiable,
-            "attacker",
-            "a FineTuningAttacker without lora, by AdamW or SGD, for this `hypergradient`",
-            "Set `attacker.lora: null` and such an optimizer, or use FirstOrder.",
-            value=attacker,
-        )
-        require(
-            owner,
-            attacker.num_vectors == 1,
-            "attacker.vector_steps",
-            "null for this `hypergradient`, which differentiates the end of an attack",
-            "Use FirstOrder for several points.",
-            value=getattr(attacker, "vector_steps", None),
-        )
-        require(
-            owner,
-            lora is None,
-            "language_model.lora",
-            "null for this `hypergradient`",
-            "Train every weight or use FirstOrder.",
-            value=lora,
-        )
+        for field, value, holds, rule, remedy in (
+            (
+                "attacker",
+                attacker,
+                attacker.is_differentiable,
+                "a FineTuningAttacker without lora, by AdamW or SGD,",
+                "Set `attacker.lora: null` and such an optimizer, or use FirstOrder.",
+            ),
+            (
+                "attacker.vector_steps",
+                getattr(attacker, "vector_steps", None),
+                attacker.num_vectors == 1,
+                "null, as the end of an attack is differentiated,",
+                "Use FirstOrder for several points.",
+            ),
+            (
+                "language_model.lora",
+                lora,
+                lora is None,
+                "null",
+                "Train every weight or use FirstOrder.",
+            ),
+        ):
+            require(owner, holds, field, f"{rule} for this `hypergradient`", remedy, value=value)
         self.hypergradient = hypergradient
-        self._trust_every = trust_every
+        self.trust_every = trust_every
         self._inner: InnerProblem | None = None
         self._last: tuple[HypergradientEstimate, Callable[[nn.Module], Tensor]] | None = None
 
@@ -135,7 +134,7 @@ class Fresh(AttackSource):
         self._inner = self._last = None
         if inner is None or last is None:
             return take_step()
-        if self._trust_every is None or self.num_attacks % self._trust_every:
+        if self.trust_every is None or self.num_attacks % self.trust_every:
             return take_step()
         estimate, outer_loss = last
         before = step.all_weights.snapshot()
@@ -154,7 +153,7 @@ class Fresh(AttackSource):
         self._inner = self._last = None
 
     def require_shardable(self, owner: str, sharding: Sharding) -> None:
-        require_shardable_attacker(owner, self.attacker)
+        super().require_shardable(owner, sharding)
         name = type(self.hypergradient).__name__
         if not self.hypergradient.works_sharded:
             raise ConfigError(

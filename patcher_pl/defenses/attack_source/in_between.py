@@ -10,11 +10,9 @@ from patcher_pl.defenses.attack_source.base import (
     account_for_attack,
     add_gradients_at,
     checked_norm,
-    require_shardable_attacker,
 )
 from patcher_pl.defenses.outer_loss import Term
 from patcher_pl.defenses.step import Step
-from patcher_pl.models import Sharding
 
 
 class InBetween(AttackSource):
@@ -63,6 +61,3 @@ class InBetween(AttackSource):
     def add_gradients(self, step: Step, terms: Sequence[Term], share: float) -> dict[str, Tensor]:
         vectors = combined(self.vectors, self._combine, step=step.number, seed=step.seed)
         return add_gradients_at(step, vectors, terms, share)
-
-    def require_shardable(self, owner: str, sharding: Sharding) -> None:
-        require_shardable_attacker(owner, self.attacker)
