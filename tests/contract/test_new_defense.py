@@ -20,7 +20,7 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Adjoint
 from patcher_pl.hypergradients.hvp import FiniteDifference
 from patcher_pl.losses.causal_lm import model_inputs
-from patcher_pl.models import LanguageModel, Lora
+from patcher_pl.models import LanguageModel, Lora, Weights
 from patcher_pl.optim import SGD
 from tests.concurrent_runs import attackers_at_work, concurrent
 from tests.contract.test_defense_cost import (  # noqa: F401  # Run here for the new defense.
@@ -54,7 +54,7 @@ from tests.contract.test_defenses import (  # noqa: F401
     test_three_steps,
 )
 from tests.defense_table import TABLE, Claims, build
-from tests.tiny_runs import ATTACKER, MemoryLogger, adamw, assert_same, fit, snapshot
+from tests.tiny_runs import ATTACKER, MemoryLogger, adamw, assert_same, fit, load, snapshot
 from tests.unit.defenses.test_refusals import trainer_of, two_shards
 
 
@@ -191,11 +191,11 @@ def test_every_point_of_its_attack_is_used(llama, rows):
     assert defense.cost.gradient_evaluations == 2 + 2 + 1
 
 
-def test_two_attackers_are_not_one(llama, rows):
+def test_two_attackers_are_not_one(llama, tmp_path):
     """Wrong if members of a population ran as the first of them, where no process is there for them."""
-    alone = concurrent("nowhere", [ATTACKER, ATTACKER])
+    alone, model = concurrent(tmp_path, [ATTACKER, ATTACKER]), load(llama)
     with pytest.raises(ConfigError, match=r"2 attackers in processes of their own.*`attacker`"):
-        alone.attack(None, None, None)
+        alone.attack(model, Weights(model), iter([]))
 
 
 def test_estimators_take_its_outer_loss(llama, rows):
