@@ -64,25 +64,25 @@ class Fresh(AttackSource):
                 "attacker",
                 attacker,
                 attacker.is_differentiable,
-                "a FineTuningAttacker without lora, by AdamW or SGD,",
+                "a FineTuningAttacker without lora, by AdamW or SGD, for this `hypergradient`",
                 "Set `attacker.lora: null` and such an optimizer, or use FirstOrder.",
             ),
             (
                 "attacker.vector_steps",
                 getattr(attacker, "vector_steps", None),
                 attacker.num_vectors == 1,
-                "null, as the end of an attack is differentiated,",
+                "null for this `hypergradient`, which differentiates the end of an attack",
                 "Use FirstOrder for several points.",
             ),
             (
                 "language_model.lora",
                 lora,
                 lora is None,
-                "null",
+                "null for this `hypergradient`",
                 "Train every weight or use FirstOrder.",
             ),
         ):
-            require(owner, holds, field, f"{rule} for this `hypergradient`", remedy, value=value)
+            require(owner, holds, field, rule, remedy, value=value)
         self.hypergradient = hypergradient
         self.trust_every = trust_every
         self._inner: InnerProblem | None = None
