@@ -10,8 +10,10 @@ from torch import nn
 from patcher_pl.attackers.base import Attacker, AttackOutcome
 from patcher_pl.attackers.combine import Combine
 from patcher_pl.data.mixing import Mixture
+from patcher_pl.errors import ConfigError
 from patcher_pl.models.weights import Weights
 from patcher_pl.types import Batch
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,33 +94,36 @@ class ConcurrentAttacker(Attacker):
     max_failures: int = 5
 
     def __post_init__(self) -> None:
-        self._require(
+        require(
+            self,
             bool(self.population),
             "population",
             "at least one attacker",
             "Use FineTuningAttacker for attacks in between.",
         )
-        self._require(
+        require(
+            self,
             self.devices is None or len(self.devices) == len(self.population),
             "devices",
             f"one device for each of {len(self.population)} attackers, or null",
             "Name a device twice to share it.",
         )
-        self._require(
+        require(
+            self,
             self.max_staleness is None or self.max_staleness >= 0,
             "max_staleness",
             ">= 0 or null",
             "Use null never to wait.",
         )
-        self._require(
+        require(
+            self,
             self.launch or self.mailbox is not None,
             "mailbox",
             "a directory if `launch` is false",
             "Name one that the attackers' jobs see as well.",
         )
-        self._require(
-            self.max_failures >= 1, "max_failures", ">= 1", "Use 1 to end at the first failure."
-        )
+        remedy = "Use 1 to end at the first failure."
+        require(self, self.max_failures >= 1, "max_failures", ">= 1", remedy)
 
     @property
     def num_steps(self) -> int:  # type: ignore[override]
@@ -132,11 +137,12 @@ class ConcurrentAttacker(Attacker):
         batches: Iterator[Batch],
         before_step: Callable[[], None] = lambda: None,
     ) -> AttackOutcome:
-        """Attacks in this process, as the first member; what lock step computes elsewhere."""
-        return self.population[0].attacker.attack(model, weights, batches, before_step)
+        """Refuses: the members attack in processes of their own.
 
-    def _require(self, holds: bool, field: str, rule: str, remedy: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"ConcurrentAttacker.{field} must be {rule}, got {getattr(self, field)}. {remedy}"
-            )
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            f"ConcurrentAttacker.population: {len(self.population)} attackers in processes of their "
+            "own, asked to attack in this one, where they would be as one. Take a member's `attacker`."
+        )

@@ -13,6 +13,7 @@ from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim import ClipByGlobalNorm, DifferentiableOptimizer, Optimizer, Update
 from patcher_pl.types import Batch
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +54,22 @@ class FineTuningAttacker(Attacker):
     vector_steps: list[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(
-                f"FineTuningAttacker.num_steps must be >= 1, got {self.num_steps}. "
-                "Use the SFT defense for a model that is not attacked in training."
-            )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(
-                f"FineTuningAttacker.max_grad_norm must be > 0 or null, got {self.max_grad_norm}. "
-                "Use null to leave gradients as they are."
-            )
-        if not 0 <= self.num_warmup_steps <= self.num_steps:
-            raise ValueError(
-                "FineTuningAttacker.num_warmup_steps must be in 0..num_steps, "
-                f"got {self.num_warmup_steps} of {self.num_steps}. Use 0 for no warm-up."
-            )
+        remedy = "Use the SFT defense for a model that is not attacked in training."
+        require(self, self.num_steps >= 1, "num_steps", ">= 1", remedy)
+        is_norm = self.max_grad_norm is None or self.max_grad_norm > 0
+        remedy = "Use null to leave gradients as they are."
+        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
+        fits = 0 <= self.num_warmup_steps <= self.num_steps
+        rule = f"in 0..num_steps = 0..{self.num_steps}"
+        require(self, fits, "num_warmup_steps", rule, "Use 0 for no warm-up.")
         points = [0, *self._points]
-        if points[-1] != self.num_steps or any(b <= a for a, b in pairwise(points)):
-            raise ValueError(
-                "FineTuningAttacker.vector_steps must be increasing counts >= 1 that end with "
-                f"num_steps = {self.num_steps}, or null, got {self.vector_steps}. "
-                "Use null for the end of the attack alone."
-            )
+        require(
+            self,
+            points[-1] == self.num_steps and all(a < b for a, b in pairwise(points)),
+            "vector_steps",
+            f"increasing counts >= 1 that end with num_steps = {self.num_steps}, or null",
+            "Use null for the end of the attack alone.",
+        )
 
     def attack(
         self,
@@ -162,15 +157,14 @@ class FineTuningAttacker(Attacker):
         )
         return AttackOutcome(vector_of(adapted.merge_and_unload()), steps, earlier)
 
-    def _finetune(
+    def steps(
         self,
         model: nn.Module,
         parameters: list[nn.Parameter],
         batches: Iterator[Batch],
-        before_step: Callable[[], None],
-        at_earlier_point: Callable[[], None],
-    ) -> list[FinetuneStep]:
-        steps: list[FinetuneStep] = []
+        before_step: Callable[[], None] = lambda: None,
+    ) -> Iterator[FinetuneStep]:
+        """Fine-tunes `parameters` in place, one step per item taken; nothing is put back."""
         taken = finetune(
             model,
             parameters,
@@ -183,7 +177,19 @@ class FineTuningAttacker(Attacker):
         )
         for _ in range(self.num_steps):
             before_step()
-            steps.append(next(taken))
-            if steps[-1].index in self._points[:-1]:
+            yield next(taken)
+
+    def _finetune(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        batches: Iterator[Batch],
+        before_step: Callable[[], None],
+        at_earlier_point: Callable[[], None],
+    ) -> list[FinetuneStep]:
+        steps: list[FinetuneStep] = []
+        for step in self.steps(model, parameters, batches, before_step):
+            steps.append(step)
+            if step.index in self._points[:-1]:
                 at_earlier_point()
         return steps

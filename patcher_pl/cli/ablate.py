@@ -142,13 +142,13 @@ def _subject(base: Path, model: str) -> Subject:
     from patcher_pl.attackers import FineTuningAttacker
     from patcher_pl.cli.errors import readable_config_errors
     from patcher_pl.cli.lightning_cli import PatcherCLI
-    from patcher_pl.defenses import Patcher
 
     with readable_config_errors():
         cli = PatcherCLI("fit", ["--config", str(base), "--run_dir", "unused"])
     defense, data = cli.model, cli.datamodule
-    attacker = getattr(defense, "attacker", None)
-    if not isinstance(defense, Patcher) or not isinstance(attacker, FineTuningAttacker):
+    source = defense.attack_source
+    attacker = None if source is None else source.attacker
+    if not isinstance(attacker, FineTuningAttacker):
         raise ConfigError(
             f"base: {base} must train a Patcher against a FineTuningAttacker, got "
             f"{type(defense).__name__}. Give its configuration, such as configs/testbed/patcher.yaml."

@@ -40,10 +40,9 @@ def run_attacker(arguments: Sequence[str]) -> None:
 def _attack(own: argparse.Namespace, of_fit: list[str]) -> None:
     from lightning import Trainer
 
-    from patcher_pl.attackers import ConcurrentAttacker
     from patcher_pl.cli.errors import readable_config_errors
     from patcher_pl.cli.lightning_cli import PatcherCLI
-    from patcher_pl.defenses import Patcher
+    from patcher_pl.defenses.attack_source import Concurrent
     from patcher_pl.defenses.attacker_module import AttackerModule
     from patcher_pl.mailbox import Mailbox
     from patcher_pl.threads import cpu_threads
@@ -53,20 +52,22 @@ def _attack(own: argparse.Namespace, of_fit: list[str]) -> None:
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             settings = {**self.options.trainer, **_WITHOUT_TRACES, **kwargs}
-            attacker = getattr(self.model, "attacker", None)
-            devices = attacker.devices if isinstance(attacker, ConcurrentAttacker) else None
+            source = self.model.attack_source
+            devices = source.settings.devices if isinstance(source, Concurrent) else None
             if devices is not None and own.member < len(devices):
                 settings |= _placed(devices[own.member])
             return Trainer(**settings)
 
     with readable_config_errors():
         cli = AttackerCLI("fit", of_fit)
-    attacker = cli.model.attacker if isinstance(cli.model, Patcher) else None
-    if not isinstance(attacker, ConcurrentAttacker):
+    source = cli.model.attack_source
+    if not isinstance(source, Concurrent):
+        attacker = None if source is None else source.attacker
         raise ConfigError(
             "model.init_args.attacker: this command runs a ConcurrentAttacker, got "
             f"{type(attacker).__name__}. Use `fit`, which attacks by itself."
         )
+    attacker = source.settings
     if not 0 <= own.member < len(attacker.population):
         raise ConfigError(
             f"--member must be in 0..{len(attacker.population) - 1}, got {own.member}."

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from patcher_pl.defenses import Patcher
+from patcher_pl.attackers import ConcurrentAttacker
+from patcher_pl.defenses.attack_source import Concurrent
 from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.mailbox import Mailbox, Side
 from patcher_pl.private_directory import private_directory
@@ -27,11 +28,11 @@ def attackers_beside(cli: "PatcherCLI", run_directory: RunDirectory) -> Iterator
     At its end, however it comes, no process and no private mailbox is left. Logs go to `attackers/`
     below the directory of the run.
     """
-    remote = cli.model.remote if isinstance(cli.model, Patcher) else None
-    if remote is None or not remote.settings.launch:
+    source = cli.model.attack_source
+    if not isinstance(source, Concurrent) or not source.settings.launch:
         yield
         return
-    settings, rehearsal = remote.settings, bool(cli.options.trainer.fast_dev_run)
+    settings, rehearsal = source.settings, bool(cli.options.trainer.fast_dev_run)
     with ExitStack() as stack:
         shared = None if rehearsal else settings.mailbox
         root = stack.enter_context(private_directory()) if shared is None else shared
@@ -39,7 +40,7 @@ def attackers_beside(cli: "PatcherCLI", run_directory: RunDirectory) -> Iterator
         if rehearsal:  # Which leaves nothing in the directory of the run.
             config, logs = root / "config.yaml", root / "logs"
             cli.save_config(config)
-        num_threads = _shared_threads(cli)
+        num_threads = _shared_threads(cli, settings)
         stack.enter_context(cpu_threads(num_threads))
         mailbox = Mailbox(root, len(settings.population))
         jobs = [
@@ -47,13 +48,13 @@ def attackers_beside(cli: "PatcherCLI", run_directory: RunDirectory) -> Iterator
             for member in range(len(settings.population))
         ]
         supervisor = stack.enter_context(Supervisor(jobs, settings.max_failures))
-        remote.connect(root, supervisor)
+        source.connect(root, supervisor)
         yield
 
 
-def _shared_threads(cli: "PatcherCLI") -> int | None:
+def _shared_threads(cli: "PatcherCLI", settings: ConcurrentAttacker) -> int | None:
     """CPU threads of every process; None leaves them as they are."""
-    settings, given = cli.model.remote.settings, cli.options.num_threads
+    given = cli.options.num_threads
     if given is not None or cli.trainer.strategy.root_device.type != "cpu":
         return given
     if settings.lock_step:  # They take turns. Sums depend on the number of threads.

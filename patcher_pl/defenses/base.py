@@ -9,19 +9,27 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from patcher_pl.defenses.cost import Cost
-from patcher_pl.defenses.packing import require_packable
+from patcher_pl.defenses.attack_source import AttackSource
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
-from patcher_pl.defenses.strategies import require_supported, uses_fsdp1
-from patcher_pl.errors import CheckpointError, ConfigError, PatcherError
+from patcher_pl.defenses.step import Cost, Step
+from patcher_pl.defenses.strategies import (
+    OneDevice,
+    require_packable,
+    require_readable,
+    require_shardable,
+    require_supported,
+    uses_fsdp1,
+)
+from patcher_pl.errors import ConfigError, PatcherError, RunInterrupted
 from patcher_pl.losses import first_order_loss
 from patcher_pl.models import LanguageModel, Weights
-from patcher_pl.models.shards import Shards
+from patcher_pl.models.blocks import blocks_of
 from patcher_pl.randomness import collect_generators, restore_generators
 from patcher_pl.types import Batch, count_conversations, count_tokens
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,59 +45,64 @@ class Defense(LightningModule):
 
     With `ModelParallelStrategy` (FSDP2) or `FSDPStrategy` (FSDP1) the model is sharded, and every
     process takes its own batch of each step. A step is then the same as one process takes on all
-    these batches together. `require_shardable` refuses where a defense cannot do that.
+    these batches together. `one_device` says of a defense that it cannot do that.
+
+    Needs are declared in the class attributes below. A defense that simulates an attack sets
+    `attack_source` in its constructor, which sees to when, by whom, and to checkpoints.
 
     Args:
         language_model: The model to harden; loaded in `configure_model`.
-        optimizer: Builds the defender's optimizer from its parameters.
+        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the rate
+            of the Patcher paper, which trains every weight.
         scheduler: Builds a learning-rate schedule from the optimizer; stepped once per defender
             step. None keeps the rate constant.
-        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
+        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 is the
+            Patcher paper's, and what the Trainer of transformers clips to.
         accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    supports_packing: ClassVar[bool] = False
+    supports_packing: bool = False
     """Whether packed batches (see `Batch`) mean the same to it as padded ones."""
+
+    one_device: ClassVar[OneDevice | None] = None
+    """Why it cannot be trained on sharded weights, and what can; None where it can."""
+
+    needs_attack_data: ClassVar[bool] = False
+    """Whether it trains on harmful conversations, beyond those of an `attack_source`."""
+
+    reads_layers: ClassVar[bool] = False
+    """Whether it looks into the decoder layers of the model (`blocks`)."""
 
     def __init__(
         self,
         language_model: LanguageModel,
-        optimizer: OptimizerCallable,
-        scheduler: LRSchedulerCallable | None,
-        max_grad_norm: float | None,
-        accumulate_grad_batches: int,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        accumulate_grad_batches: int = 1,
     ) -> None:
         super().__init__()
-        self._require(
-            max_grad_norm is None or max_grad_norm > 0,
-            "max_grad_norm",
-            "> 0 or null",
-            max_grad_norm,
-            "Use null to leave gradients as they are.",
-        )
-        self._require(
-            accumulate_grad_batches >= 1,
-            "accumulate_grad_batches",
-            ">= 1",
-            accumulate_grad_batches,
-            "Use 1 to take a step after every batch.",
-        )
         self.automatic_optimization = False
         self.language_model = language_model
         self.build_optimizer = optimizer
         self.build_scheduler = scheduler
         self.max_grad_norm = max_grad_norm
         self.accumulate_grad_batches = accumulate_grad_batches
-        self.cost = Cost()
-        self.stop_requested = False
+        is_norm = max_grad_norm is None or max_grad_norm > 0
+        remedy = "Use null to leave gradients as they are."
+        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
+        remedy = "Use 1 to take a step after every batch."
+        require(self, accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", remedy)
+        self.attack_source: AttackSource | None = None
+        self.cost, self.stop_requested = Cost(), False
         self._num_accumulated = 0
         self._losses: dict[str, Tensor] = {}
         self._restored_random_states: list[dict[str, Tensor]] = []
         self._model: PreTrainedModel | None = None
-        self._weights: Weights | None = None
+        self._step: Step | None = None
 
     @abstractmethod
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
@@ -100,7 +113,9 @@ class Defense(LightningModule):
         """
 
     def before_step(self) -> None:
-        """Called before the first batch of every defender step; Patcher attacks here."""
+        """Called before the first batch of every defender step; attacks where that is due."""
+        if self.attack_source is not None:
+            self.attack_source.prepare(self.step)
 
     @property
     def name(self) -> str:
@@ -110,7 +125,7 @@ class Defense(LightningModule):
     @property
     def num_attack_steps(self) -> int | None:
         """Steps of the simulated attack (k1), None for defenses without one."""
-        return None
+        return None if self.attack_source is None else self.attack_source.attacker.num_steps
 
     @property
     def is_between_steps(self) -> bool:
@@ -125,12 +140,27 @@ class Defense(LightningModule):
         return self._model
 
     @property
-    def weights(self) -> Weights:
+    def step(self) -> Step:
+        """The step under way; what helpers get in place of the defense."""
+        assert self._step is not None, "There is a step in training only."
+        return self._step
+
+    @cached_property
+    def all_weights(self) -> Weights:
+        """Owner of every weight of the model, those under adapters too; an attacker gets these."""
+        return Weights(self.model, self.language_model.weight_copies_on)
+
+    @cached_property
+    def trained_weights(self) -> Weights:
         """Owner of what is trained: every weight, or the adapters."""
-        if self._weights is None:
-            place = self.language_model.weight_copies_on
-            self._weights = Weights(self.model, place, trained_only=True)
-        return self._weights
+        if self.language_model.lora is None:
+            return self.all_weights  # One owner: two would not know of each other's shifts.
+        return Weights(self.model, self.language_model.weight_copies_on, trained_only=True)
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder layers of the model."""
+        return blocks_of(self.model)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -157,21 +187,16 @@ class Defense(LightningModule):
             self._model = self.language_model.sharding.wrap(self._model, device)
 
     def require_shardable(self) -> None:
-        """Refuses settings that cannot work on sharded weights; subclasses add their own.
-
-        Raises:
-            ConfigError: If there is one.
-        """
-        if self.language_model.lora is not None:
-            raise ConfigError(
-                f"LanguageModel.lora: {type(self).__name__} trains adapters on one device only, got "
-                f"{self.language_model.lora} with a strategy that shards. Set `lora: null`, or "
-                "`trainer.devices: 1` and no strategy."
-            )
+        """Refuses a defense, adapters or attacks that cannot work on sharded weights."""
+        require_shardable(self)
 
     def release(self) -> None:
         """Lets go of the weights, to make room; the defense is of no use to train afterwards."""
-        self._model = self._weights = None
+        self._model = self._step = None
+        for name in ("all_weights", "trained_weights", "blocks"):
+            self.__dict__.pop(name, None)
+        if self.attack_source is not None:
+            self.attack_source.release()
 
     def to(self, *args: Any, **kwargs: Any) -> "Defense":  # type: ignore[override]
         """Moves the module; one whose shards wait in host memory stays there."""
@@ -197,13 +222,20 @@ class Defense(LightningModule):
         """Refuses what this version cannot do right, before any compute is spent."""
         require_supported(self, self.trainer)
         require_packable(self, self.trainer)
+        has_attack = getattr(self.trainer.datamodule, "has_attack", False)  # type: ignore[attr-defined]
+        if (self.needs_attack_data or self.attack_source is not None) and not has_attack:
+            raise ConfigError(
+                f"SafetyDataModule.attack: {type(self).__name__} trains on, or against, harmful "
+                "conversations, got none. Set `data.attack`, or use SFT."
+            )
+        if self.reads_layers:
+            _ = self.blocks
         self.model.train()
 
     def on_train_start(self) -> None:
         """Begins between two steps, with the random state of the run that is resumed."""
         self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
-        self._num_accumulated = 0
-        self._losses = {}
+        self._num_accumulated, self._losses = 0, {}
         rank = self.global_rank
         if rank < len(self._restored_random_states):
             restore_generators(self._restored_random_states[rank], self.device)
@@ -211,32 +243,71 @@ class Defense(LightningModule):
             # Lightning gives all processes one seed; each needs its own dropout.
             torch.manual_seed(torch.initial_seed() + rank)
         self._restored_random_states = []
+        self._step = self._begin_step()
+        if self.attack_source is not None:
+            self.attack_source.open(self.step)
+
+    def on_train_end(self) -> None:
+        """Lets attackers elsewhere know that they are no longer needed."""
+        if self.attack_source is not None:
+            self.attack_source.close()
 
     def stop_is_agreed(self) -> bool:
         """Whether any process was asked to stop; all of them ask, and get the same answer."""
         return self.trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
 
+    def check_for_stop(self) -> None:
+        """Ends the run here if any process was asked to stop; all of them ask at the same places."""
+        if self.stop_is_agreed():
+            raise RunInterrupted("Stopped during a simulated attack.")
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Takes one batch; every `accumulate_grad_batches`-th one ends a defender step."""
         if self._num_accumulated == 0:
-            self.before_step()
-        share = 1 / self.accumulate_grad_batches
-        for key, value in self.add_gradients(batch, share).items():
-            self._losses[key] = self._losses.get(key, 0) + share * value
+            self._step = self._begin_step()
+        with self.step.undoable():
+            if self._num_accumulated == 0:
+                self.before_step()
+            share = 1 / self.accumulate_grad_batches
+            for key, value in self.add_gradients(batch, share).items():
+                self._losses[key] = self._losses.get(key, 0) + share * value
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate_grad_batches:
-            losses, self._losses = self._losses, {}
+            losses, self._losses = self._over_processes(self._losses), {}
             self._num_accumulated = 0
-            self._log_step({**self._over_processes(losses), **self._take_step()})
+            source, take = self.attack_source, self._take_step
+            taken = take() if source is None else source.finish(self.step, take)
+            self._log_step({**losses, **taken})
+
+    def _begin_step(self) -> Step:
+        step = Step(
+            owner=type(self).__name__,
+            number=self.global_step,
+            model=self.model,
+            all_weights=self.all_weights,
+            trained_weights=self.trained_weights,
+            device=self.device,
+            data=self.trainer.datamodule,  # type: ignore[attr-defined]
+            loader=self.trainer.train_dataloader,
+            cost=self.cost,
+            backward=self.backward_of,
+            log=self.log_now,
+            check_for_stop=self.check_for_stop,
+        )
+        step.on_undo(self._forget_batches)
+        return step
+
+    def _forget_batches(self) -> None:
+        """Hands out the batches of this step again, and drops what they had added."""
+        self.trainer.train_dataloader.rewind(self._num_accumulated + 1)  # type: ignore[union-attr]
+        self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        self._num_accumulated, self._losses = 0, {}
 
     def _take_step(self) -> dict[str, Any]:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        parameters = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = Shards(self.model, parameters).clip_gradients(limit)
+        grad_norm = self.trained_weights.shards.clip_gradients(limit)
         if not torch.isfinite(grad_norm):
             raise PatcherError(
                 f"{type(self).__name__} diverged at defender step {self.global_step} (gradient norm "
@@ -269,6 +340,11 @@ class Defense(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.global_step)
 
+    def log_now(self, metrics: Mapping[str, float], at: int | None = None) -> None:
+        """Logs at the defender step, or elsewhere; `self.log` would drop what falls between steps."""
+        if self.logger is not None:
+            self.logger.log_metrics(dict(metrics), step=self.global_step if at is None else at)
+
     def backward_of(self, loss: Tensor, batch: Batch) -> None:
         """Backward pass of a scaled loss, counted as one gradient evaluation."""
         self.manual_backward(loss)
@@ -284,7 +360,7 @@ class Defense(LightningModule):
         self._log_held_out("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs the loss on held-out conversations."""
+        """As `validation_step`."""
         self._log_held_out("test", batch)
 
     def _log_held_out(self, stage: str, batch: Batch) -> None:
@@ -293,15 +369,8 @@ class Defense(LightningModule):
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=several)
         if self.trainer.state.fn == "fit":
             # Lightning takes this as the place on the logger's axis, instead of counting batches.
-            self.log(
-                "step",
-                float(self.global_step),
-                on_step=False,
-                on_epoch=True,
-                reduce_fx="max",
-                sync_dist=several,
-                batch_size=1,
-            )
+            place = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
+            self.log("step", float(self.global_step), sync_dist=several, **place)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters and the random state of the run."""
@@ -311,6 +380,8 @@ class Defense(LightningModule):
             "fsdp1": uses_fsdp1(self.trainer),
             "random_states": collect_generators(self.device, self.trainer.world_size),
         }
+        if self.attack_source is not None:
+            self.attack_source.save(checkpoint, self.all_weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with the counters and the random state of the run.
@@ -319,26 +390,11 @@ class Defense(LightningModule):
             CheckpointError: If the checkpoint is not one of this defense.
         """
         state = checkpoint.get("defense", {})
-        own, writer = type(self).__name__, state.get("class", "another program")
-        if writer != own:
-            raise CheckpointError(
-                f"The checkpoint was written by {writer}, so {own} cannot go on from it. Give "
-                f"--ckpt_path a checkpoint of {own}, or leave it away to start from the beginning."
-            )
-        size = len(state["random_states"])
-        fsdp1 = state.get("fsdp1", False), uses_fsdp1(self.trainer)
-        if any(fsdp1) and not (all(fsdp1) and size == self.trainer.world_size):
-            raise CheckpointError(
-                f"A run with FSDPStrategy can only go on with it and on as many devices; the "
-                f"checkpoint was written by {size}{' with it' if fsdp1[0] else ''}. Use "
-                "ModelParallelStrategy for runs that change their size."
-            )
+        require_readable(state, self)
         self.cost = Cost(**state["cost"])
         if self.global_rank > 0:
             self.cost.tokens = 0  # The first process goes on with the sum.
         self._restored_random_states = state["random_states"]
         with_plain_optimizers(checkpoint, self)
-
-    def _require(self, holds: bool, field: str, rule: str, value: object, remedy: str) -> None:
-        if not holds:
-            raise ValueError(f"{type(self).__name__}.{field} must be {rule}, got {value}. {remedy}")
+        if self.attack_source is not None:
+            self.attack_source.load(checkpoint, self.all_weights, self.trainer.ckpt_path)

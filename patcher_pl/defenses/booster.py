@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from patcher_pl.defenses.base import Defense
-from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.randomness import RandomState, kept_random_state
 from patcher_pl.types import Batch
+from patcher_pl.validation import require
 
 
 class Booster(Defense):
@@ -25,7 +24,8 @@ class Booster(Defense):
 
         grad f(w) + lam [grad h(w) - grad h(w')]
 
-    w is what is trained: every weight, or the adapters. The paper trains adapters. Dropout falls the
+    w is what is trained: every weight, or the adapters. The paper trains adapters, its script at a
+    constant lr of 5e-4. Dropout falls the
     same way in both passes over the harmful batch, which the authors' code leaves to chance.
 
     Three gradient evaluations per batch. Works on sharded weights; every process takes harmful
@@ -33,16 +33,9 @@ class Booster(Defense):
 
     Args:
         language_model: The model to harden.
-        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the
-            rate of the Patcher paper, which trains every weight. Booster's script: 5e-4 for adapters.
-        scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant, as
-            Booster's script does.
         lam: Weight of the gained harmful loss, lambda (>= 0); 5 in Booster's script, also 25 in
             tables.
         alpha: Length of the step on harmful data (> 0); 0.1 in Booster's script.
-        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 is what
-            the Trainer of transformers, which Booster's script uses, clips to.
-        accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -53,47 +46,39 @@ class Booster(Defense):
     """
 
     supports_packing = True
+    needs_attack_data = True
 
     def __init__(
         self,
         language_model: LanguageModel,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
-        scheduler: LRSchedulerCallable | None = None,
+        *,
         lam: float = 5.0,
         alpha: float = 0.1,
-        max_grad_norm: float | None = 1.0,
-        accumulate_grad_batches: int = 1,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
-        )
-        self._require(lam >= 0, "lam", ">= 0", lam, "Use SFT for a model without this term.")
-        self._require(alpha > 0, "alpha", "> 0", alpha, "The authors use 0.1.")
+        super().__init__(language_model, **common)
         self.lam = lam
         self.alpha = alpha
-
-    def on_fit_start(self) -> None:
-        """Refuses to start without harmful conversations."""
-        super().on_fit_start()
-        require_attack_data(self)
+        require(self, lam >= 0, "lam", ">= 0", "Use SFT for a model without this term.")
+        require(self, alpha > 0, "alpha", "> 0", "The authors use 0.1.")
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds grad f(w) + lam [grad h(w) - grad h(w')]."""
         loss_safe = causal_lm_loss(self.model, batch)
         self.backward_of(share * loss_safe, batch)
 
-        device = self.weights.shards.device
-        harmful = next_harmful_batch(self, device)
+        weights, device = self.trained_weights, self.trained_weights.shards.device
+        harmful = self.step.next_harmful_batch()
         loss_of_harmful = partial(causal_lm_loss, self.model, harmful)
         dropout = RandomState.capture(device)
-        here, loss_here = gradients_of(self, self.weights, loss_of_harmful, harmful)
-        norm = float(self.weights.shards.norm(here))
-        step = [gradient * (-self.alpha / norm if norm else 0.0) for gradient in here]
-        with kept_random_state(device), self.weights.shifted(step):
+        here, loss_here = self.step.gradients_of(loss_of_harmful, harmful)
+        norm = float(weights.shards.norm(here))
+        shift = [gradient * (-self.alpha / norm if norm else 0.0) for gradient in here]
+        with kept_random_state(device), weights.shifted(shift):
             dropout.restore()
-            there, loss_there = gradients_of(self, self.weights, loss_of_harmful, harmful)
+            there, loss_there = self.step.gradients_of(loss_of_harmful, harmful)
         differences = [before - after for before, after in zip(here, there, strict=True)]
-        self.weights.shards.add_to_gradients(differences, share * self.lam)
+        weights.shards.add_to_gradients(differences, share * self.lam)
         return {
             "loss_safe": loss_safe.detach(),
             "loss_harmful": loss_here,

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.defenses.base import Defense
+from patcher_pl.defenses.step import Step
 from patcher_pl.losses import causal_lm_loss
-from patcher_pl.models.shards import Shards
 from patcher_pl.randomness import RandomState
 from patcher_pl.types import Batch, count_tokens
 
@@ -43,7 +42,7 @@ def shifted_outputs(
 
 
 def output_gradients(
-    defense: Defense, modules: Sequence[nn.Module], batch: Batch
+    step: Step, modules: Sequence[nn.Module], batch: Batch
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the gradient of a batch's loss by the output of every module, and the loss.
 
@@ -51,21 +50,21 @@ def output_gradients(
     """
     shifts: dict[nn.Module, Tensor] = {}
     with shifted_outputs(modules, shifts):
-        loss = causal_lm_loss(defense.model, batch)
+        loss = causal_lm_loss(step.model, batch)
         gradients = torch.autograd.grad(loss, [shifts[module] for module in modules])
-    defense.cost.add(num_tokens=count_tokens(batch))
+    step.cost.add(num_tokens=count_tokens(batch))
     return list(gradients), loss.detach()
 
 
 def add_perturbed_gradients(
-    defense: Defense, modules: Sequence[nn.Module], rho: float, batch: Batch, share: float
+    step: Step, modules: Sequence[nn.Module], rho: float, batch: Batch, share: float
 ) -> Mapping[str, Tensor]:
     """Adds `share` times the gradient of the loss under the worst perturbation of length `rho`.
 
         e_l -> e_l + rho g_l / ||(g_1, ..., g_L)||,      g_l = gradient of the loss by e_l
 
     Args:
-        defense: Whose model it is.
+        step: Whose model it is.
         modules: Their outputs are the e_l.
         rho: Length of all perturbations of a batch together, over the processes that share it.
         batch: What the loss is of. Dropout falls the same way in both passes.
@@ -75,16 +74,17 @@ def add_perturbed_gradients(
         Losses to log, and the norm that was divided by.
     """
     dropout = RandomState.capture(batch["input_ids"].device)
-    gradients, loss_safe = output_gradients(defense, modules, batch)
-    norm = _norm(defense, gradients)
+    gradients, loss_safe = output_gradients(step, modules, batch)
+    # Not of the model's own parameters: FSDP2 leaves gathered ones behind.
+    norm = step.trained_weights.shards.total(norms_of(gradients).square().sum()).sqrt()
     # Where the loss is flat there is no worst direction.
     scale = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
     pairs = zip(modules, gradients, strict=True)
     shifts = {module: (gradient * scale).to(gradient.dtype) for module, gradient in pairs}
     dropout.restore()
     with shifted_outputs(modules, shifts):
-        loss_perturbed = causal_lm_loss(defense.model, batch)
-        defense.backward_of(share * loss_perturbed, batch)
+        loss_perturbed = causal_lm_loss(step.model, batch)
+        step.backward(share * loss_perturbed, batch)
     return {
         "loss_safe": loss_safe,
         "loss_perturbed": loss_perturbed.detach(),
@@ -97,11 +97,3 @@ def norms_of(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of every tensor, in float32 at least."""
     wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in gradients]
     return torch.stack([torch.linalg.vector_norm(tensor) for tensor in wide])
-
-
-def _norm(defense: Defense, gradients: Sequence[Tensor]) -> Tensor:
-    optimizer: Any = defense.optimizers()
-    # Not those of the model: FSDP2 leaves gathered ones behind.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shards = Shards(defense.model, parameters)
-    return shards.total(norms_of(gradients).square().sum()).sqrt()

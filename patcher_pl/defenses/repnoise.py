@@ -5,19 +5,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from patcher_pl.defenses.base import Defense
-from patcher_pl.defenses.draws import seed_of
-from patcher_pl.defenses.harmful_data import next_harmful_batch, require_attack_data
 from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
-from patcher_pl.defenses.strategies import one_device_only
+from patcher_pl.defenses.strategies import OneDevice
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss, maximum_mean_discrepancy
 from patcher_pl.losses.causal_lm import model_inputs
 from patcher_pl.models import LanguageModel
-from patcher_pl.models.blocks import blocks_of, feed_forward_of
+from patcher_pl.models.blocks import feed_forward_of
 from patcher_pl.types import IGNORE_INDEX, Batch
+from patcher_pl.validation import require
 
 
 class RepNoise(Defense):
@@ -41,17 +39,11 @@ class RepNoise(Defense):
 
     Args:
         language_model: The model to harden.
-        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the
-            rate of the Patcher paper.
-        scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
         alpha: Weight of the harmful loss, which is driven up (>= 0); 1 in RepNoise's code.
         beta: Weight of the noise (>= 0); 1e-3 in RepNoise's code. Its README asks for a search over
             rate, alpha and beta.
         num_kernels: Gaussian kernels of the discrepancy (count, >= 1); 5 in RepNoise's code.
         kernel_factor: Ratio of the widths of neighboring kernels (> 1); 2 in RepNoise's code.
-        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 as in
-            the Patcher paper.
-        accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -61,54 +53,35 @@ class RepNoise(Defense):
         defaults from domenicrosati/representation-noising, representation_noising/loss.py.
     """
 
+    needs_attack_data = True
+    reads_layers = True
+    one_device = OneDevice(why=OUTSIDE_OF_FORWARD, instead="Vaccine")
+
     def __init__(
         self,
         language_model: LanguageModel,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
-        scheduler: LRSchedulerCallable | None = None,
+        *,
         alpha: float = 1.0,
         beta: float = 1e-3,
         num_kernels: int = 5,
         kernel_factor: float = 2.0,
-        max_grad_norm: float | None = 1.0,
-        accumulate_grad_batches: int = 1,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
-        )
-        self._require(alpha >= 0, "alpha", ">= 0", alpha, "Use 0 to leave this term away.")
-        self._require(beta >= 0, "beta", ">= 0", beta, "Use 0 to leave this term away.")
-        self._require(num_kernels >= 1, "num_kernels", ">= 1", num_kernels, "The authors use 5.")
-        self._require(
-            kernel_factor > 1, "kernel_factor", "> 1", kernel_factor, "The authors use 2."
-        )
+        super().__init__(language_model, **common)
         self.alpha = alpha
         self.beta = beta
         self.num_kernels = num_kernels
         self.kernel_factor = kernel_factor
-        self._blocks: list[nn.Module] = []
-
-    def on_fit_start(self) -> None:
-        """Refuses to start without harmful conversations, or a model whose layers it cannot find."""
-        super().on_fit_start()
-        require_attack_data(self)
-        self._blocks = blocks_of(self.model)
-
-    def require_shardable(self) -> None:
-        """Refuses sharded weights."""
-        super().require_shardable()
-        raise one_device_only(self, OUTSIDE_OF_FORWARD, instead="Vaccine")
-
-    def release(self) -> None:
-        """Lets go of the weights."""
-        super().release()
-        self._blocks = []
+        require(self, alpha >= 0, "alpha", ">= 0", "Use 0 to leave this term away.")
+        require(self, beta >= 0, "beta", ">= 0", "Use 0 to leave this term away.")
+        require(self, num_kernels >= 1, "num_kernels", ">= 1", "The authors use 5.")
+        require(self, kernel_factor > 1, "kernel_factor", "> 1", "The authors use 2.")
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradients of all three terms."""
         loss_safe = causal_lm_loss(self.model, batch)
         self.backward_of(share * loss_safe, batch)
-        harmful = next_harmful_batch(self, self.device)
+        harmful = self.step.next_harmful_batch()
         noise, by_layer = self._harmful_losses(harmful)
         loss_layers = torch.stack(by_layer).mean()
         ascent = torch.log1p(loss_layers)
@@ -122,7 +95,7 @@ class RepNoise(Defense):
 
     def _harmful_losses(self, harmful: Batch) -> tuple[Tensor, list[Tensor]]:
         """Returns the mean discrepancy from noise, and CE_l for every layer."""
-        blocks = self._blocks
+        blocks = self.blocks
         feed_forward = [feed_forward_of(block) for block in blocks]
         with _recorded([*blocks, *feed_forward]) as outputs:
             logits = self.model(**model_inputs(harmful)).logits
@@ -138,8 +111,8 @@ class RepNoise(Defense):
         return torch.stack(discrepancies).mean(), by_layer
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        position = self.trainer.datamodule.attack_stream().position  # type: ignore[attr-defined]
-        return torch.Generator(device).manual_seed(seed_of(self, "noise", position))
+        seed = self.step.seed_of("noise", self.step.attack_stream.position)
+        return torch.Generator(device).manual_seed(seed)
 
     def _from_noise(self, hidden: Tensor, is_answer: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(

@@ -4,9 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from patcher_pl.data.mixing import Mixture
+from patcher_pl.defenses.base_model import BaseModel
+from patcher_pl.defenses.outer_loss import CompanionData, Term, shared_out
+from patcher_pl.defenses.step import Step
 from patcher_pl.losses.retained import (
     answer_log_likelihoods,
     mean_divergence,
@@ -104,3 +108,49 @@ class RepresentationDistance(Retention):
 
     def distance(self, ours: Sequence[Tensor], kept: Sequence[Tensor], batch: Batch) -> Tensor:
         return mean_state_distance(ours, kept, predicts_answers(batch["labels"]))
+
+
+class Retained:
+    """The terms of a retention in a defender's loss, batch by batch.
+
+    Args:
+        retention: The distance, its weights and its data.
+        base: The model that is retained.
+    """
+
+    def __init__(self, retention: Retention, base: BaseModel) -> None:
+        self._retention = retention
+        self._base = base
+        self._data = CompanionData(retention.data)
+
+    def open(self, step: Step) -> None:
+        """Draws and encodes the data, and moves the base model beside the model.
+
+        Raises:
+            DataError: If there is none.
+        """
+        self._base.place()
+        self._data.open(step)
+
+    def terms(self, step: Step, *, is_attacked: bool) -> tuple[list[Term], list[Term]]:
+        """Returns what is retained at theta, and what after the attack, for the batch at hand.
+
+        The base model is asked here, once for both, and before any weights are shifted.
+        """
+        own, there = self._retention.weight, self._retention.attacked_weight
+        weights = {"retain_distance": own, "retain_distance_attacked": there * is_attacked}
+        if not any(weights.values()):
+            return [], []
+        batch = self._data.batch(step)
+        with self._base.in_place() as base, torch.no_grad():
+            kept = self._retention.outputs(base, batch)
+
+        def distance(model: nn.Module) -> Tensor:
+            ours = self._retention.outputs(model, batch)
+            return shared_out(lambda own: self._retention.distance(ours, kept, own), batch)
+
+        here, attacked = (
+            [Term(name, weight, distance, batch)] if weight else []
+            for name, weight in weights.items()
+        )
+        return here, attacked

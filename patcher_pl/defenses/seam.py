@@ -3,23 +3,24 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from patcher_pl.data import Mixture, SafetyDataModule
 from patcher_pl.defenses.base import Defense
-from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
 from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
-from patcher_pl.defenses.strategies import one_device_only
+from patcher_pl.defenses.step import Step
+from patcher_pl.defenses.strategies import OneDevice
 from patcher_pl.losses import answer_cross_entropy, causal_lm_loss
 from patcher_pl.losses.retained import outputs_of
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import final_norm_of
 from patcher_pl.randomness import RandomState, kept_random_state
 from patcher_pl.types import Batch, move_batch
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,8 @@ class Seam(Defense):
     Where the authors' code differs: it counts the output layer once more, and applies the final norm
     to the last layer twice.
 
-    Six gradient evaluations per batch, five without `benign`. Differences of gradients need full
+    Six gradient evaluations per batch, five without `benign`. SEAM's config has a cosine schedule with
+    10 % warm-up. Differences of gradients need full
     precision: in bfloat16 they are mostly noise (a warning says so; the authors' script uses it).
     Needs one device: see `require_shardable`.
 
@@ -56,14 +58,11 @@ class Seam(Defense):
             the safe batch of the step, refusals in it included; its gradient is then computed once.
         optimizer: Builds the optimizer from the parameters; AdamW with lr 2e-5 and no weight decay,
             SEAM's config, unless given.
-        scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
-            SEAM's config: a cosine with 10 % warm-up.
         alpha: Weight of the refusals' loss (>= 0); 1 in SEAM's config.
         beta: Weight of the cosine (>= 0); 0.01 in SEAM's config.
         epsilon: Length of a shift along a direction of unit scale (> 0); 1e-3 in SEAM's config.
         max_grad_norm: Global gradient norm to clip to; None, as SEAM's config, leaves gradients as
             they are.
-        accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -73,36 +72,36 @@ class Seam(Defense):
         Hessian-free estimate of the last one; defaults from ZJUWYH/seam, config/train.yaml.
     """
 
+    needs_attack_data = True
+    one_device = OneDevice(why=OUTSIDE_OF_FORWARD, instead="Booster")
+
     def __init__(
         self,
         language_model: LanguageModel,
+        *,
         benign: Mixture | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=2e-5, weight_decay=0.0
         ),
-        scheduler: LRSchedulerCallable | None = None,
         alpha: float = 1.0,
         beta: float = 0.01,
         epsilon: float = 1e-3,
         max_grad_norm: float | None = None,
-        accumulate_grad_batches: int = 1,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
-        )
-        self._require(alpha >= 0, "alpha", ">= 0", alpha, "Use 0 to leave the refusals out.")
-        self._require(beta >= 0, "beta", ">= 0", beta, "Use 0 to leave the cosine out.")
-        self._require(epsilon > 0, "epsilon", "> 0", epsilon, "The authors use 1e-3.")
+        super().__init__(language_model, optimizer=optimizer, max_grad_norm=max_grad_norm, **common)
         self.benign = benign
         self.alpha = alpha
         self.beta = beta
         self.epsilon = epsilon
+        require(self, alpha >= 0, "alpha", ">= 0", "Use 0 to leave the refusals out.")
+        require(self, beta >= 0, "beta", ">= 0", "Use 0 to leave the cosine out.")
+        require(self, epsilon > 0, "epsilon", "> 0", "The authors use 1e-3.")
         self._benign_data: SafetyDataModule | None = None
 
     def on_fit_start(self) -> None:
-        """Refuses to start without harmful conversations, or a model whose layers cannot be read."""
+        """Refuses a model whose layers cannot be read, and warns of half precision."""
         super().on_fit_start()
-        require_attack_data(self)
         final_norm_of(self.model)
         dtype = next(self.model.parameters()).dtype
         if dtype == torch.bfloat16 or "bf16" in str(self.trainer.precision):
@@ -119,28 +118,23 @@ class Seam(Defense):
             self._benign_data = data.with_attack(self.benign)
             self._benign_data.attack_stream().load_state_dict(data.attack_stream().state_dict())
 
-    def require_shardable(self) -> None:
-        """Refuses sharded weights."""
-        super().require_shardable()
-        raise one_device_only(self, OUTSIDE_OF_FORWARD, instead="Booster")
-
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of the three terms."""
-        shards = self.weights.shards
-        harmful = next_harmful_batch(self, shards.device)
+        shards = self.trained_weights.shards
+        harmful = self.step.next_harmful_batch()
         loss_layers = layer_cross_entropy(self.model, harmful)
         self.backward_of(-share * torch.log(1 + loss_layers), harmful)
 
-        adverse = _Side(self, harmful)
+        adverse = _Side(self.step, harmful)
         if self._benign_data is None:
-            benign = _Side(self, batch)
+            benign = _Side(self.step, batch)
             shards.add_to_gradients(benign.gradients, share * self.alpha)
             loss_safe = benign.loss
         else:
             loss_safe = causal_lm_loss(self.model, batch)
             self.backward_of(share * self.alpha * loss_safe, batch)
             stream = self._benign_data.attack_stream()
-            benign = _Side(self, move_batch(next(stream.endless()), shards.device))
+            benign = _Side(self.step, move_batch(next(stream.endless()), shards.device))
 
         cosine = torch.zeros((), device=shards.device)
         if adverse.norm > 0 and benign.norm > 0:
@@ -148,8 +142,8 @@ class Seam(Defense):
             for one, other in ((adverse, benign), (benign, adverse)):
                 # d cos / d g_one, times its norm.
                 pairs = zip(other.unit, one.unit, strict=True)
-                step = [self.epsilon * (b - cosine * a) for b, a in pairs]
-                change = one.change_along(step)
+                shift = [self.epsilon * (b - cosine * a) for b, a in pairs]
+                change = one.change_along(shift)
                 shards.add_to_gradients(change, share * self.beta / (self.epsilon * one.norm))
         return {
             "loss_safe": loss_safe.detach(),
@@ -162,13 +156,13 @@ class Seam(Defense):
 class _Side:
     """The gradient of the cross-entropy on a batch, and its change where the weights are shifted."""
 
-    def __init__(self, defense: Seam, batch: Batch) -> None:
-        self._defense = defense
+    def __init__(self, step: Step, batch: Batch) -> None:
+        self._step = step
         self._batch = batch
-        self._loss: Callable[[], Tensor] = partial(causal_lm_loss, defense.model, batch)
-        self._dropout = RandomState.capture(defense.weights.shards.device)
-        self.gradients, self.loss = gradients_of(defense, defense.weights, self._loss, batch)
-        self.norm = float(defense.weights.shards.norm(self.gradients))
+        self._loss: Callable[[], Tensor] = partial(causal_lm_loss, step.model, batch)
+        self._dropout = RandomState.capture(step.trained_weights.shards.device)
+        self.gradients, self.loss = step.gradients_of(self._loss, batch)
+        self.norm = float(step.trained_weights.shards.norm(self.gradients))
 
     @property
     def unit(self) -> Sequence[Tensor]:
@@ -176,10 +170,9 @@ class _Side:
 
     def change_along(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gradient at theta + vector, minus that at theta; dropout falls the same way."""
-        weights = self._defense.weights
-        with kept_random_state(self._dropout.device), weights.shifted(vector):
+        with kept_random_state(self._dropout.device), self._step.trained_weights.shifted(vector):
             self._dropout.restore()
-            there, _ = gradients_of(self._defense, weights, self._loss, self._batch)
+            there, _ = self._step.gradients_of(self._loss, self._batch)
         return [after - before for after, before in zip(there, self.gradients, strict=True)]
 
 

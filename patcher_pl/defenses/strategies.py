@@ -1,16 +1,17 @@
-"""Which of Lightning's strategies a defense can be trained with."""
+"""Which of Lightning's strategies, batches and checkpoints a defense can be trained with."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import ShardingStrategy
 
-from patcher_pl.attackers import Attacker, ConcurrentAttacker
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
-from patcher_pl.hypergradients.base import SHARDED_REMEDY
-from patcher_pl.models import Sharding
+from patcher_pl.models.packing import require_packing
+from patcher_pl.models.shards import Shards
 
 if TYPE_CHECKING:
     from patcher_pl.defenses.base import Defense
@@ -78,22 +79,92 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
             f"trainer.precision: FSDP2 has its own mixed precision, got {trainer.precision!r}. Leave "
             "it at `32-true` and set model.init_args.language_model.sharding.param_dtype."
         )
-    defense.require_shardable()
+    require_shardable(defense)
 
 
-def one_device_only(defense: "Defense", why: str, *, instead: str) -> ConfigError:
-    """The error of a defense that cannot be trained where weights are sharded.
+@dataclass(frozen=True, kw_only=True)
+class OneDevice:
+    """Says of a class of defenses that it cannot be trained where weights are sharded.
 
     Args:
-        defense: Which.
         why: What stands against it; completes "got a strategy that shards: ".
         instead: A defense that can.
     """
-    return ConfigError(
-        f"trainer.strategy: {type(defense).__name__} works on one device only, got a strategy that "
-        f"shards: {why}. Set `trainer.devices: 1` and no strategy, or use {instead}, which works "
-        "sharded."
-    )
+
+    why: str
+    instead: str
+
+
+def require_shardable(defense: "Defense") -> None:
+    """Refuses a defense, adapters and attacks that cannot work on sharded weights.
+
+    Raises:
+        ConfigError: If there are some.
+    """
+    name, model = type(defense).__name__, defense.language_model
+    if model.lora is not None:
+        raise ConfigError(
+            f"LanguageModel.lora: {name} trains adapters on one device only, got {model.lora} with a "
+            "strategy that shards. Set `lora: null`, or `trainer.devices: 1` and no strategy."
+        )
+    if defense.one_device is not None:
+        raise ConfigError(
+            f"trainer.strategy: {name} works on one device only, got a strategy that shards: "
+            f"{defense.one_device.why}. Set `trainer.devices: 1` and no strategy, or use "
+            f"{defense.one_device.instead}, which works sharded."
+        )
+    if defense.attack_source is not None:
+        defense.attack_source.require_shardable(name, model.sharding)
+
+
+def require_packable(defense: "Defense", trainer: Trainer) -> None:
+    """Refuses packed batches that defense or model would get wrong, before any compute is spent.
+
+    Raises:
+        ConfigError: If the data is packed and that would be so.
+    """
+    data, setting = trainer.datamodule, "data.packing"  # type: ignore[attr-defined]
+    if not getattr(data, "packing", False):
+        return
+    if not defense.supports_packing:
+        raise ConfigError(
+            f"{setting}: {type(defense).__name__} reads padded batches row by row. Set it to false."
+        )
+    device = Shards(defense.model, list(defense.model.parameters())).device
+    with trainer.precision_plugin.forward_context():
+        rows = [one.input_ids for one in data.safe_examples[:2]]
+        require_packing(defense.model, rows, device, setting)
+
+
+def require_readable(state: Mapping[str, Any], defense: "Defense") -> None:
+    """Refuses what another defense has saved, or one whose strategy kept other parts.
+
+    Args:
+        state: Of the checkpoint.
+        defense: That is to go on from it.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    own, writer = type(defense).__name__, state.get("class", "another program")
+    if writer != own:
+        raise CheckpointError(
+            f"The checkpoint was written by {writer}, so {own} cannot go on from it. Give "
+            f"--ckpt_path a checkpoint of {own}, or leave it away to start from the beginning."
+        )
+    size = len(state["random_states"])
+    fsdp1 = state.get("fsdp1", False), uses_fsdp1(defense.trainer)
+    if any(fsdp1) and not (all(fsdp1) and size == defense.trainer.world_size):
+        raise CheckpointError(
+            f"A run with FSDPStrategy can only go on with it and on as many devices; the "
+            f"checkpoint was written by {size}{' with it' if fsdp1[0] else ''}. Use "
+            "ModelParallelStrategy for runs that change their size."
+        )
+
+
+def _estimator_of(defense: "Defense") -> Hypergradient:
+    source = defense.attack_source
+    return FirstOrder() if source is None else source.hypergradient
 
 
 def _require_acceleration(defense: "Defense", trainer: Trainer) -> None:
@@ -110,7 +181,7 @@ def _require_acceleration(defense: "Defense", trainer: Trainer) -> None:
             "LanguageModel.compile: a model is compiled on one device only, got a strategy that "
             "shards it. Set it to false."
         )
-    hypergradient = getattr(defense, "hypergradient", FirstOrder())
+    hypergradient = _estimator_of(defense)
     # What works on sharded weights takes no second derivative.
     if not hypergradient.works_sharded:
         field = "compile" if model.compile else "liger"
@@ -165,44 +236,10 @@ def _require_supported_fsdp1(defense: "Defense", trainer: Trainer, strategy: FSD
             "LanguageModel.sharding: FSDPStrategy (FSDP1) supports neither `cpu_offload: true` nor "
             f"`reshard_after_forward: false`. {instead}"
         )
-    hypergradient = getattr(defense, "hypergradient", None)
-    if not isinstance(hypergradient, FirstOrder | None):
+    hypergradient = _estimator_of(defense)
+    if not isinstance(hypergradient, FirstOrder):
         raise ConfigError(
-            f"Patcher.hypergradient must be FirstOrder with FSDPStrategy, got "
+            f"{name}.hypergradient must be FirstOrder with FSDPStrategy, got "
             f"{type(hypergradient).__name__}. {instead}"
         )
-    defense.require_shardable()
-
-
-def require_shardable_attacks(
-    attacker: Attacker, hypergradient: Hypergradient, sharding: Sharding
-) -> None:
-    """Refuses simulated attacks and hypergradients that need whole weights.
-
-    Raises:
-        ConfigError: If sharded weights cannot be attacked, or the attack differentiated, like this.
-    """
-    if isinstance(attacker, ConcurrentAttacker):
-        raise ConfigError(
-            "Patcher.attacker: a ConcurrentAttacker needs a defender on one device, whose weights are "
-            "whole, got a strategy that shards them. Use a FineTuningAttacker, or `trainer.devices: "
-            "1` and no strategy."
-        )
-    if not attacker.works_sharded:
-        raise ConfigError(
-            f"Patcher.attacker must work on sharded weights, got {attacker}. Attack every weight (a "
-            "FineTuningAttacker with `lora: null`), or train on one device."
-        )
-    if isinstance(hypergradient, FirstOrder):
-        return
-    name = type(hypergradient).__name__
-    if not hypergradient.works_sharded:
-        raise ConfigError(
-            f"Patcher.hypergradient: {name} as configured differentiates a gradient, which FSDP2 "
-            f"cannot. {SHARDED_REMEDY}"
-        )
-    if sharding.param_dtype == "bfloat16":
-        raise ConfigError(
-            "LanguageModel.sharding.param_dtype: differences of gradients in bfloat16 are mostly "
-            f"noise, so {name} cannot use them. Use `param_dtype: null`, or FirstOrder."
-        )
+    require_shardable(defense)

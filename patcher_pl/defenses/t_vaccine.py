@@ -5,19 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
-from patcher_pl.defenses.attack_report import log_now
 from patcher_pl.defenses.base import Defense
-from patcher_pl.defenses.draws import seed_of
-from patcher_pl.defenses.harmful_data import next_harmful_batch, require_attack_data
 from patcher_pl.defenses.perturbation import add_perturbed_gradients, norms_of, output_gradients
-from patcher_pl.defenses.strategies import one_device_only
+from patcher_pl.defenses.strategies import OneDevice
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.models import LanguageModel
-from patcher_pl.models.blocks import attention_of, blocks_of
+from patcher_pl.models.blocks import attention_of
 from patcher_pl.types import Batch
+from patcher_pl.validation import require
 
 
 class TVaccine(Defense):
@@ -33,15 +30,11 @@ class TVaccine(Defense):
     All other layers are frozen meanwhile: the optimizer does not touch them, not even by weight decay.
 
     Two gradient evaluations per batch, and one on harmful conversations per `measure_every` steps,
-    when p is logged under `layers/`. Needs one device: see `require_shardable`.
+    when p is logged under `layers/`. T-Vaccine's script trains adapters at lr 1e-3, with weight decay 0.1
+    and a cosine with 10 % warm-up. Needs one device: see `require_shardable`.
 
     Args:
         language_model: The model to align.
-        optimizer: Builds the optimizer from the parameters; AdamW with lr 1e-5 unless given, the
-            rate of the Patcher paper, which trains every weight. T-Vaccine's script: 1e-3 for
-            adapters, with weight decay 0.1.
-        scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
-            T-Vaccine's script: a cosine with 10 % warm-up.
         rho: Length of the perturbation of a batch (>= 0); 3 in T-Vaccine's paper.
         num_layers: Layers that are perturbed at a time, S (count, from 1 to all of the model); 8 in
             T-Vaccine's script, of 32.
@@ -51,9 +44,6 @@ class TVaccine(Defense):
         freeze_others: Freeze the layers that were not drawn, as the paper says. Embeddings, last norm
             and output head, which are in no layer, are trained as ever; so are feed-forward adapters
             of frozen layers in the authors' code, but not here. Off, every layer is trained.
-        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 is what
-            the Trainer of transformers, which T-Vaccine's script uses, clips to.
-        accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -65,38 +55,37 @@ class TVaccine(Defense):
     """
 
     supports_packing = True
+    needs_attack_data = True
+    reads_layers = True
+    one_device = OneDevice(
+        why="every process would draw layers of its own, and weights are gathered whether they are "
+        "frozen or not",
+        instead="Vaccine",
+    )
 
     def __init__(
         self,
         language_model: LanguageModel,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
-        scheduler: LRSchedulerCallable | None = None,
+        *,
         rho: float = 3.0,
         num_layers: int = 8,
         resample_every: int = 20,
         measure_every: int = 200,
         freeze_others: bool = True,
-        max_grad_norm: float | None = 1.0,
-        accumulate_grad_batches: int = 1,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
-        )
-        self._require(rho >= 0, "rho", ">= 0", rho, "Use SFT for a model without perturbations.")
-        for name, value in (
-            ("num_layers", num_layers),
-            ("resample_every", resample_every),
-            ("measure_every", measure_every),
-        ):
-            self._require(value >= 1, name, ">= 1", value, "Use 1 for the least there can be.")
+        super().__init__(language_model, **common)
         self.rho = rho
         self.num_layers = num_layers
         self.resample_every = resample_every
         self.measure_every = measure_every
         self.freeze_others = freeze_others
+        require(self, rho >= 0, "rho", ">= 0", "Use SFT for a model without perturbations.")
+        for field in ("num_layers", "resample_every", "measure_every"):
+            remedy = "Use 1 for the least there can be."
+            require(self, getattr(self, field) >= 1, field, ">= 1", remedy)
         self.probabilities: list[float] = []
         self.drawn: list[int] = []
-        self._blocks: list[nn.Module] = []
 
     @property
     def name(self) -> str:
@@ -104,34 +93,17 @@ class TVaccine(Defense):
         return "t_vaccine"
 
     def on_fit_start(self) -> None:
-        """Finds the layers; refuses to start without harmful conversations, or enough layers.
+        """Refuses to draw more layers than the model has.
 
         Raises:
-            ConfigError: If there are none, or fewer layers than are to be drawn.
+            ConfigError: If that was asked for.
         """
         super().on_fit_start()
-        require_attack_data(self)
-        self._blocks = blocks_of(self.model)
-        if self.num_layers > len(self._blocks):
+        if self.num_layers > len(self.blocks):
             raise ConfigError(
-                f"TVaccine.num_layers must be <= {len(self._blocks)}, the layers of the model, got "
+                f"TVaccine.num_layers must be <= {len(self.blocks)}, the layers of the model, got "
                 f"{self.num_layers}. Set `num_layers`: the paper draws a quarter of them."
             )
-
-    def require_shardable(self) -> None:
-        """Refuses sharded weights."""
-        super().require_shardable()
-        raise one_device_only(
-            self,
-            "every process would draw layers of its own, and weights are gathered whether they are "
-            "frozen or not",
-            instead="Vaccine",
-        )
-
-    def release(self) -> None:
-        """Lets go of the weights."""
-        super().release()
-        self._blocks = []
 
     def before_step(self) -> None:
         """Measures how harmful conversations pull at the layers, and draws some, where it is due."""
@@ -142,14 +114,14 @@ class TVaccine(Defense):
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of L_safe(w; e + eps) by what is not frozen."""
-        attention = [attention_of(self._blocks[layer]) for layer in self.drawn]
+        attention = [attention_of(self.blocks[layer]) for layer in self.drawn]
         with self._others_frozen():
-            return add_perturbed_gradients(self, attention, self.rho, batch, share)
+            return add_perturbed_gradients(self.step, attention, self.rho, batch, share)
 
     def _measure(self) -> None:
-        harmful = next_harmful_batch(self, self.device)
-        attention = [attention_of(block) for block in self._blocks]
-        gradients, loss = output_gradients(self, attention, harmful)
+        harmful = self.step.next_harmful_batch()
+        attention = [attention_of(block) for block in self.blocks]
+        gradients, loss = output_gradients(self.step, attention, harmful)
         norms = norms_of(gradients).double()
         total = norms.sum()
         if not (torch.isfinite(total) and total > 0):
@@ -159,10 +131,10 @@ class TVaccine(Defense):
             )
         self.probabilities = [float(share) for share in norms / total]
         shares = {f"layers/p_{layer}": share for layer, share in enumerate(self.probabilities)}
-        log_now(self, {"train/loss_harmful": float(loss), **shares})
+        self.log_now({"train/loss_harmful": float(loss), **shares})
 
     def _draw(self) -> None:
-        generator = torch.Generator().manual_seed(seed_of(self, "layers", self.global_step))
+        generator = torch.Generator().manual_seed(self.step.seed_of("layers", self.global_step))
         # As many as are asked for, even where only some have a gradient.
         weights = torch.tensor(self.probabilities, dtype=torch.float64).clamp_min(1e-12)
         picked = torch.multinomial(weights, self.num_layers, generator=generator)
@@ -172,7 +144,7 @@ class TVaccine(Defense):
     def _others_frozen(self) -> Iterator[None]:
         others = {
             parameter
-            for layer, block in enumerate(self._blocks)
+            for layer, block in enumerate(self.blocks)
             if self.freeze_others and layer not in self.drawn
             for parameter in block.parameters()
             if parameter.requires_grad

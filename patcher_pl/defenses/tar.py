@@ -1,30 +1,25 @@
 """TAR: tamper-resistant safeguards, by first-order meta-learning against an adversary in training."""
 
-import copy
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 
-from patcher_pl.attackers.loop import finetune
+from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.defenses.attack_source import AlongTheWay
 from patcher_pl.defenses.base import Defense
-from patcher_pl.defenses.base_model import without_adapters
-from patcher_pl.defenses.draws import seed_of
-from patcher_pl.defenses.harmful_data import gradients_of, next_harmful_batch, require_attack_data
-from patcher_pl.defenses.strategies import one_device_only
-from patcher_pl.errors import RunInterrupted
+from patcher_pl.defenses.base_model import BaseModel
+from patcher_pl.defenses.outer_loss import NegativeEntropy, Term
+from patcher_pl.defenses.strategies import OneDevice
 from patcher_pl.losses import answer_cross_entropy
-from patcher_pl.losses.retained import mean_state_distance, mean_where, outputs_of
+from patcher_pl.losses.retained import mean_state_distance, outputs_of
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
-from patcher_pl.randomness import RandomState
-from patcher_pl.types import IGNORE_INDEX, Batch
+from patcher_pl.types import Batch
+from patcher_pl.validation import require
 
 
 class Tar(Defense):
@@ -57,7 +52,6 @@ class Tar(Defense):
             retained.
         optimizer: Builds the optimizer from the parameters; AdamW with lr 2e-5, TAR's run script,
             unless given.
-        scheduler: Builds a learning-rate schedule from the optimizer; None keeps it constant.
         num_inner_steps: Steps of the adversary, K (count, >= 1); 64 in TAR's run script.
         gradient_every: Steps between gradients of L_TR (count, in 1..num_inner_steps); 4 in TAR's
             run script.
@@ -69,7 +63,6 @@ class Tar(Defense):
         retain_scale: Weight of the gradient of L_retain (>= 0); 1 in TAR's run script.
         max_grad_norm: Global gradient norm to clip to; None, as TAR's code, leaves gradients as they
             are.
-        accumulate_grad_batches: Safe batches whose mean loss makes one step (count, >= 1).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -79,11 +72,15 @@ class Tar(Defense):
         defaults from rishub-tamirisa/tamper-resistance.
     """
 
+    one_device = OneDevice(
+        why="distances to its base model are not shared out over processes", instead="Patcher"
+    )
+
     def __init__(
         self,
         language_model: LanguageModel,
+        *,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
-        scheduler: LRSchedulerCallable | None = None,
         num_inner_steps: int = 64,
         gradient_every: int = 4,
         inner_lrs: Sequence[float] = (2e-6, 2e-5, 4e-5),
@@ -91,138 +88,74 @@ class Tar(Defense):
         tamper_scale: float = 4.0,
         retain_scale: float = 1.0,
         max_grad_norm: float | None = None,
-        accumulate_grad_batches: int = 1,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            language_model, optimizer, scheduler, max_grad_norm, accumulate_grad_batches
-        )
-        self._require(
-            num_inner_steps >= 1,
-            "num_inner_steps",
-            ">= 1",
-            num_inner_steps,
-            "Use SFT for a model that is not attacked in training.",
-        )
-        self._require(
-            1 <= gradient_every <= num_inner_steps,
-            "gradient_every",
-            f"in 1..num_inner_steps = 1..{num_inner_steps}",
-            gradient_every,
-            "Use 1 for a gradient after every step.",
-        )
-        self._require(
-            len(inner_lrs) > 0 and all(lr > 0 for lr in inner_lrs),
-            "inner_lrs",
-            "one or more numbers > 0",
-            inner_lrs,
-            "The authors use 2e-6, 2e-5 and 4e-5.",
-        )
-        for field, value in (
-            ("decay", decay),
-            ("tamper_scale", tamper_scale),
-            ("retain_scale", retain_scale),
-        ):
-            self._require(value >= 0, field, ">= 0", value, "Use 0 to do without.")
+        super().__init__(language_model, optimizer=optimizer, max_grad_norm=max_grad_norm, **common)
         self.num_inner_steps = num_inner_steps
         self.gradient_every = gradient_every
         self.inner_lrs = tuple(inner_lrs)
         self.decay = decay
         self.tamper_scale = tamper_scale
         self.retain_scale = retain_scale
-        # In a tuple, or Lightning would train and save it.
-        self._base: tuple[Any, ...] = ()
+        remedy = "Use SFT for a model that is not attacked in training."
+        require(self, num_inner_steps >= 1, "num_inner_steps", ">= 1", remedy)
+        require(
+            self,
+            1 <= gradient_every <= num_inner_steps,
+            "gradient_every",
+            f"in 1..num_inner_steps = 1..{num_inner_steps}",
+            "Use 1 for a gradient after every step.",
+        )
+        has_rates = len(inner_lrs) > 0 and all(lr > 0 for lr in inner_lrs)
+        remedy = "The authors use 2e-6, 2e-5 and 4e-5."
+        require(self, has_rates, "inner_lrs", "one or more numbers > 0", remedy)
+        for field in ("decay", "tamper_scale", "retain_scale"):
+            require(self, getattr(self, field) >= 0, field, ">= 0", "Use 0 to do without.")
+        adversaries = [
+            FineTuningAttacker(
+                num_steps=num_inner_steps, optimizer=AdamW(lr=lr), max_grad_norm=None
+            )
+            for lr in inner_lrs
+        ]
+        # By seed and step, so that a resumed run draws the same rates.
+        self.attack_source = AlongTheWay(
+            adversaries, gradient_every=gradient_every, decay=decay, draw=("tar", "inner_lr")
+        )
+        self.outer = NegativeEntropy()
+        self._base: BaseModel | None = None
         self._attack_losses: dict[str, Tensor] = {}
-
-    @property
-    def num_attack_steps(self) -> int | None:
-        """Steps of the adversary (K)."""
-        return self.num_inner_steps
 
     def configure_model(self) -> None:
         """Loads the weights, and keeps a copy of them as the base model."""
-        is_new = self._model is None
         super().configure_model()
-        if is_new and self.language_model.lora is None:
-            self._base = (copy.deepcopy(self.model).eval().requires_grad_(False),)
+        if self._base is None:
+            has_adapters = self.language_model.lora is not None
+            self._base = BaseModel(self.model, self.all_weights, has_adapters=has_adapters)
 
-    def on_fit_start(self) -> None:
-        """Refuses to start without harmful conversations."""
-        super().on_fit_start()
-        require_attack_data(self)
-        for base in self._base:
-            parameter = next(self.model.parameters())
-            if (base.device, base.dtype) != (parameter.device, parameter.dtype):
-                base.to(parameter.device, parameter.dtype)
-
-    def require_shardable(self) -> None:
-        """Refuses sharded weights."""
-        super().require_shardable()
-        raise one_device_only(
-            self,
-            "its base model is whole, and its distances are not shared out over processes",
-            instead="Patcher",
-        )
+    def on_train_start(self) -> None:
+        """Moves the base model beside the model."""
+        super().on_train_start()
+        assert self._base is not None
+        self._base.place()
 
     def release(self) -> None:
         """Lets go of the weights and of the base model."""
         super().release()
-        self._base = ()
+        self._base = None
 
     def before_step(self) -> None:
         """Attacks, and adds the tamper-resistance gradient to every `.grad`."""
-        device = self.weights.shards.device
-        stream = self.trainer.datamodule.attack_stream()  # type: ignore[attr-defined]
-        start, dropout, cost = stream.position, RandomState.capture(device), replace(self.cost)
-        try:
-            held_out = next_harmful_batch(self, device)
-            gradients = self._tamper_gradients(held_out, stream.endless())
-        except RunInterrupted:
-            # As if this step had never begun: both streams will hand out the same batches again.
-            dropout.restore()
-            self.cost = cost
-            stream.rewind(stream.position - start)
-            self.trainer.train_dataloader.rewind()  # type: ignore[union-attr]
-            raise
-        self.weights.shards.add_to_gradients(gradients, self.tamper_scale)
-
-    def _tamper_gradients(self, held_out: Batch, batches: Iterator[Batch]) -> list[Tensor]:
-        """Returns the weighted sum of the gradients of L_TR along one attack."""
-        saved = self.weights.snapshot()
-        total = [torch.zeros_like(tensor) for tensor in self.weights.shards.tensors]
-        attack_losses, tamper_losses = [], []
-        try:
-            with self.weights.trainable() as parameters:
-                for step in finetune(
-                    self.model,
-                    parameters,
-                    batches,
-                    optimizer=AdamW(lr=self._inner_lr()),
-                    num_steps=self.num_inner_steps,
-                ):
-                    self.cost.add(num_tokens=step.num_tokens)
-                    attack_losses.append(torch.tensor(step.loss, device=held_out["labels"].device))
-                    if step.index % self.gradient_every == 0:
-                        gradients, loss = gradients_of(
-                            self, self.weights, lambda: self._tamper_loss(held_out), held_out
-                        )
-                        weight = math.exp(self.decay * (step.index - self.num_inner_steps))
-                        for sum_, gradient in zip(total, gradients, strict=True):
-                            sum_.add_(gradient, alpha=weight)
-                        tamper_losses.append(loss)
-                    if self.stop_is_agreed():
-                        raise RunInterrupted("Stopped during a simulated attack.")
-        finally:
-            self.weights.restore(saved)
-        self._attack_losses = {
-            "loss_tamper": torch.stack(tamper_losses).mean(),
-            "loss_attack_first": attack_losses[0],
-            "loss_attack_last": attack_losses[-1],
-        }
-        return total
+        # In front of the adversary's batches, so that it never trains on the one it is judged by.
+        held_out = self.step.next_harmful_batch()
+        tamper = Term("loss_tamper", 1.0, partial(self.outer, batch=held_out), held_out)
+        source = self.attack_source
+        assert source is not None
+        self._attack_losses = source.add_gradients(self.step, [tamper], self.tamper_scale)
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of L_retain."""
-        with self._base_model() as base, torch.no_grad():
+        assert self._base is not None
+        with self._base.in_place() as base, torch.no_grad():
             kept = outputs_of(base, batch).hidden_states
         output = outputs_of(self.model, batch)
         loss_safe = answer_cross_entropy(output.logits, batch["labels"])
@@ -233,32 +166,3 @@ class Tar(Defense):
             "distance_to_base": distance.detach(),
             **self._attack_losses,
         }
-
-    def _inner_lr(self) -> float:
-        """Drawn by seed and step, so that a resumed run draws the same."""
-        draw = seed_of(self, "tar", "inner_lr", self.global_step)
-        return self.inner_lrs[draw % len(self.inner_lrs)]
-
-    def _tamper_loss(self, batch: Batch) -> Tensor:
-        return negative_entropy(outputs_of(self.model, batch).logits, batch["labels"])
-
-    @contextmanager
-    def _base_model(self) -> Iterator[nn.Module]:
-        """The model as loaded: a copy, or the model itself without what adapters add to it."""
-        if self._base:
-            yield self._base[0]
-            return
-        with without_adapters(self.model) as model:
-            yield model
-
-
-def negative_entropy(
-    logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"]
-) -> Float[Tensor, ""]:
-    """Minus the mean entropy with which answer tokens are predicted, in nats per token."""
-    predictions = logits[:, :-1]
-    if predictions.dtype in (torch.float16, torch.bfloat16):
-        predictions = predictions.float()
-    log_likelihoods = predictions.log_softmax(-1)
-    entropies = -(log_likelihoods.exp() * log_likelihoods).sum(-1)
-    return -mean_where(labels[:, 1:] != IGNORE_INDEX, entropies)

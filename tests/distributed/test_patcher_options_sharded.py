@@ -47,4 +47,4 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
         )
         for name, value in snapshot(resumed.model).items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9)
-        assert len(resumed.local.vectors) == 2
+        assert len(resumed.attack_source.vectors) == 2

@@ -152,10 +152,12 @@ def test_concurrent_attacks_go_on_from_a_checkpoint_by_two(folder, exact):
     """With the vector in use and the theta that it belongs to."""
     sequential, _ = attacked_beside(folder, folder / "by-one" / CHECKPOINT)
     sharded, _ = attacked_beside(folder, folder / "by-two" / CHECKPOINT)
-    (expected,), (vector,) = (each.remote.vectors(runs.SAVED_AT) for each in (sequential, sharded))
-    assert sequential.remote.staleness(runs.SAVED_AT) == 1
-    assert sharded.remote.staleness(runs.SAVED_AT) == 1
-    for name, part, value in zip(sharded.weights.names, vector, expected, strict=True):
+    (expected,), (vector,) = (
+        each.attack_source.vectors_at(runs.SAVED_AT) for each in (sequential, sharded)
+    )
+    assert sequential.attack_source.staleness(runs.SAVED_AT) == 1
+    assert sharded.attack_source.staleness(runs.SAVED_AT) == 1
+    for name, part, value in zip(sharded.all_weights.names, vector, expected, strict=True):
         torch.testing.assert_close(part, value, rtol=0, atol=1e-10, msg=name)
 
 

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.callbacks import ConcurrencyMonitor
-from patcher_pl.defenses import Patcher, remote_attacks
+from patcher_pl.defenses import Patcher
+from patcher_pl.defenses.attack_source import concurrent as source_module
 from patcher_pl.defenses.retention import KLToBase
 from patcher_pl.errors import RunInterrupted
 from patcher_pl.mailbox import wait_for
@@ -64,10 +65,10 @@ def test_lock_step_is_the_sequential_run(
     assert losses(history_beside) == losses(history)
     assert beside.cost == sequential.cost
     assert data_beside.state_dict() == data.state_dict()
-    (vector,) = beside.remote.vectors(NUM_STEPS)
-    pairs = zip(vector, sequential.attack_vector, strict=True)
+    (vector,) = beside.attack_source.vectors_at(NUM_STEPS)
+    pairs = zip(vector, sequential.attack_source.vectors[-1], strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
-    assert beside.remote.num_wasted == 0
+    assert beside.attack_source.num_wasted == 0
 
 
 def test_what_is_retained_in_lock_step_is_what_is_in_the_sequential_run(gpt2, rows, tmp_path):
@@ -143,13 +144,13 @@ def test_a_run_that_is_stopped_while_it_waits_goes_on_as_if_it_had_not(gpt2, row
     save = SaveWhenStopped(tmp_path / "stopped.ckpt")
     with attackers_at_work(remote, gpt2, rows):
         torch.manual_seed(1)
-        real = stopped._check_for_stop
+        real = stopped.check_for_stop
 
         def stop_in_second_wait():
             stopped.stop_requested = stopped.global_step == 5
             real()
 
-        stopped._check_for_stop = stop_in_second_wait
+        stopped.check_for_stop = stop_in_second_wait
         with pytest.raises(RunInterrupted):
             fit(stopped, rows.module(), NUM_STEPS, callbacks=[save])
     assert stopped.global_step == 5
@@ -168,15 +169,15 @@ class Stalenesses(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         step = trainer.global_step
-        if pl_module.remote.vectors(step - 1):
-            self.of_step[step] = pl_module.remote.staleness(step - 1)
+        if pl_module.attack_source.vectors_at(step - 1):
+            self.of_step[step] = pl_module.attack_source.staleness(step - 1)
 
 
 @contextmanager
 def defender_that_is_seen_waiting(monkeypatch):
     """Yields an event that is set for as long as the defender waits."""
     waiting = threading.Event()
-    real = remote_attacks.wait_for
+    real = source_module.wait_for
 
     def seen(look, between):
         waiting.set()
@@ -186,7 +187,7 @@ def defender_that_is_seen_waiting(monkeypatch):
             waiting.clear()
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote_attacks, "wait_for", seen)
+        patch.setattr(source_module, "wait_for", seen)
         yield waiting
 
 
@@ -254,7 +255,7 @@ class Fresh(Callback):
     """Waits before every step until whatever is published has been attacked."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        mailbox = pl_module.remote.mailbox
+        mailbox = pl_module.attack_source.mailbox
         published = mailbox.defender.versions()[-1:]
         for side in mailbox.attackers:
             wait_for(lambda side=side: side.versions()[-1:] == published or None, lambda: None)
@@ -278,7 +279,7 @@ def test_a_vector_is_one_round_old_where_the_attacker_keeps_up(llama, rows, tmp_
     assert set(history["concurrent/restarts"].values()) == {0}
     # 3 plain steps, 6 of two passes, 2 attacks; the theta of step 6 was attacked in vain.
     assert defense.cost.gradient_evaluations == 3 + 12 + 2 * ATTACKER.num_steps
-    assert defense.remote.num_wasted == ATTACKER.num_steps
+    assert defense.attack_source.num_wasted == ATTACKER.num_steps
 
 
 class VectorsAt(Callback):
@@ -289,9 +290,9 @@ class VectorsAt(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step == self.step:
-            self.weights = pl_module.weights.snapshot()
+            self.weights = pl_module.all_weights.snapshot()
         if trainer.global_step == self.step + 1:
-            self.vectors = [slot.vector for slot in pl_module.remote.slots]
+            self.vectors = [slot.vector for slot in pl_module.attack_source.slots]
 
 
 @pytest.mark.parametrize("anchor", ["current", "published"])
@@ -305,9 +306,9 @@ def test_what_the_vector_starts_from(llama, rows, tmp_path, anchor):
     attacked = make(llama, ATTACKER)
     attacked.configure_model()
     attacked.model.train()
-    started = attacked.weights.snapshot()
+    started = attacked.all_weights.snapshot()
     outcome = ATTACKER.attack(
-        attacked.model, attacked.weights, rows.batches("attack", defense.tokenizer)
+        attacked.model, attacked.all_weights, rows.batches("attack", defense.tokenizer)
     )
     starts = kept.weights if anchor == "current" else started
     (vector,) = kept.vectors
@@ -330,8 +331,8 @@ def test_a_population(llama, rows, tmp_path, combine):
     with attackers_at_work(remote, llama, rows):
         defense = make(llama, remote, num_sft_steps=0)
         history = run(defense, rows.module(), 4)
-    first, second = (slot.vector for slot in defense.remote.slots)
-    used = [defense.remote.vectors(step) for step in (2, 3)]
+    first, second = (slot.vector for slot in defense.attack_source.slots)
+    used = [defense.attack_source.vectors_at(step) for step in (2, 3)]
     if combine == "in_turn":
         assert [len(vectors) for vectors in used] == [1, 1]
         assert [used[0][0] is first, used[1][0] is second] == [True, True]

@@ -34,7 +34,7 @@ def test_alpha_zero_is_sft(llama, rows, clip):
     assert_same(
         weights_after(patcher, rows.module(), 7), weights_after(control, rows.module(["safe"]), 7)
     )
-    assert patcher.attack_vector is not None
+    assert patcher.attack_source.vectors
 
 
 @pytest.mark.parametrize("attacked", [None, Lora(rank=2)], ids=["full-attack", "lora-attack"])
@@ -48,7 +48,7 @@ def test_recomputing_activations_changes_nothing(llama, rows, defended, attacked
         torch.manual_seed(0)
         patcher = Patcher(model, attacker, optimizer=sgd(), refresh_every=2)
         runs.append(weights_after(patcher, rows.module(), 5))
-        assert any(bool(change.any()) for change in patcher.attack_vector)
+        assert any(bool(change.any()) for change in patcher.attack_source.vectors[-1])
     for name, value in runs[0].items():
         torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-6)
 

@@ -67,8 +67,9 @@ def assert_goes_on(make, path, rows, checkpoint, **options) -> None:
     assert_same(snapshot(resumed.model), snapshot(whole.model))
     assert resumed.cost == whole.cost
     if isinstance(whole, Patcher):
-        assert len(resumed.local.vectors) == len(whole.local.vectors)
-        for ours, theirs in zip(resumed.local.vectors, whole.local.vectors, strict=True):
+        assert len(resumed.attack_source.vectors) == len(whole.attack_source.vectors)
+        pairs = zip(resumed.attack_source.vectors, whole.attack_source.vectors, strict=True)
+        for ours, theirs in pairs:
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -181,14 +182,14 @@ class StopInEstimate(Callback):
         self.path, self.call = path, call
 
     def on_train_start(self, trainer, pl_module) -> None:
-        check, calls = pl_module._check_for_stop, iter(range(1, self.call))
+        check, calls = pl_module.check_for_stop, iter(range(1, self.call))
 
         def stop_late() -> None:
             if pl_module.global_step == 4 and next(calls, None) is None:
                 pl_module.stop_requested = True
             check()
 
-        pl_module._check_for_stop = stop_late
+        pl_module.check_for_stop = stop_late
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         assert isinstance(exception, RunInterrupted)
@@ -206,7 +207,9 @@ def test_a_run_stopped_in_an_estimate_repeats_it(model, rows, tmp_path, accumula
     def make(path, **options):
         attacker = FineTuningAttacker(num_steps=3, optimizer=AdamW(lr=1e-3))
         return Patcher(
-            *(LanguageModel(path=str(path)), attacker, adamw(), decaying),
+            *(LanguageModel(path=str(path)), attacker),
+            optimizer=adamw(),
+            scheduler=decaying,
             refresh_every=2,
             hypergradient=Adjoint(store=FullState()),
             retain=KLToBase(data=rows.mixtures["val"]),

@@ -8,6 +8,8 @@ import torch
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.defenses import Patcher
+from patcher_pl.defenses.outer_loss import NegativeEntropy
+from patcher_pl.defenses.retention import KLToBase
 from patcher_pl.errors import RunInterrupted
 from patcher_pl.hypergradients import (
     Adjoint,
@@ -21,7 +23,18 @@ from patcher_pl.models import LanguageModel, Lora, Weights
 from patcher_pl.optim import SGD, AdamW
 from tests.estimator_table import HIGHER_ORDER
 from tests.numerics.hypergradients.problems import distance
-from tests.tiny_runs import MemoryLogger, adamw, assert_same, fit, load, make_llama_exact, sgd
+from tests.numerics.test_patcher_retention import divergence
+from tests.numerics.test_tar_update import negative_entropy
+from tests.tiny_runs import (
+    MemoryLogger,
+    Rows,
+    adamw,
+    assert_same,
+    fit,
+    load,
+    make_llama_exact,
+    sgd,
+)
 from tests.tiny_runs import snapshot as weights_of
 
 ATTACKER = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.3), max_grad_norm=None)
@@ -83,6 +96,41 @@ def test_the_update_is_gradient_descent_on_the_two_losses(llama, rows, monkeypat
     assert distance([p.detach() for p in model.parameters()], expected) > 1e-4
 
 
+def test_the_outer_loss_may_be_any_sum(llama, rows, tmp_path, monkeypatch):
+    """One step by hand: entropy on data of its own, and a distance to the base model, after the attack."""
+    make_llama_exact(monkeypatch)
+    held_out, benign = (Rows(tmp_path / name, num_safe=5) for name in ("held-out", "benign"))
+    defense = make(
+        *(llama, Adjoint()),
+        dtype="float64",
+        optimizer=sgd(0.1),
+        alpha=0.3,
+        num_sft_steps=0,
+        max_grad_norm=None,
+        outer=NegativeEntropy(data=held_out.mixtures["safe"]),
+        retain=KLToBase(data=benign.mixtures["safe"], weight=0.0, attacked_weight=0.4),
+    )
+    fit(defense, rows.module(), 1)
+    model, base = (load(llama, dtype="float64").train() for _ in range(2))
+    inner = ATTACKER.inner_problem(rows.batches("attack", defense.tokenizer))
+    safe, held, kept = (
+        next(r.batches("safe", defense.tokenizer)) for r in (rows, held_out, benign)
+    )
+
+    def loss(module):
+        return 0.3 * negative_entropy(module, held) + 0.4 * divergence(module, base, kept)
+
+    attacked = Unrolled().estimate(model, Weights(model), inner, loss).gradients
+    plain = torch.autograd.grad(causal_lm_loss(model, safe), list(model.parameters()))
+    expected = [
+        p.detach() - 0.1 * (a + 0.7 * b)
+        for p, a, b in zip(model.parameters(), attacked, plain, strict=True)
+    ]
+    assert distance([p.detach() for p in defense.model.parameters()], expected) < 1e-12
+    # Two attack steps there, two products back, and three losses.
+    assert defense.cost.gradient_evaluations >= 2 + 2 * 2 + 3
+
+
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_first_order_is_the_paper_bit_for_bit(llama, rows, refresh_every):
     runs = []
@@ -128,10 +176,10 @@ def test_a_step_that_is_called_off_leaves_no_traces(llama, rows, accumulate):
     class Stopped(Patcher):
         calls = 0
 
-        def _check_for_stop(self):
+        def check_for_stop(self):
             self.calls += 1
             self.stop_requested = self.calls > 4 * accumulate - 1
-            super()._check_for_stop()
+            super().check_for_stop()
 
     model = LanguageModel(path=str(llama))
     defense = Stopped(

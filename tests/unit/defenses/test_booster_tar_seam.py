@@ -117,7 +117,7 @@ def test_the_adversary_draws_its_rate_by_step(llama, rows, monkeypatch):
         drawn.append(optimizer.lr)
         return real(*arguments, optimizer=optimizer, **options)
 
-    monkeypatch.setattr("patcher_pl.defenses.tar.finetune", noting)
+    monkeypatch.setattr("patcher_pl.attackers.fine_tuning.finetune", noting)
     for _ in range(2):
         fit(make(Tar, llama), rows.module(), 12)
     assert drawn[:12] == drawn[12:]
@@ -128,8 +128,8 @@ def test_the_base_model_is_not_trained_saved_or_shown(llama, rows):
     defense = make(Tar, llama)
     fit(defense, rows.module(), 2)
     assert defense.state_dict().keys() == {f"_model.{name}" for name in load(llama).state_dict()}
-    (base,) = defense._base
-    assert_same(snapshot(base), load(llama).state_dict())
+    with defense._base.in_place() as base:
+        assert_same(snapshot(base), load(llama).state_dict())
 
 
 def test_half_precision_is_warned_of(llama, rows, caplog):

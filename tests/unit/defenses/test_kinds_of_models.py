@@ -39,8 +39,10 @@ def test_adapters_are_trained_and_nothing_else(llama, rows, tmp_path, attacked):
     assert all(torch.equal(value, base[name]) for name, value in under.items())
     assert all(float(p.detach().abs().max()) > 0 for n, p in trained.items() if ".lora_B" in n)
     # The vector moves merged weights: it has nothing of adapters, in names or in shapes.
-    assert defense.weights.names == list(base)
-    assert [v.shape for v in defense.attack_vector] == [base[name].shape for name in base]
+    assert defense.all_weights.names == list(base)
+    assert [v.shape for v in defense.attack_source.vectors[-1]] == [
+        base[name].shape for name in base
+    ]
 
     export_model(defense.model, defense.tokenizer, tmp_path / "model")
     exported = load(tmp_path / "model").state_dict()
@@ -54,10 +56,10 @@ def test_tied_weights_stay_tied(gpt2, rows, defended, attacked):
     model = defense.model
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert embedding is head
-    assert not any("lm_head" in name for name in defense.weights.names)
-    assert len(set(defense.weights.names)) == len(defense.attack_vector)
+    assert not any("lm_head" in name for name in defense.all_weights.names)
+    assert len(set(defense.all_weights.names)) == len(defense.attack_source.vectors[-1])
     before = snapshot(model)
-    with defense.weights.shifted(defense.attack_vector):
+    with defense.all_weights.shifted(defense.attack_source.vectors[-1]):
         assert head is model.get_output_embeddings().weight
         if attacked is None:
             assert not torch.equal(head, before[next(n for n in before if "lm_head" in n)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.attackers import ConcurrentAttacker, FineTuningAttacker, Member
 from patcher_pl.data import Mixture, Source
 from patcher_pl.defenses import Patcher
 from patcher_pl.defenses.base_model import BaseModel
@@ -22,15 +22,12 @@ POINTS = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.1), vector_steps=[1,
     ("attacker", "options", "message"),
     [
         (POINTS, {"hypergradient": Adjoint()}, r"attacker\.vector_steps must be null .*\[1, 2\]"),
-        (
-            FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.1)),
-            {
-                "hypergradient": Adjoint(),
-                "retain": KLToBase(data=NOWHERE, attacked_weight=0.5),
-            },
-            r"retain\.attacked_weight must be 0 for this `hypergradient`.* got 0\.5",
-        ),
         (POINTS, {"combine_points": "sum"}, r"combine_points must be one of average, .* got sum"),
+        (
+            ConcurrentAttacker(population=[Member(attacker=ATTACKER)]),
+            {"combine_points": "in_turn"},
+            r"combine_points must be average with a ConcurrentAttacker.*got in_turn.*attacker\.combine",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(attacker, options, message):
@@ -82,7 +79,8 @@ def test_the_base_model_has_the_format_of_the_run(llama, rows, precision):
     """The first step moves nothing but the learning rate 0: the distance is that of equal models."""
     logger = MemoryLogger()
     defense = Patcher(
-        *(LanguageModel(path=str(llama)), ATTACKER, adamw(0.0)),
+        *(LanguageModel(path=str(llama)), ATTACKER),
+        optimizer=adamw(0.0),
         num_sft_steps=1,
         retain=KLToBase(data=rows.mixtures["val"], attacked_weight=1.0),
     )
@@ -97,7 +95,8 @@ def test_nothing_is_retained_where_nothing_is_asked_for(llama, rows):
     logger = MemoryLogger()
     retain = RepresentationDistance(data=benign, weight=0.0, attacked_weight=2.0)
     defense = Patcher(
-        *(LanguageModel(path=str(llama)), ATTACKER, adamw()),
+        *(LanguageModel(path=str(llama)), ATTACKER),
+        optimizer=adamw(),
         num_sft_steps=2,
         refresh_every=2,
         retain=retain,
@@ -110,8 +109,8 @@ def test_nothing_is_retained_where_nothing_is_asked_for(llama, rows):
 
 def test_the_base_model_is_neither_trained_nor_saved(llama, rows):
     retain = KLToBase(data=rows.mixtures["val"])
-    defense = Patcher(LanguageModel(path=str(llama)), ATTACKER, adamw(), retain=retain)
+    defense = Patcher(LanguageModel(path=str(llama)), ATTACKER, optimizer=adamw(), retain=retain)
     fit(defense, rows.module(), 2)
     assert defense.state_dict().keys() == {f"_model.{name}" for name in load(llama).state_dict()}
     defense.release()
-    assert defense._retain_term is None
+    assert defense._retained is None

@@ -95,7 +95,9 @@ def test_attacked_and_plain_losses_are_true_losses(llama, rows):
     batch = next(rows.batches("safe", defense.tokenizer))
     before = causal_lm_loss(model, batch).item()
     assert logger.history["train/loss_safe"][1] == pytest.approx(before, rel=1e-5)
-    for parameter, change in zip(model.parameters(), defense.attack_vector, strict=True):
+    for parameter, change in zip(
+        model.parameters(), defense.attack_source.vectors[-1], strict=True
+    ):
         parameter.data.add_(change)
     attacked = causal_lm_loss(model, batch).item()
     assert logger.history["train/loss_attacked"][1] == pytest.approx(attacked, rel=1e-5)

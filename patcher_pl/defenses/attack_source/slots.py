@@ -8,21 +8,6 @@ from torch import Tensor
 from patcher_pl.mailbox import Attacked
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """An attack vector that was picked up.
-
-    Args:
-        member: Who made it.
-        vector: In the order of `Weights.parameters`.
-        report: What the attacker said about it.
-    """
-
-    member: int
-    vector: Sequence[Tensor]
-    report: Attacked
-
-
 @dataclass(frozen=True, kw_only=True)
 class Clocks:
     """Seconds that count up from some moment on.
@@ -42,14 +27,16 @@ class Clocks:
 
 @dataclass
 class Slot:
-    """The vector of one attacker that is in use.
+    """The vector of one attacker.
 
     Args:
         vector: None before its first attack.
         attacked_step: Defender steps taken by the theta that was attacked.
         version: Its version in the mailbox; -1 for a vector of a checkpoint.
+        report: What the attacker said about it, where it was picked up in this run.
     """
 
     vector: Sequence[Tensor] | None = None
     attacked_step: int = 0
     version: int = -1
+    report: Attacked | None = None

@@ -1,4 +1,4 @@
-"""The defender's end of the mailbox: publishes theta, picks up attack vectors, waits where it must."""
+"""Attacks in processes of their own: publishes theta, picks up vectors, waits where it must."""
 
 import logging
 import shutil
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from patcher_pl.attackers import ConcurrentAttacker, combined
 from patcher_pl.attackers.service import shared_state
-from patcher_pl.defenses.slots import Arrival, Clocks, Slot
+from patcher_pl.defenses.attack_source.base import (
+    AttackSource,
+    Vector,
+    account_for_attack,
+    add_gradients_at,
+    checked_norm,
+)
+from patcher_pl.defenses.attack_source.slots import Clocks, Slot
+from patcher_pl.defenses.outer_loss import Term
+from patcher_pl.defenses.saved_tensors import own_parts
+from patcher_pl.defenses.step import Step
 from patcher_pl.errors import ConfigError
 from patcher_pl.mailbox import (
     Attacked,
@@ -22,19 +32,21 @@ from patcher_pl.mailbox import (
     Theta,
     wait_for,
 )
-from patcher_pl.models import Weights
+from patcher_pl.models import Sharding, Weights
 from patcher_pl.randomness import RandomState
 from patcher_pl.supervision import Supervisor
+from patcher_pl.validation import require
 
 logger = logging.getLogger(__name__)
 
 _TELL_AFTER_S = 60.0
 
 
-class RemoteAttacks:
-    """Exchanges weights with attackers that run elsewhere.
+class Concurrent(AttackSource):
+    """Exchanges weights with attackers that run elsewhere; see `ConcurrentAttacker`.
 
     Args:
+        owner: Class of the defense, for messages.
         settings: The concurrent attacker.
         refresh_every: Defender steps between two publications (k2).
         num_sft_steps: Defender steps before the first attack vector is used.
@@ -44,20 +56,21 @@ class RemoteAttacks:
     """
 
     def __init__(
-        self, settings: ConcurrentAttacker, refresh_every: int, num_sft_steps: int
+        self, owner: str, settings: ConcurrentAttacker, *, refresh_every: int, num_sft_steps: int
     ) -> None:
+        super().__init__(settings, refresh_every=refresh_every, num_sft_steps=num_sft_steps)
         limit = settings.max_staleness
-        if limit is not None and limit < refresh_every - 1:
-            raise ValueError(
-                f"Patcher.attacker.max_staleness must be >= refresh_every - 1 = {refresh_every - 1}"
-                f" or null, got {limit}. A vector is used for `refresh_every` steps: lower that, or "
-                "raise `max_staleness`."
-            )
+        require(
+            owner,
+            limit is None or limit >= refresh_every - 1,
+            "attacker.max_staleness",
+            f">= refresh_every - 1 = {refresh_every - 1} or null",
+            "A vector is used for `refresh_every` steps: lower that, or raise `max_staleness`.",
+            value=limit,
+        )
         self.settings = settings
         self.slots = [Slot() for _ in settings.population]
         self.waited_s = 0.0
-        self._refresh_every = refresh_every
-        self._num_sft_steps = num_sft_steps
         self._num_used = 0
         self._num_wasted_before = 0
         self._num_spent_before = 0
@@ -81,19 +94,14 @@ class RemoteAttacks:
         self._mailbox = Mailbox(root, len(self.slots))
         self._supervisor = supervisor
 
-    def open(self, model: nn.Module, weights: Weights, seed: int) -> None:
+    def open(self, step: Step) -> None:
         """Begins, or goes on with, a run.
-
-        Args:
-            model: What is published.
-            weights: Owner of its weights.
-            seed: Seed of the run's data.
 
         Raises:
             ConfigError: If nobody attacks, or the mailbox is too small.
         """
-        self._model, self._weights, self._seed = model, weights, seed
-        self._check_room(model)
+        self._model, self._weights, self._seed = step.model, step.all_weights, step.seed
+        self._check_room(step.model)
         self._next_version = self.mailbox.prepare()
         self._version = -1
         self._life = uuid.uuid4().hex
@@ -103,16 +111,51 @@ class RemoteAttacks:
         for slot in self.slots:
             slot.version = -1
             if slot.vector is not None:
-                device = weights.parameters[0].device
+                device = self._weights.parameters[0].device
                 slot.vector = [tensor.to(device) for tensor in slot.vector]
 
     def close(self) -> None:
         """Tells the attackers that the run is over."""
         self.mailbox.finish(self._life)
 
-    def exchange(
-        self, step: int, *, is_due: bool, between: Callable[[], None]
-    ) -> Sequence[Arrival]:
+    def release(self) -> None:
+        super().release()
+        self.slots = [Slot() for _ in self.slots]
+
+    def prepare(self, step: Step) -> None:
+        is_due = self.is_due(step)
+        arrived = self._exchange(step.number, is_due, step.check_for_stop)
+        if is_due:
+            self.num_attacks += 1
+            # Where it would be if the attacks so far had taken their batches from it.
+            position = self.num_attacks * self.attacker.num_steps
+            step.attack_stream.load_state_dict({"position": position})
+        for member, slot in arrived.items():
+            assert slot.vector is not None
+            assert slot.report is not None
+            account_for_attack(
+                step,
+                norm=checked_norm(step, slot.vector),
+                losses=slot.report.losses,
+                num_tokens=slot.report.num_tokens,
+                number=slot.report.theta.number,
+                tag="attack" if len(self.slots) == 1 else f"attack_{member}",
+            )
+
+    def has_attacked(self, step: Step) -> bool:
+        return any(slot.vector is not None for slot in self.slots)
+
+    def add_gradients(self, step: Step, terms: Sequence[Term], share: float) -> dict[str, Tensor]:
+        return add_gradients_at(step, self.vectors_at(step.number), terms, share)
+
+    def require_shardable(self, owner: str, sharding: Sharding) -> None:
+        raise ConfigError(
+            f"{owner}.attacker: a ConcurrentAttacker needs a defender on one device, whose weights "
+            "are whole, got a strategy that shards them. Use a FineTuningAttacker, or "
+            "`trainer.devices: 1` and no strategy."
+        )
+
+    def _exchange(self, step: int, is_due: bool, between: Callable[[], None]) -> dict[int, Slot]:
         """Publishes and picks up what is due before a defender step, and waits where it must.
 
         Args:
@@ -121,7 +164,7 @@ class RemoteAttacks:
             between: Called while waiting; may raise to end that, as if nothing had arrived.
 
         Returns:
-            What was picked up; the slots hold it already.
+            What was picked up, by member; the slots hold it already.
 
         Raises:
             PatcherError: If an attacker fails for good.
@@ -130,7 +173,7 @@ class RemoteAttacks:
         published_before = self._version
         if self._is_idle(step) or (is_due and not self._is_fresh_enough(step)):
             self._publish(step)
-        arrived: dict[int, Arrival] = {}
+        arrived: dict[int, Slot] = {}
         if is_due:
             self._pick_up(arrived)
         if self._must_wait(step, arrived):
@@ -138,11 +181,11 @@ class RemoteAttacks:
         # Only now, so that an attacker which has fallen behind does not skip what is waited for.
         if is_due and self._version == published_before:
             self._publish(step)
-        for arrival in arrived.values():
-            self._use(arrival)
-        return list(arrived.values())
+        for member, slot in arrived.items():
+            self._use(member, slot)
+        return arrived
 
-    def vectors(self, step: int) -> list[Sequence[Tensor]]:
+    def vectors_at(self, step: int) -> list[Vector]:
         """Returns the attack vectors of a defender step; none before the first attack.
 
         Args:
@@ -192,28 +235,32 @@ class RemoteAttacks:
         spent = self._num_spent - self._num_spent_before
         return self._num_wasted_before + max(0, spent - self._num_used)
 
-    def state(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns what a checkpoint keeps.
-
-        Args:
-            names: Names of the weights, in their order.
-        """
+    def save(self, checkpoint: dict[str, Any], weights: Weights) -> None:
+        super().save(checkpoint, weights)
         slots = [
             {
                 "attacked_step": slot.attacked_step,
-                "vector": dict(zip(names, slot.vector, strict=True)),
+                "vector": dict(zip(weights.names, slot.vector, strict=True)),
             }
             for slot in self.slots
             if slot.vector is not None
         ]
-        return {"slots": slots, "num_wasted": self.num_wasted}
+        checkpoint["defense"]["remote"] = {"slots": slots, "num_wasted": self.num_wasted}
 
-    def load_state(self, state: dict[str, Any], names: Sequence[str]) -> None:
+    def load(self, checkpoint: dict[str, Any], weights: Weights, path: Any) -> None:
         """Goes on with the vectors of a checkpoint, of as many attackers as there are now."""
-        self._num_wasted_before = state["num_wasted"]
-        for slot, saved in zip(self.slots, state["slots"], strict=False):
-            slot.vector = [saved["vector"][name] for name in names]
-            slot.attacked_step = saved["attacked_step"]
+        super().load(checkpoint, weights, path)
+        attacked_step = self.num_sft_steps + (self.num_attacks - 1) * self.refresh_every
+        saved = checkpoint["defense"].get("remote", {"slots": [], "num_wasted": 0})
+        self._num_wasted_before = saved["num_wasted"]
+        found = [
+            (own_parts(one["vector"], weights), one["attacked_step"]) for one in saved["slots"]
+        ]
+        if not found:  # A run that attacked in between, or not yet.
+            found = [(vector, attacked_step) for vector in self.vectors[-1:]]
+        self.vectors = []
+        for slot, (vector, step) in zip(self.slots, found, strict=False):
+            slot.vector, slot.attacked_step = vector, step
 
     @property
     def _num_spent(self) -> int:
@@ -226,7 +273,7 @@ class RemoteAttacks:
 
     def _is_idle(self, step: int) -> bool:
         """Whether attackers have nothing to do although vectors are wanted soon, or again."""
-        soon = self._num_sft_steps - self._refresh_every
+        soon = self.num_sft_steps - self.refresh_every
         return not self.settings.lock_step and self._version < 0 and step >= soon
 
     def _is_fresh_enough(self, step: int) -> bool:
@@ -239,7 +286,7 @@ class RemoteAttacks:
     def _publish(self, step: int) -> None:
         self._published_step = step
         self._version, self._next_version = self._next_version, self._next_version + 1
-        number = (step - self._num_sft_steps) // self._refresh_every
+        number = (step - self.num_sft_steps) // self.refresh_every
         random_state = None
         if self.settings.lock_step:
             random_state = RandomState.capture(self._weights.parameters[0].device).as_text()
@@ -255,10 +302,10 @@ class RemoteAttacks:
         )
         self.mailbox.defender.publish(theta.version, shared_state(self._model), theta.to_info())
 
-    def _pick_up(self, arrived: dict[int, Arrival]) -> None:
+    def _pick_up(self, arrived: dict[int, Slot]) -> None:
         """Adds the newest vectors that are newer than those in use."""
-        for member, (slot, side) in enumerate(zip(self.slots, self.mailbox.attackers, strict=True)):
-            known = arrived[member].report.theta.version if member in arrived else slot.version
+        for member, side in enumerate(self.mailbox.attackers):
+            known = arrived.get(member, self.slots[member]).version
 
             def is_wanted(snapshot: Snapshot, known: int = known) -> bool:
                 return snapshot.info["theta"]["life"] == self._life and snapshot.version > known
@@ -271,7 +318,8 @@ class RemoteAttacks:
             found = side.fetch(named, is_wanted)
             if found is not None:
                 report = Attacked.from_info(found.info)
-                arrived[member] = Arrival(member, self._as_vector(tensors, report), report)
+                vector, theta = self._as_vector(tensors, report), report.theta
+                arrived[member] = Slot(vector, theta.step, theta.version, report)
 
     def _as_vector(self, tensors: list[Tensor], report: Attacked) -> list[Tensor]:
         if report.kind == "vector":
@@ -280,27 +328,20 @@ class RemoteAttacks:
             pairs = zip(tensors, self._weights.parameters, strict=True)
             return [attacked - parameter.detach() for attacked, parameter in pairs]
 
-    def _must_wait(self, step: int, arrived: dict[int, Arrival]) -> bool:
-        if step < self._num_sft_steps:
+    def _must_wait(self, step: int, arrived: dict[int, Slot]) -> bool:
+        if step < self.num_sft_steps:
             return False
+        slots = [arrived.get(member, slot) for member, slot in enumerate(self.slots)]
         if self.settings.lock_step:
-            versions = [
-                arrived[member].report.theta.version if member in arrived else slot.version
-                for member, slot in enumerate(self.slots)
-            ]
             # Within a round of a resumed run, nothing was published and nothing is waited for.
-            return any(version != self._version for version in versions)
+            return any(slot.version != self._version for slot in slots)
         limit = self.settings.max_staleness
-        for member, slot in enumerate(self.slots):
-            has_vector = member in arrived or slot.vector is not None
-            attacked = (
-                arrived[member].report.theta.step if member in arrived else slot.attacked_step
-            )
-            if not has_vector or (limit is not None and step - attacked > limit):
-                return True
-        return False
+        return any(
+            slot.vector is None or (limit is not None and step - slot.attacked_step > limit)
+            for slot in slots
+        )
 
-    def _wait(self, step: int, arrived: dict[int, Arrival], between: Callable[[], None]) -> None:
+    def _wait(self, step: int, arrived: dict[int, Slot], between: Callable[[], None]) -> None:
         began_s = time.monotonic()
 
         def look() -> bool | None:
@@ -322,13 +363,13 @@ class RemoteAttacks:
         finally:
             self.waited_s += time.monotonic() - began_s
 
-    def _use(self, arrival: Arrival) -> None:
-        theta = arrival.report.theta
-        self.slots[arrival.member] = Slot(arrival.vector, theta.step, theta.version)
-        self._num_used += len(arrival.report.losses)
-        if arrival.report.random_state is not None:
+    def _use(self, member: int, slot: Slot) -> None:
+        self.slots[member], report = slot, slot.report
+        assert report is not None
+        self._num_used += len(report.losses)
+        if report.random_state is not None:
             device = self._weights.parameters[0].device
-            RandomState.of_text(arrival.report.random_state, device).restore()
+            RandomState.of_text(report.random_state, device).restore()
 
     def _check_room(self, model: nn.Module) -> None:
         size = sum(tensor.nbytes for tensor in shared_state(model).values())
