@@ -79,7 +79,7 @@ class Measurement:
         import torch
 
         from patcher_pl.hypergradients import FirstOrder
-        from patcher_pl.losses import causal_lm_loss
+        from patcher_pl.losses import differentiable_loss
         from patcher_pl.models import Weights
         from patcher_pl.types import move_batch
 
@@ -89,7 +89,7 @@ class Measurement:
         weights, held_out = Weights(model), move_batch(_batch(999), device)
 
         def outer_loss(module: Any) -> Any:
-            return causal_lm_loss(module, held_out)
+            return differentiable_loss(module, held_out)
 
         def timed(estimate: Callable[..., Any], num_steps: int) -> tuple[float, Any]:
             inner = _attack(num_steps)

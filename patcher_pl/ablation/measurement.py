@@ -23,7 +23,7 @@ from patcher_pl.hypergradients import (
     measure_trust,
 )
 from patcher_pl.jobs.job import FOR_MODELS, Job
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.memory import peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.optim.clipping import inner_product
@@ -124,7 +124,9 @@ class Measurement(Job[EstimatorComparison]):
         return self._tried(row, model, weights, estimate)
 
     def _outer_loss(self, model: nn.Module) -> Tensor:
-        return causal_lm_loss(model, move_batch(self.outer_batch, next(model.parameters()).device))
+        return differentiable_loss(
+            model, move_batch(self.outer_batch, next(model.parameters()).device)
+        )
 
     def _exact(self, weights: Weights, estimate: HypergradientEstimate) -> list[Tensor]:
         """Reads the exact hypergradient, after writing it where this is the one."""

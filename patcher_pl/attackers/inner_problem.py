@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from patcher_pl.attackers.loop import LossFunction
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.optim import Update
 from patcher_pl.types import Batch, count_tokens
 
@@ -26,7 +26,7 @@ class InnerProblem:
 
     batches: Sequence[Batch]
     update: Update
-    loss_function: LossFunction = causal_lm_loss
+    loss_function: LossFunction = differentiable_loss
 
     def __post_init__(self) -> None:
         if not self.batches:

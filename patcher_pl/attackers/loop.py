@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.losses import first_order_loss
+from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
 from patcher_pl.types import Batch, count_tokens, move_batch
@@ -41,7 +41,7 @@ def finetune(
     max_grad_norm: float | None = None,
     schedule: Schedule = "constant",
     num_warmup_steps: int = 0,
-    loss_function: LossFunction = first_order_loss,
+    loss_function: LossFunction = causal_lm_loss,
 ) -> Iterator[FinetuneStep]:
     """Fine-tunes `parameters` of `model` in place, one optimizer step per item taken.
 

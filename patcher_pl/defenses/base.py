@@ -24,7 +24,7 @@ from patcher_pl.defenses.strategies import (
     uses_fsdp1,
 )
 from patcher_pl.errors import ConfigError, PatcherError, RunInterrupted
-from patcher_pl.losses import first_order_loss
+from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.models.blocks import blocks_of
 from patcher_pl.randomness import collect_generators, restore_generators
@@ -364,7 +364,7 @@ class Defense(LightningModule):
         self._log_held_out("test", batch)
 
     def _log_held_out(self, stage: str, batch: Batch) -> None:
-        loss = first_order_loss(self.model, batch)
+        loss = causal_lm_loss(self.model, batch)
         several, size = self.trainer.world_size > 1, count_conversations(batch)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=several)
         if self.trainer.state.fn == "fit":

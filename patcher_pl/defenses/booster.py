@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from patcher_pl.defenses.base import Defense
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.randomness import RandomState, kept_random_state
 from patcher_pl.types import Batch
@@ -64,12 +64,12 @@ class Booster(Defense):
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds grad f(w) + lam [grad h(w) - grad h(w')]."""
-        loss_safe = causal_lm_loss(self.model, batch)
+        loss_safe = differentiable_loss(self.model, batch)
         self.backward_of(share * loss_safe, batch)
 
         weights, device = self.trained_weights, self.trained_weights.shards.device
         harmful = self.step.next_harmful_batch()
-        loss_of_harmful = partial(causal_lm_loss, self.model, harmful)
+        loss_of_harmful = partial(differentiable_loss, self.model, harmful)
         dropout = RandomState.capture(device)
         here, loss_here = self.step.gradients_of(loss_of_harmful, harmful)
         norm = float(weights.shards.norm(here))

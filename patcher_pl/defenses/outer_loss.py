@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.defenses.step import Step
-from patcher_pl.losses import first_order_loss
+from patcher_pl.losses import causal_lm_loss
 from patcher_pl.losses.retained import mean_where, outputs_of
 from patcher_pl.types import IGNORE_INDEX, Batch, move_batch
 
@@ -47,7 +47,7 @@ class AnswerCrossEntropy(OuterLoss):
     supports_packing = True
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return first_order_loss(model, batch)
+        return causal_lm_loss(model, batch)
 
 
 @dataclass(frozen=True, kw_only=True)

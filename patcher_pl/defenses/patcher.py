@@ -20,7 +20,7 @@ from patcher_pl.defenses.outer_loss import (
 )
 from patcher_pl.defenses.retention import Retained, Retention
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
-from patcher_pl.losses import first_order_loss
+from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.types import Batch
 from patcher_pl.validation import require
@@ -189,7 +189,7 @@ class Patcher(Defense):
             metrics = source.add_gradients(step, [outer, *kept_there], share)
         # At theta + v first: the last pass of a step leaves the weights where they are trained.
         weight = 1 - self.alpha if is_attacked else 1.0
-        safe = Term("loss_safe", weight, partial(first_order_loss, batch=batch), batch)
+        safe = Term("loss_safe", weight, partial(causal_lm_loss, batch=batch), batch)
         metrics |= add_gradients_here(step, [safe, *kept_here], share)
         if is_attacked and self.outer == AnswerCrossEntropy():
             metrics["attack_gap"] = metrics["loss_attacked"] - metrics["loss_safe"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.defenses.step import Step
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.randomness import RandomState
 from patcher_pl.types import Batch, count_tokens
 
@@ -50,7 +50,7 @@ def output_gradients(
     """
     shifts: dict[nn.Module, Tensor] = {}
     with shifted_outputs(modules, shifts):
-        loss = causal_lm_loss(step.model, batch)
+        loss = differentiable_loss(step.model, batch)
         gradients = torch.autograd.grad(loss, [shifts[module] for module in modules])
     step.cost.add(num_tokens=count_tokens(batch))
     return list(gradients), loss.detach()
@@ -83,7 +83,7 @@ def add_perturbed_gradients(
     shifts = {module: (gradient * scale).to(gradient.dtype) for module, gradient in pairs}
     dropout.restore()
     with shifted_outputs(modules, shifts):
-        loss_perturbed = causal_lm_loss(step.model, batch)
+        loss_perturbed = differentiable_loss(step.model, batch)
         step.backward(share * loss_perturbed, batch)
     return {
         "loss_safe": loss_safe,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
 from patcher_pl.defenses.strategies import OneDevice
-from patcher_pl.losses import answer_cross_entropy, causal_lm_loss, maximum_mean_discrepancy
+from patcher_pl.losses import answer_cross_entropy, differentiable_loss, maximum_mean_discrepancy
 from patcher_pl.losses.causal_lm import model_inputs
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import feed_forward_of
@@ -79,7 +79,7 @@ class RepNoise(Defense):
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradients of all three terms."""
-        loss_safe = causal_lm_loss(self.model, batch)
+        loss_safe = differentiable_loss(self.model, batch)
         self.backward_of(share * loss_safe, batch)
         harmful = self.step.next_harmful_batch()
         noise, by_layer = self._harmful_losses(harmful)

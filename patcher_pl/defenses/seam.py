@@ -14,7 +14,7 @@ from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.layers import OUTSIDE_OF_FORWARD, layer_losses
 from patcher_pl.defenses.step import Step
 from patcher_pl.defenses.strategies import OneDevice
-from patcher_pl.losses import answer_cross_entropy, causal_lm_loss
+from patcher_pl.losses import answer_cross_entropy, differentiable_loss
 from patcher_pl.losses.retained import outputs_of
 from patcher_pl.models import LanguageModel
 from patcher_pl.models.blocks import final_norm_of
@@ -131,7 +131,7 @@ class Seam(Defense):
             shards.add_to_gradients(benign.gradients, share * self.alpha)
             loss_safe = benign.loss
         else:
-            loss_safe = causal_lm_loss(self.model, batch)
+            loss_safe = differentiable_loss(self.model, batch)
             self.backward_of(share * self.alpha * loss_safe, batch)
             stream = self._benign_data.attack_stream()
             benign = _Side(self.step, move_batch(next(stream.endless()), shards.device))
@@ -159,7 +159,7 @@ class _Side:
     def __init__(self, step: Step, batch: Batch) -> None:
         self._step = step
         self._batch = batch
-        self._loss: Callable[[], Tensor] = partial(causal_lm_loss, step.model, batch)
+        self._loss: Callable[[], Tensor] = partial(differentiable_loss, step.model, batch)
         self._dropout = RandomState.capture(step.trained_weights.shards.device)
         self.gradients, self.loss = step.gradients_of(self._loss, batch)
         self.norm = float(step.trained_weights.shards.norm(self.gradients))

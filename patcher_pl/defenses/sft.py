@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from patcher_pl.defenses.base import Defense
-from patcher_pl.losses import first_order_loss
+from patcher_pl.losses import causal_lm_loss
 from patcher_pl.types import Batch
 
 
@@ -24,6 +24,6 @@ class SFT(Defense):
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of L_safe(theta)."""
-        loss = first_order_loss(self.model, batch)
+        loss = causal_lm_loss(self.model, batch)
         self.backward_of(share * loss, batch)
         return {"loss_safe": loss.detach()}

@@ -40,23 +40,22 @@ def answer_cross_entropy(
 def causal_lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """L(theta) on one batch: forward pass of a Hugging Face causal LM, then `answer_cross_entropy`.
 
-    Where processes share a batch, the mean of this over them is the mean over all answer tokens.
+    Its gradient can be taken once: packed batches need much less memory then, see
+    `lean_cross_entropy`. Where processes share a batch, the mean of this over them is the mean over
+    all answer tokens.
     """
+    if not is_packed(batch):
+        return differentiable_loss(model, batch)
+    return _weighted(lean_cross_entropy(*_packed_predictions(model, batch)), batch)
+
+
+def differentiable_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """The same as `causal_lm_loss`, for a gradient that is differentiated again."""
     if is_packed(batch):
         loss = functional.cross_entropy(*_packed_predictions(model, batch, raised=True))
     else:
         loss = answer_cross_entropy(model(**model_inputs(batch)).logits, batch["labels"])
     return _weighted(loss, batch)
-
-
-def first_order_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
-    """The same as `causal_lm_loss`, for a gradient that is taken once and not differentiated.
-
-    Packed batches then need much less memory: see `lean_cross_entropy`.
-    """
-    if not is_packed(batch):
-        return causal_lm_loss(model, batch)
-    return _weighted(lean_cross_entropy(*_packed_predictions(model, batch)), batch)
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

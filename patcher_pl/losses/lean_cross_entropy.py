@@ -53,7 +53,7 @@ class _LeanCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "lean_cross_entropy has no second derivative, and its gradient was asked for with "
-                "create_graph. Use causal_lm_loss."
+                "create_graph. Use differentiable_loss."
             )
         # In place: autograd refuses to unpack it a second time.
         (gradient,) = ctx.saved_tensors

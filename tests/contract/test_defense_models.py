@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patcher_pl.defenses import SFT
 from patcher_pl.defenses.strategies import require_supported
 from patcher_pl.errors import ConfigError
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import Lora, export_model
 from tests.defense_table import TABLE, build
 from tests.tiny_runs import assert_same, fit, load, snapshot
@@ -60,7 +60,7 @@ def test_validation_without_training(make, rows):
     settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     (found,) = Trainer(accelerator="cpu", **settings).validate(defense, data, verbose=False)
     batches = list(data.val_dataloader())
-    losses = [causal_lm_loss(defense.model.eval(), batch).item() for batch in batches]
+    losses = [differentiable_loss(defense.model.eval(), batch).item() for batch in batches]
     sizes = [len(batch["input_ids"]) for batch in batches]
     expected = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
     assert found["val/loss"] == pytest.approx(expected, rel=1e-5)

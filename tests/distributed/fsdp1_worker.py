@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from patcher_pl.callbacks import GracefulStop, RunCheckpoint
 from patcher_pl.defenses import SFT
 from patcher_pl.errors import CheckpointError, RunInterrupted
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel, Sharding, Weights, export_model
 from patcher_pl.models.sharding import gathered, on_first_process
 from tests.distributed import runs
@@ -65,11 +65,11 @@ def shifts_are_not_lost(folder: Path) -> None:
     torch.testing.assert_close(norm, plain_weights.shards.norm(plain_weights.snapshot()))
     for grad_enabled in (False, True):
         with torch.set_grad_enabled(grad_enabled):
-            causal_lm_loss(model, batch)  # No backward pass follows.
+            differentiable_loss(model, batch)  # No backward pass follows.
         change = [0.1 * value for value in before]
         plain_change = [0.1 * value for value in plain_weights.snapshot()]
         with weights.shifted(change), plain_weights.shifted(plain_change):
-            loss, expected = causal_lm_loss(model, batch), causal_lm_loss(plain, batch)
+            loss, expected = differentiable_loss(model, batch), differentiable_loss(plain, batch)
             torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
             found = weights.shards.gradients(loss)
             wanted = plain_weights.shards.gradients(expected)
@@ -78,11 +78,11 @@ def shifts_are_not_lost(folder: Path) -> None:
         )
         cast = Weights(rounded)
         with cast.shifted(change), torch.no_grad():
-            loss = causal_lm_loss(rounded, batch)
+            loss = differentiable_loss(rounded, batch)
             assert 0 < float((loss - expected).abs()) < 1e-5, "computed in float32"
         for tensor, saved in zip(weights.shards.tensors, before, strict=True):
             assert torch.equal(tensor, saved), "the shift must be undone to the last bit"
-    loss = causal_lm_loss(model, batch)
+    loss = differentiable_loss(model, batch)
     for change_now in (weights.shifted(before), weights.trainable()):
         with pytest.raises(RuntimeError, match="between a forward pass"), change_now:
             pass
@@ -90,9 +90,9 @@ def shifts_are_not_lost(folder: Path) -> None:
     accumulated = weights.shards.norm([p.grad for p in weights.parameters])
     with weights.trainable():
         for _ in range(2):  # A second time: nothing may be left of the first.
-            found = weights.shards.gradients(causal_lm_loss(model, batch))
+            found = weights.shards.gradients(differentiable_loss(model, batch))
             torch.testing.assert_close(weights.shards.norm(found), accumulated)
-    causal_lm_loss(model, batch).backward()  # Adds to what was set aside.
+    differentiable_loss(model, batch).backward()  # Adds to what was set aside.
     twice = weights.shards.norm([p.grad for p in weights.parameters])
     torch.testing.assert_close(twice, 2 * accumulated)
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from patcher_pl.callbacks import GracefulStop, RunCheckpoint
 from patcher_pl.errors import CheckpointError, ConfigError, RunInterrupted
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel, Sharding, Weights, export_model
 from patcher_pl.models.sharding import gathered, on_first_process
 from tests.distributed import runs
@@ -228,7 +228,7 @@ def shifts_are_not_lost(folder: Path) -> None:
     ids = torch.arange(12).reshape(2, 6) + 20
     batch: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     with torch.no_grad():
-        causal_lm_loss(model, batch)
+        differentiable_loss(model, batch)
     weights, plain_weights = Weights(model), Weights(plain)  # Not of the gathered root.
     assert all(one is other for one, other in zip(weights.parameters, parameters, strict=True))
     generator = torch.Generator().manual_seed(0)
@@ -240,10 +240,10 @@ def shifts_are_not_lost(folder: Path) -> None:
 
     before = weights.snapshot()
     with torch.no_grad():
-        causal_lm_loss(model, batch)  # The root keeps gathered weights now.
+        differentiable_loss(model, batch)  # The root keeps gathered weights now.
     with weights.shifted(parts), plain_weights.shifted(vector):
-        shifted = causal_lm_loss(model, batch)
-        expected = causal_lm_loss(plain, batch)
+        shifted = differentiable_loss(model, batch)
+        expected = differentiable_loss(plain, batch)
         torch.testing.assert_close(shifted, expected, rtol=1e-9, atol=0)
         gradients = weights.shards.gradients(shifted)
         expected_gradients = plain_weights.shards.gradients(expected)
@@ -252,24 +252,24 @@ def shifts_are_not_lost(folder: Path) -> None:
     for tensor, saved in zip(weights.shards.tensors, before, strict=True):
         assert torch.equal(tensor, saved), "the shift must be undone to the last bit"
     with torch.no_grad():
-        causal_lm_loss(model, batch)
+        differentiable_loss(model, batch)
     doubled = [2 * value for value in before]
     weights.restore(doubled)
     with torch.no_grad():
-        loss = causal_lm_loss(model, batch)
+        loss = differentiable_loss(model, batch)
         for parameter in plain.parameters():
             parameter.mul_(2)
-        torch.testing.assert_close(loss, causal_lm_loss(plain, batch), rtol=1e-9, atol=0)
+        torch.testing.assert_close(loss, differentiable_loss(plain, batch), rtol=1e-9, atol=0)
 
-    loss = causal_lm_loss(model, batch)
+    loss = differentiable_loss(model, batch)
     for change in (weights.shifted(parts), weights.trainable()):
         with pytest.raises(RuntimeError, match="between a forward pass"), change:
             pass
     with pytest.raises(RuntimeError, match="Set accumulated gradients aside"):
         loss.backward()
-        weights.shards.gradients(causal_lm_loss(model, batch))
+        weights.shards.gradients(differentiable_loss(model, batch))
     with pytest.raises(RuntimeError, match=r"end of Weights\.shifted"), weights.shifted(parts):
-        loss = causal_lm_loss(model, batch)
+        loss = differentiable_loss(model, batch)
     for tensor, saved in zip(weights.shards.tensors, doubled, strict=True):
         assert torch.equal(tensor, saved), "restored all the same"
     del loss  # What is forgotten needs no backward pass.
@@ -278,7 +278,7 @@ def shifts_are_not_lost(folder: Path) -> None:
     with weights.trainable():
         assert all(parameter.grad is None for parameter in parameters)
         for _ in range(2):  # A second time: nothing may be left of the first.
-            found = weights.shards.gradients(causal_lm_loss(model, batch))
+            found = weights.shards.gradients(differentiable_loss(model, batch))
         assert all(gradient is not None for gradient in found)
     for parameter, gradient in zip(parameters, accumulated, strict=True):
         assert parameter.grad is gradient

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patcher_pl.attackers import FineTuningAttacker
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel, Lora, Weights
 from patcher_pl.optim import SGD, AdamW
 from patcher_pl.types import Batch
@@ -27,10 +27,10 @@ class Traces:
         self.model = model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = adamw()(trained)
-        causal_lm_loss(model, batch).backward()
+        differentiable_loss(model, batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        causal_lm_loss(model, batch).backward()
+        differentiable_loss(model, batch).backward()
         self.before = self._now()
         self.gradients = [parameter.grad for parameter in model.parameters()]
 
@@ -150,10 +150,10 @@ def test_a_shift_between_forward_and_backward_is_noticed(llama, rows, inside):
     model, batch = load(llama), next(safe)
     weights = Weights(model)
     ones = [torch.ones_like(parameter) for parameter in weights.parameters]
-    loss = causal_lm_loss(model, batch)
+    loss = differentiable_loss(model, batch)
     with weights.shifted(ones):
         if inside == "forward":
-            loss = causal_lm_loss(model, batch)
+            loss = differentiable_loss(model, batch)
         else:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
@@ -237,10 +237,10 @@ def test_shifts_take_effect_under_autocast(llama, rows):
     losses = []
     for cache in (False, True):
         with autocast_forwards(cache):
-            before = causal_lm_loss(model, batch)
+            before = differentiable_loss(model, batch)
             with weights.shifted(vector):
-                inside = causal_lm_loss(model, batch)
-            after = causal_lm_loss(model, batch)
+                inside = differentiable_loss(model, batch)
+            after = differentiable_loss(model, batch)
             losses.append((before.item(), inside.item(), after.item()))
     assert losses[0] == losses[1]
     assert losses[0][0] == losses[0][2] != losses[0][1]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from patcher_pl.data import Encoded, collate
 from patcher_pl.errors import ConfigError
-from patcher_pl.losses import causal_lm_loss, first_order_loss
+from patcher_pl.losses import causal_lm_loss, differentiable_loss
 from patcher_pl.losses.causal_lm import keeps_logits
 from patcher_pl.models import LanguageModel, Lora, packed_attention
 from patcher_pl.models.packing import require_packing
@@ -51,12 +51,12 @@ def gradients(model, loss) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "packed_sdpa"])
-@pytest.mark.parametrize("loss_function", [causal_lm_loss, first_order_loss])
+@pytest.mark.parametrize("loss_function", [differentiable_loss, causal_lm_loss])
 def test_losses_and_gradients_are_those_of_padded_batches(family, attention, loss_function):
     model = load(family, attention)
     assert keeps_logits(model)
     padded, packed = (collate(EXAMPLES, 0, packing=packing) for packing in (False, True))
-    expected, loss = causal_lm_loss(model, padded), loss_function(model, packed)
+    expected, loss = differentiable_loss(model, padded), loss_function(model, packed)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
     for ours, theirs in zip(gradients(model, loss), gradients(model, expected), strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
@@ -70,7 +70,7 @@ def test_adapters_train_on_packed_batches_too(family):
                 parameter.normal_()
     assert keeps_logits(model)
     padded, packed = (collate(EXAMPLES, 0, packing=packing) for packing in (False, True))
-    expected, loss = causal_lm_loss(model, padded), first_order_loss(model, packed)
+    expected, loss = differentiable_loss(model, padded), causal_lm_loss(model, packed)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
     for ours, theirs in zip(gradients(model, loss), gradients(model, expected), strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
@@ -91,10 +91,10 @@ def test_conversations_do_not_see_each_other(family):
     found = []
     for examples in (EXAMPLES, others):
         batch = collate(answer_only(examples, 1), 0, packing=True)
-        found.append(gradients(model, first_order_loss(model, batch)))
+        found.append(gradients(model, causal_lm_loss(model, batch)))
         # One long conversation, as if positions were not reset.
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).unsqueeze(0)
-        found.append(gradients(model, first_order_loss(model, batch)))
+        found.append(gradients(model, causal_lm_loss(model, batch)))
     first, first_mixed, second, second_mixed = found
     for ours, theirs in zip(first, second, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
@@ -168,14 +168,16 @@ def test_packed_attention_looks_at_one_conversation_at_a_time(tmp_path, monkeypa
     own = [len(one.input_ids) for one in EXAMPLES]
     for packing, expected in ((True, own), (False, [max(own)])):
         lengths.clear()
-        causal_lm_loss(model, collate(EXAMPLES, 0, packing=packing))
+        differentiable_loss(model, collate(EXAMPLES, 0, packing=packing))
         assert lengths == 2 * expected
     plain = LanguageModel(path=str(path), attn_implementation="sdpa").load_model()
     packed = collate(EXAMPLES, 0, packing=True)
     for one in (model, plain):
         one.config.sliding_window = one.model.config.sliding_window = 4
     lengths.clear()
-    torch.testing.assert_close(causal_lm_loss(model, packed), causal_lm_loss(plain, packed))
+    torch.testing.assert_close(
+        differentiable_loss(model, packed), differentiable_loss(plain, packed)
+    )
     assert set(lengths) == {sum(own)}
 
 

@@ -18,7 +18,7 @@ from patcher_pl.hypergradients import (
     Unrolled,
 )
 from patcher_pl.hypergradients.trajectories import GradientLog
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel, Lora, Weights
 from patcher_pl.optim import SGD, AdamW
 from tests.estimator_table import HIGHER_ORDER
@@ -83,7 +83,7 @@ def test_the_update_is_gradient_descent_on_the_two_losses(llama, rows, monkeypat
     safe = list(islice(rows.batches("safe", defense.tokenizer), accumulate))
 
     def loss(module):
-        return sum(causal_lm_loss(module, batch) for batch in safe) / accumulate
+        return sum(differentiable_loss(module, batch) for batch in safe) / accumulate
 
     attacked = Unrolled().estimate(model, Weights(model), inner, loss).gradients
     plain = torch.autograd.grad(loss(model), list(model.parameters()))
@@ -121,7 +121,7 @@ def test_the_outer_loss_may_be_any_sum(llama, rows, tmp_path, monkeypatch):
         return 0.3 * negative_entropy(module, held) + 0.4 * divergence(module, base, kept)
 
     attacked = Unrolled().estimate(model, Weights(model), inner, loss).gradients
-    plain = torch.autograd.grad(causal_lm_loss(model, safe), list(model.parameters()))
+    plain = torch.autograd.grad(differentiable_loss(model, safe), list(model.parameters()))
     expected = [
         p.detach() - 0.1 * (a + 0.7 * b)
         for p, a, b in zip(model.parameters(), attacked, plain, strict=True)

@@ -22,7 +22,7 @@ def attention_difference(device: str) -> dict[str, Any]:
 
     The difference of `sdpa` in bfloat16 is that of the number format alone.
     """
-    from patcher_pl.losses import first_order_loss
+    from patcher_pl.losses import causal_lm_loss
     from patcher_pl.types import move_batch
 
     found = {}
@@ -35,7 +35,7 @@ def attention_difference(device: str) -> dict[str, Any]:
         setting = Setting(shape="miniature", device=device, dtype=dtype, our_attn=attn)
         model = setting.load_ours().train()
         batch = move_batch(setting.rows(1)[0], torch.device(device))
-        loss = first_order_loss(model, batch)
+        loss = causal_lm_loss(model, batch)
         loss.backward()
         gradient = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])  # type: ignore[union-attr]
         found[name] = float(loss), gradient

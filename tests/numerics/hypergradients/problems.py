@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patcher_pl.attackers import InnerProblem
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.optim import SGD, AdamW, ClipByGlobalNorm, Optimizer, Update
 
 CLIP = 0.5
@@ -62,7 +62,7 @@ def attack(
 
 
 def outer_loss(model: nn.Module) -> Tensor:
-    return causal_lm_loss(model, batch(99))
+    return differentiable_loss(model, batch(99))
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

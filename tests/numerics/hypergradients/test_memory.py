@@ -12,7 +12,7 @@ from patcher_pl.hypergradients.trajectories import (
     Revolve,
     SqrtCheckpoint,
 )
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import Weights
 from tests.numerics.hypergradients.live_memory import peak_bytes
 from tests.numerics.hypergradients.problems import (
@@ -106,7 +106,7 @@ def product_and_gradient(hvp, sizes, batch_shape):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def loss():
-        return causal_lm_loss(model, batch)
+        return differentiable_loss(model, batch)
 
     gradients = torch.autograd.grad(loss(), parameters)
     vector = [torch.randn_like(parameter) for parameter in parameters]

@@ -8,7 +8,7 @@ import torch
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.errors import RunInterrupted
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel, Lora, Weights, merged_copy
 from patcher_pl.optim import SGD, AdamW
 from tests.tiny_runs import assert_same, load, make_llama_exact, snapshot
@@ -25,7 +25,7 @@ def by_hand(model, parameters, batches) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     for _ in range(K1):
         optimizer.zero_grad()
-        causal_lm_loss(model, next(batches)).backward()
+        differentiable_loss(model, next(batches)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
 

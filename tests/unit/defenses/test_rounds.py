@@ -4,7 +4,7 @@ import pytest
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.defenses import SFT, Patcher
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
 from tests.tiny_runs import MemoryLogger, adamw, fit, load
@@ -93,11 +93,11 @@ def test_attacked_and_plain_losses_are_true_losses(llama, rows):
     fit(defense, rows.module(), 1, logger=logger)
     model = load(llama)
     batch = next(rows.batches("safe", defense.tokenizer))
-    before = causal_lm_loss(model, batch).item()
+    before = differentiable_loss(model, batch).item()
     assert logger.history["train/loss_safe"][1] == pytest.approx(before, rel=1e-5)
     for parameter, change in zip(
         model.parameters(), defense.attack_source.vectors[-1], strict=True
     ):
         parameter.data.add_(change)
-    attacked = causal_lm_loss(model, batch).item()
+    attacked = differentiable_loss(model, batch).item()
     assert logger.history["train/loss_attacked"][1] == pytest.approx(attacked, rel=1e-5)

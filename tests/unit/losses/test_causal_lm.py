@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from patcher_pl.losses import answer_cross_entropy, causal_lm_loss
+from patcher_pl.losses import answer_cross_entropy, differentiable_loss
 
 
 def test_uniform_predictions_cost_log_vocab():
@@ -77,6 +77,6 @@ def test_the_model_gets_ids_and_mask_and_no_labels():
         "attention_mask": torch.tensor([[1, 1]]),
         "labels": torch.tensor([[-100, 2]]),
     }
-    assert float(causal_lm_loss(Model(), batch)) == pytest.approx(math.log(3))
+    assert float(differentiable_loss(Model(), batch)) == pytest.approx(math.log(3))
     assert seen.keys() == {"input_ids", "attention_mask", "use_cache"}
     assert seen["use_cache"] is False

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from patcher_pl.data import ChatFormat, collate, encode_all
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel, Lora, export_model
 from patcher_pl.types import Conversation, Message
 from tests.families import FAMILIES, build_family
@@ -36,13 +36,13 @@ def step(model, batch) -> tuple[float, float]:
     """Takes one SGD step on what can be trained; returns the loss before and after."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05)
-    before = causal_lm_loss(model, batch)
+    before = differentiable_loss(model, batch)
     before.backward()
     assert all(parameter.grad is not None for parameter in trained)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        return float(before), float(causal_lm_loss(model, batch))
+        return float(before), float(differentiable_loss(model, batch))
 
 
 def logits(model, batch) -> torch.Tensor:
@@ -83,10 +83,10 @@ def test_padding_changes_no_loss(family):
     parts = [batch_of(tokenizer, [row]) for row in ROWS]
     counts = [int((part["labels"] != -100).sum()) for part in parts]
     with torch.no_grad():
-        losses = [float(causal_lm_loss(model, part)) for part in parts]
+        losses = [float(differentiable_loss(model, part)) for part in parts]
         expected = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
         # Norms and rotary embeddings compute in float32 whatever the dtype.
-        assert float(causal_lm_loss(model, whole)) == pytest.approx(expected, rel=1e-5)
+        assert float(differentiable_loss(model, whole)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(family):
@@ -100,6 +100,6 @@ def test_gradient_checkpointing_gives_the_same_gradient(family):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        causal_lm_loss(model, batch).backward()
+        differentiable_loss(model, batch).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)

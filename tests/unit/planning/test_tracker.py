@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from patcher_pl.losses import causal_lm_loss
+from patcher_pl.losses import differentiable_loss
 from patcher_pl.planning.tracker import DEFEND, Part, Tracker, fake_tensors
 
 KIB = torch.ones(256)
@@ -102,7 +102,7 @@ def test_flops_of_a_llama_agree_with_a_count_by_hand(is_fake):
         model = LlamaForCausalLM(config)
         ids = torch.ones(batch, time, dtype=torch.long)
         fed = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-        causal_lm_loss(model, fed).backward()  # type: ignore[arg-type]
+        differentiable_loss(model, fed).backward()  # type: ignore[arg-type]
 
     tracker = Tracker()
     with fake_tensors(tracker) if is_fake else tracker:
