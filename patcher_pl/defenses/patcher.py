@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from patcher_pl.attackers import Attacker, Combine
-from patcher_pl.defenses.attack_source import AttackSource, attack_source
+from patcher_pl.defenses.attack_source import attack_source
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.base_model import BaseModel
 from patcher_pl.defenses.outer_loss import (
@@ -19,21 +19,13 @@ from patcher_pl.defenses.outer_loss import (
     add_gradients_here,
 )
 from patcher_pl.defenses.retention import Retained, Retention
-from patcher_pl.hypergradients import FirstOrder, Hypergradient
+from patcher_pl.hypergradients import Hypergradient
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.types import Batch
 from patcher_pl.validation import require
 
 logger = logging.getLogger(__name__)
-
-
-def _of_source(name: str) -> Any:
-    """A setting that the attack source holds."""
-    return property(
-        lambda self: getattr(self.attack_source, name),
-        lambda self, value: setattr(self.attack_source, name, value),
-    )
 
 
 class Patcher(Defense):
@@ -91,10 +83,6 @@ class Patcher(Defense):
 
     supports_packing = True
     default_outer: ClassVar[OuterLoss] = AnswerCrossEntropy()
-    attack_source: AttackSource
-    attacker, hypergradient = _of_source("attacker"), _of_source("hypergradient")
-    refresh_every, num_sft_steps = _of_source("refresh_every"), _of_source("num_sft_steps")
-    trust_every = _of_source("trust_every")
 
     def __init__(
         self,
@@ -121,7 +109,7 @@ class Patcher(Defense):
         self.supports_packing = self.outer.supports_packing
         self.retain = retain
         self.restart_optimizer = restart_optimizer
-        self.attack_source = attack_source(
+        self._source = self.attack_source = attack_source(
             type(self).__name__,
             language_model,
             attacker,
@@ -133,11 +121,6 @@ class Patcher(Defense):
         )
         self._outer_data = None if self.outer.data is None else CompanionData(self.outer.data)
         self._retained: Retained | None = None
-
-    @property
-    def is_first_order(self) -> bool:
-        """Whether the paper's own gradient is used at all steps."""
-        return isinstance(self.hypergradient, FirstOrder)
 
     def configure_model(self) -> None:
         """Loads the weights; what is retained of them is kept before any checkpoint is read."""
@@ -151,10 +134,10 @@ class Patcher(Defense):
     def on_fit_start(self) -> None:
         """Warns of a run that ends before any attack."""
         super().on_fit_start()
-        if 0 <= self.trainer.max_steps <= self.num_sft_steps:
+        if 0 <= self.trainer.max_steps <= self._source.num_sft_steps:
             logger.warning(
                 "%s never attacks in this run: trainer.max_steps %d, num_sft_steps %d.",
-                *(type(self).__name__, self.trainer.max_steps, self.num_sft_steps),
+                *(type(self).__name__, self.trainer.max_steps, self._source.num_sft_steps),
             )
 
     def on_train_start(self) -> None:
@@ -171,14 +154,14 @@ class Patcher(Defense):
 
     def before_step(self) -> None:
         """Attacks where it is due, and forgets the optimizer's state if a round ends with that."""
-        num_attacks = self.attack_source.num_attacks
+        num_attacks = self._source.num_attacks
         super().before_step()
-        if self.restart_optimizer and self.attack_source.num_attacks > num_attacks:
+        if self.restart_optimizer and self._source.num_attacks > num_attacks:
             self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of the two-term loss, or of L_safe while there is no attack yet."""
-        source, step = self.attack_source, self.step
+        source, step = self._source, self.step
         is_attacked = source.has_attacked(step)
         kept_here, kept_there = [], []
         if self._retained is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.attackers import ConcurrentAttacker
-from patcher_pl.defenses import Defense, Patcher
+from patcher_pl.defenses import Defense
+from patcher_pl.defenses.attack_source import AlongTheWay, AttackSource, Concurrent
 from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import FirstOrder
 from patcher_pl.hypergradients.trajectories.shelf import Shelf
@@ -22,24 +22,24 @@ NUM_SFT_STEPS = 1  # Steps of a rehearsal before the first attack.
 _NUM_TOY_WEIGHTS = 1024
 
 
-def attacks_of(defense: Defense) -> Patcher | None:
-    """Returns what holds attacker, estimator and rounds of a defense; None where it has no attacks.
+def attacks_of(defense: Defense) -> AttackSource | None:
+    """Returns where attacked weights come from in rounds; None where every step is like the others.
 
     Raises:
         ConfigError: If they run in other processes.
     """
-    if not isinstance(defense, Patcher):
-        return None
-    if isinstance(defense.attacker, ConcurrentAttacker):
+    source = defense.attack_source
+    if isinstance(source, Concurrent):
         raise ConfigError(
-            "Patcher.attacker: `plan` knows attacks in the defender's process only, got a "
+            f"{type(defense).__name__}.attacker: `plan` knows attacks in the defender's process only, got a "
             "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
             "attacks and the defender's steps need."
         )
-    return defense
+    # What attacks within each step is rehearsed with the step.
+    return None if isinstance(source, AlongTheWay) else source
 
 
-def is_first_order(attacks: Patcher) -> bool:
+def is_first_order(attacks: AttackSource) -> bool:
     """Whether attacks are held fixed, instead of differentiated."""
     return isinstance(attacks.hypergradient, FirstOrder)
 
@@ -62,7 +62,7 @@ def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
     return defense
 
 
-def sites_of(attacks: Patcher | None) -> dict[Any, Part | str]:
+def sites_of(attacks: AttackSource | None) -> dict[Any, Part | str]:
     """Where tensors of a part or phase come into being; see `Tracker`."""
     sites: dict[Any, Part | str] = {
         Weights.snapshot: Part.SAVED_WEIGHTS,
@@ -78,7 +78,7 @@ def sites_of(attacks: Patcher | None) -> dict[Any, Part | str]:
     return sites
 
 
-def toy_estimate(attacks: Patcher, num_steps: int) -> tuple[float, float]:
+def toy_estimate(attacks: AttackSource, num_steps: int) -> tuple[float, float]:
     """Runs the estimator for real, with an attack of so many steps on a vector and a quadratic loss.
 
     Returns:

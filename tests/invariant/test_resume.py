@@ -125,7 +125,7 @@ class StopInSecondAttack(Callback):
         self.path = path
 
     def on_train_start(self, trainer, pl_module) -> None:
-        attack = pl_module.attacker.attack
+        attack = pl_module.attack_source.attacker.attack
 
         def interrupted(model, weights, batches, before_step):
             calls = iter([None])
@@ -137,7 +137,7 @@ class StopInSecondAttack(Callback):
 
             return attack(model, weights, batches, stop_late)
 
-        object.__setattr__(pl_module.attacker, "attack", interrupted)
+        object.__setattr__(pl_module.attack_source.attacker, "attack", interrupted)
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         assert isinstance(exception, RunInterrupted)

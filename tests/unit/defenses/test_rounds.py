@@ -72,7 +72,7 @@ def test_the_first_round_is_sft_for_as_long_as_any_round():
         FineTuningAttacker(num_steps=1, optimizer=AdamW(lr=1)),
         refresh_every=9,
     )
-    assert defense.num_sft_steps == 9
+    assert defense.attack_source.num_sft_steps == 9
 
 
 def test_names_and_k1_in_results(llama):
