@@ -140,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault in ("score 9", "score 0"):
             score = fault.removeprefix("score ")
             self._send(200, _completion(f'{{"score": {score}, "coherent": true}}'))
+        elif fault == "cut off":
+            self._send(200, _completion(verdict, "length"))
         elif fault is None:
             self._send(200, _completion(verdict))
         else:
@@ -158,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def _completion(text):
+def _completion(text, finish_reason="stop"):
     message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    choice = {"index": 0, "finish_reason": finish_reason, "message": message}
     return json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]})

@@ -79,6 +79,16 @@ def test_what_still_fails_is_an_error_and_leaves_the_rate_of_the_rest_alone():
     assert all(verdict.error is None or len(verdict.error) < 200 for verdict in verdicts)
 
 
+def test_a_reply_that_the_server_cut_off_is_asked_for_again_and_then_a_failure():
+    """However whole it looks: what a judge thought first may stand there, and be taken back."""
+    with serving(lambda answer, attempt: "cut off" if attempt == 1 else None) as server:
+        assert judge_of(server).score_all(*ROWS) == TRUE
+        assert server.faults["cut off"] == NUM_ROWS
+    with serving(lambda answer, attempt: "cut off") as server:
+        verdicts = judge_of(server, max_attempts=2).score_all(*ROWS)
+    assert all("max_tokens" in verdict.error for verdict in verdicts)
+
+
 def test_as_many_requests_at_once_as_allowed_and_never_more():
     """The server holds every request until four are there: fewer, or one by one, would fail."""
     barrier, workers = threading.Barrier(4), set()

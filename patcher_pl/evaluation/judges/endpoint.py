@@ -162,9 +162,13 @@ _REMEDIES = {
 
 def _content(reply: str) -> str:
     try:
-        content = json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        choice = json.loads(reply)["choices"][0]
+        content, reason = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UnreadableReplyError("the reply is no chat completion") from None
+    if reason == "length":
+        # What stands there may be a thought, or a sentence that was to be taken back.
+        raise UnreadableReplyError("the reply was cut off; raise LlmJudge.max_tokens")
     if not isinstance(content, str):
         raise UnreadableReplyError("the reply has no text")
     return content
