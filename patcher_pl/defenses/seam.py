@@ -17,7 +17,6 @@ from patcher_pl.defenses.strategies import OneDevice
 from patcher_pl.losses import answer_cross_entropy, differentiable_loss
 from patcher_pl.losses.retained import outputs_of
 from patcher_pl.models import LanguageModel
-from patcher_pl.models.blocks import final_norm_of
 from patcher_pl.randomness import RandomState, kept_random_state
 from patcher_pl.types import Batch, move_batch
 from patcher_pl.validation import require
@@ -73,6 +72,7 @@ class Seam(Defense):
     """
 
     needs_attack_data = True
+    reads_layers = True
     one_device = OneDevice(why=OUTSIDE_OF_FORWARD, instead="Booster")
 
     def __init__(
@@ -100,9 +100,8 @@ class Seam(Defense):
         self._benign_data: SafetyDataModule | None = None
 
     def on_fit_start(self) -> None:
-        """Refuses a model whose layers cannot be read, and warns of half precision."""
+        """Warns of half precision."""
         super().on_fit_start()
-        final_norm_of(self.model)
         dtype = next(self.model.parameters()).dtype
         if dtype == torch.bfloat16 or "bf16" in str(self.trainer.precision):
             logger.warning(
