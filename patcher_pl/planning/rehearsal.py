@@ -16,7 +16,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from patcher_pl.defenses import Defense, Patcher
+from patcher_pl.defenses import Defense
+from patcher_pl.defenses.attack_source import AttackSource
 from patcher_pl.models.blocks import find_blocks
 from patcher_pl.planning.attacks import NUM_SFT_STEPS, attacks_of, is_first_order, sites_of
 from patcher_pl.planning.tracker import (
@@ -87,7 +88,9 @@ class Footprint:
         """Most bytes in a phase."""
         return max(sum(parts.values()) for parts in self.peaks[phase])
 
-    def of_run(self, max_steps: int, accumulate_grad_batches: int, attacks: Patcher | None) -> Work:
+    def of_run(
+        self, max_steps: int, accumulate_grad_batches: int, attacks: AttackSource | None
+    ) -> Work:
         """Adds up the rounds of a run: plain steps, then attacks and defended steps."""
         num_plain = max_steps if attacks is None else min(max_steps, attacks.num_sft_steps)
         found = Work().plus(self.plain, num_plain * accumulate_grad_batches)

@@ -104,7 +104,7 @@ def attacks(refresh_every, hypergradient):
         num_sft_steps=4,
         refresh_every=refresh_every,
         hypergradient=hypergradient,
-    )
+    ).attack_source
 
 
 def plan(configured, alternatives, host_gib_per_device=1000.0):

@@ -17,6 +17,7 @@ def test_every_step_of_a_kept_trajectory_takes_four_copies_of_the_weights():
     attacker = FineTuningAttacker(num_steps=5, optimizer=AdamW(lr=1e-3))
     adjoint = Adjoint(store=FullState(device="model"))
     defense = Patcher(LanguageModel(path="moon/root"), attacker, hypergradient=adjoint)
-    ten, twenty = (toy_estimate(defense, steps) for steps in (10, 20))
+    assert defense.attack_source is not None
+    ten, twenty = (toy_estimate(defense.attack_source, steps) for steps in (10, 20))
     assert twenty[0] - ten[0] == pytest.approx(40, rel=0.05)  # Copies of the weights.
     assert twenty[1] > ten[1] + 10  # Gradient evaluations.
