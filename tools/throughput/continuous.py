@@ -25,7 +25,7 @@ def measure(
     batch_size: int = 256,
     longest: int = 28,
     num_rounds: int = 3,
-    **paging: int,
+    **paging: Any,
 ) -> dict[str, Any]:
     """Times both sides in this process, one round to warm up.
 
@@ -100,7 +100,7 @@ def _spoken(tokens: list[int], stop: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--batch_size", type=int, default=256)
