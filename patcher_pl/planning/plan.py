@@ -28,6 +28,7 @@ from patcher_pl.planning.placements import (
 )
 from patcher_pl.planning.rehearsal import Footprint, Work, rehearse
 from patcher_pl.planning.tracker import HYPERGRADIENT
+from patcher_pl.validation import require
 
 # Attack steps of a rehearsal: the second one begins with the attacker's optimizer state.
 _ATTACK_STEPS = 2
@@ -62,18 +63,16 @@ class PlanSettings:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        self._require("mfu", 0 < self.mfu <= 1, "be in (0, 1]", "Good kernels reach 0.3 to 0.5")
-        holds, remedy = self.host_gib_per_device >= 0, "Use 0 where nothing may wait in host memory"
-        self._require("host_gib_per_device", holds, "be >= 0", remedy)
+        require(self, 0 < self.mfu <= 1, "mfu", "in (0, 1]", "Good kernels reach 0.3 to 0.5.")
+        holds, remedy = (
+            self.host_gib_per_device >= 0,
+            "Use 0 where nothing may wait in host memory.",
+        )
+        require(self, holds, "host_gib_per_device", ">= 0", remedy)
         holds = self.length is None or self.length >= 2
-        self._require("length", holds, "be >= 2 or null", "Use null for chat.max_length")
+        require(self, holds, "length", ">= 2 or null", "Use null for chat.max_length.")
         holds = bool(self.device_counts) and min(self.device_counts) >= 1
-        self._require("device_counts", holds, "hold counts >= 1", "Use [1] for one device")
-
-    def _require(self, name: str, holds: bool, rule: str, remedy: str) -> None:
-        if not holds:
-            value = getattr(self, name)
-            raise ValueError(f"PlanSettings.{name} must {rule}, got {value}. {remedy}.")
+        require(self, holds, "device_counts", "counts >= 1", "Use [1] for one device.")
 
 
 @dataclass(frozen=True, kw_only=True)

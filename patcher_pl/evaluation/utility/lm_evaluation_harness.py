@@ -11,6 +11,7 @@ from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.randomness import keeping_generators, seeded
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,10 +52,10 @@ class LmEval(UtilityMeasure):
     include_defaults: bool = True
 
     def __post_init__(self) -> None:
-        self._require(bool(self.tasks), "tasks", "at least one task")
-        self._require(self.limit is None or self.limit >= 1, "limit", ">= 1 or null")
-        self._require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", ">= 0")
-        self._require(self.batch_size >= 1, "batch_size", ">= 1")
+        require(self, bool(self.tasks), "tasks", "at least one task")
+        require(self, self.limit is None or self.limit >= 1, "limit", ">= 1 or null")
+        require(self, self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", ">= 0")
+        require(self, self.batch_size >= 1, "batch_size", ">= 1")
 
     @property
     def default_name(self) -> str:
@@ -143,10 +144,6 @@ class LmEval(UtilityMeasure):
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
         return TaskManager(include_path=self.include_path, include_defaults=self.include_defaults)
-
-    def _require(self, holds: bool, field: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"LmEval.{field} must be {rule}, got {getattr(self, field)}.")
 
 
 def _is_metric(key: str, value: Any) -> bool:
