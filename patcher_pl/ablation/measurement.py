@@ -19,7 +19,7 @@ from patcher_pl.hypergradients import (
     FirstOrder,
     Hypergradient,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
     measure_trust,
 )
 from patcher_pl.jobs.job import FOR_MODELS, Job
@@ -157,7 +157,7 @@ class Measurement(Job[EstimatorComparison]):
 
 
 def _time_gradient(
-    model: nn.Module, weights: Weights, inner: InnerProblem, outer_loss: OuterLoss
+    model: nn.Module, weights: Weights, inner: InnerProblem, outer_loss: OuterObjective
 ) -> float:
     """Seconds per gradient of the attack; what is imported and allocated at first use comes before."""
     # Forward derivatives of some operations are compiled at import.

@@ -103,11 +103,10 @@ class FineTuningAttacker(FineTuning, Attacker):
         return self.lora is None
 
     def inner_problem(self, batches: Iterator[Batch]) -> InnerProblem:
-        if self.lora is not None:
-            raise ValueError(
-                "FineTuningAttacker.lora must be null for an attack that is differentiated, got "
-                f"{self.lora}. Use FirstOrder hypergradients, or attack all weights."
-            )
+        remedy = "Use FirstOrder hypergradients, or attack all weights."
+        require(
+            self, self.lora is None, "lora", "null for an attack that is differentiated", remedy
+        )
         if not isinstance(self.optimizer, DifferentiableOptimizer):
             raise ValueError(  # noqa: TRY004  # A setting like the others.
                 "FineTuningAttacker.optimizer must be AdamW or SGD for an attack that is "

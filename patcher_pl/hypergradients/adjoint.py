@@ -13,7 +13,7 @@ from patcher_pl.hypergradients.base import (
     Hypergradient,
     HypergradientError,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
     require_full_precision,
 )
 from patcher_pl.hypergradients.first_order import attacked_in_place, outer_gradient
@@ -22,6 +22,7 @@ from patcher_pl.hypergradients.trajectories import SqrtCheckpoint, TrajectorySto
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim import Cotangent
 from patcher_pl.randomness import kept_random_state
+from patcher_pl.validation import require
 
 NonFinite = Literal["raise", "clip", "truncate"]
 
@@ -64,16 +65,22 @@ class Adjoint(Hypergradient):
     non_finite: NonFinite = "raise"
 
     def __post_init__(self) -> None:
-        if self.max_adjoint_growth is not None and not self.max_adjoint_growth > 0:
-            raise ValueError(
-                "Adjoint.max_adjoint_growth must be > 0 or null, "
-                f"got {self.max_adjoint_growth}. Use null for no limit."
-            )
-        if self.non_finite not in get_args(NonFinite):
-            raise ValueError(
-                f"Adjoint.non_finite must be raise, clip or truncate, got {self.non_finite!r}. "
-                "Use raise to learn of it."
-            )
+        remedy = "Use null for no limit."
+        require(
+            self,
+            self.max_adjoint_growth is None or self.max_adjoint_growth > 0,
+            "max_adjoint_growth",
+            "> 0 or null",
+            remedy,
+        )
+        remedy = "Use raise to learn of it."
+        require(
+            self,
+            self.non_finite in get_args(NonFinite),
+            "non_finite",
+            "raise, clip or truncate",
+            remedy,
+        )
 
     @property
     def works_sharded(self) -> bool:
@@ -84,7 +91,7 @@ class Adjoint(Hypergradient):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         return self.estimate_from(0, model, weights, inner, outer_loss, before_step)
@@ -95,7 +102,7 @@ class Adjoint(Hypergradient):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         """As `estimate`, with the Jacobians of the steps before step `first` left out."""

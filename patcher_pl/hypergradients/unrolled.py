@@ -12,7 +12,7 @@ from patcher_pl.hypergradients.base import (
     Hypergradient,
     HypergradientError,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
     require_full_precision,
 )
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
@@ -21,6 +21,7 @@ from patcher_pl.hypergradients.substitution import without_checkpointing
 from patcher_pl.models.weights import Weights
 from patcher_pl.randomness import RandomState
 from patcher_pl.types import move_batch
+from patcher_pl.validation import require
 
 Backend = Literal["torch", "higher"]
 
@@ -46,17 +47,15 @@ class Unrolled(Hypergradient):
     backend: Backend = "torch"
 
     def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ValueError(
-                f"Unrolled.backend must be torch or higher, got {self.backend!r}. Use torch."
-            )
+        remedy = "Use torch."
+        require(self, self.backend in get_args(Backend), "backend", "torch or higher", remedy)
 
     def estimate(
         self,
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         require_full_precision(self, weights.parameters)
@@ -108,7 +107,7 @@ def _unroll(
     model: nn.Module,
     parameters: list[nn.Parameter],
     inner: InnerProblem,
-    outer_loss: OuterLoss,
+    outer_loss: OuterObjective,
     before_step: Callable[[], None],
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the attacked parameters and the outer loss at them, with their graphs."""

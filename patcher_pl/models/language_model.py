@@ -13,6 +13,7 @@ from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
 from patcher_pl.models.weights import Place
 from patcher_pl.shipped import resolve_model
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,11 +87,8 @@ class LanguageModel:
         Raises:
             ValueError: If there is `lora`: its weights are few enough not to be sharded.
         """
-        if self.lora is not None:
-            raise ValueError(
-                f"LanguageModel.lora must be null for a sharded model, got {self.lora}. "
-                "Train every weight, or train adapters on one device."
-            )
+        remedy = "Train every weight, or train adapters on one device."
+        require(self, self.lora is None, "lora", "null for a sharded model", remedy)
         return self.sharding.load(self.load_model, self._make_empty, mesh)
 
     def _make_empty(self) -> "PreTrainedModel":
