@@ -107,13 +107,19 @@ class Adjoint(Hypergradient):
     ) -> HypergradientEstimate:
         """As `estimate`, with the Jacobians of the steps before step `first` left out."""
         require_full_precision(self, weights.parameters)
+        # Whatever happens on the shelf (a full disk, say), the weights are put back.
         with attacked_in_place(weights) as (parameters, start), self.store.shelf() as shelf:
             run = AttackRun(model, parameters, inner, before_step)
+            # Steps before `first` are taken, but leave nothing behind: nobody walks back through
+            # them.
             run.run_to(first)
             self.store.record(run, shelf)
             loss, outer = outer_gradient(model, parameters, outer_loss)
+            # Now, since the walk back moves the weights through the whole attack again.
             vector = weights.difference(start)
             walk = _Walk(self, inner.update.optimizer.init_cotangent(outer), run)
+            # The walk replays the numbers of the way forward; the run must go on behind them, as
+            # after every estimator.
             with kept_random_state(run.device):
                 for gradients in self.store.walk_back(run, shelf, first):
                     before_step()
@@ -159,15 +165,20 @@ class _Walk:
         before = None
         if self.settings.non_finite == "truncate":
             before = [tensor.clone() for tensor in self.cotangent.parameters]
+        # `vjp` reads the moments from which the step was taken, which is where the store has put
+        # the run.
         pulled = run.inner.update.vjp(
             self.cotangent, gradients, run.state, run.position, run.shards.reduction
         )
         product = self.settings.hvp.product(run.model, run.parameters, run.loss, pulled, gradients)
         self.num_products += 1
+        # The gradient depends on theta, too: d theta' / d theta = (by the update) + H (by the
+        # gradient).
         for one, change in zip(self.cotangent.parameters, product, strict=True):
             one.add_(change)
         norm = float(self._shards.norm(self.cotangent.parameters))
         if not math.isfinite(norm):
+            # The cotangent after this step is the hypergradient of an attack that begins here.
             if before is not None:
                 self.cotangent.parameters[:] = before
                 self._truncated_at = run.position
@@ -200,6 +211,8 @@ class _Walk:
         for tensor in tensors:
             tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         norm = float(self._shards.norm(self.cotangent.parameters))
+        # What is left may still be far too long: the entries beside those that overflowed. The last
+        # norm that was a number is the best guess of the right one.
         if norm > self._norm:
             self._scale(self._norm / norm)
             return self._norm

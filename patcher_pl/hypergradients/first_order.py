@@ -79,6 +79,7 @@ def outer_gradient(
     shards = Shards(model, parameters)
     loss = outer_loss(model)
     gradients: list[Tensor] = [
+        # Cloned: what autograd returns may share memory with the graph, or be used by it elsewhere.
         torch.zeros_like(tensor) if one is None else one.clone()
         for one, tensor in zip(shards.gradients(loss), shards.tensors, strict=True)
     ]

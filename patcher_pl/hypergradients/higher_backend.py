@@ -48,6 +48,7 @@ def unroll_with_higher(
     clip = update.clip
     with _sliceable_module_lists():
         functional = higher.monkeypatch(model, copy_initial_weights=False)
+        # `higher` reads settings off a torch optimizer; this one never steps.
         stepper = _torch_optimizer(update.optimizer, parameters)
         differentiable = higher.get_diff_optim(
             stepper, every, fmodel=functional, grad_callback=clipped

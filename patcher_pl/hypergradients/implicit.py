@@ -69,6 +69,7 @@ class Implicit(Hypergradient):
         num_batches = min(self.num_batches, inner.num_steps)
         strength = self.strength
         if strength is None:
+            # The pull under which the minimum is about as far away as these steps go.
             strength = 1 / sum(inner.update.lr(step) for step in range(inner.num_steps))
         with attacked_in_place(weights) as (parameters, start):
             run = AttackRun(model, parameters, inner, before_step)
@@ -77,10 +78,12 @@ class Implicit(Hypergradient):
             vector = weights.difference(start)
             positions = range(run.num_steps - num_batches, run.num_steps)
 
+            # Solvers work without graphs; the products within them need one each.
             @torch.enable_grad()
             def product(u: list[Tensor]) -> list[Tensor]:
                 before_step()
                 total = [one.clone() for one in u]
+                # The batches of the last steps, all at theta_K: no step is taken here.
                 for run.position in positions:
                     gradients = run.gradient() if masks else outer
                     curved = self.hvp.product(
@@ -94,6 +97,7 @@ class Implicit(Hypergradient):
             masks = self.hvp.uses_gradients
             with kept_random_state(run.device):
                 gradients, report = self.solver.solve(product, outer)
+        # A solver that diverged (Neumann where ||H|| > c) has no error of its own to raise.
         if not all(bool(one.isfinite().all()) for one in gradients):
             raise HypergradientError(
                 f"Implicit.solver: {type(self.solver).__name__} did not stay finite. Raise "

@@ -56,6 +56,8 @@ def measure_trust(
         before_step: Called before every attack step; may raise.
     """
     with attacked_in_place(weights) as (parameters, _), kept_random_state(weights.shards.device):
+        # The same batches are in `inner`; with the same dropout, only the step lies between both
+        # attacks.
         estimate.random_state.restore()
         run = AttackRun(model, parameters, inner, before_step)
         run.run_to(run.num_steps)

@@ -63,6 +63,8 @@ class Unrolled(Hypergradient):
         with (
             weights.trainable() as parameters,
             full_precision(parameters),
+            # Recomputed blocks would read the parameters that are in the module by then, not the
+            # theta_k of their step.
             without_checkpointing(model),
         ):
             if self.backend == "higher":
@@ -126,6 +128,7 @@ def _unroll(
         before_step()
         batch = move_batch(recorded, device)
         loss = call(theta, lambda module, batch=batch: inner.loss_function(module, batch))
+        # The graph of this gradient is what makes the estimate exact, and its memory grow with K.
         gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         theta, state = inner.update.applied(theta, gradients, state, step)
     return theta, call(theta, outer_loss)

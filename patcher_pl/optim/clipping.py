@@ -44,6 +44,8 @@ class ClipByGlobalNorm:
             total: Given where other processes hold the rest of every gradient.
         """
         norm = self._norm(gradients, total)
+        # Compared as torch does, where the scale is clamped to 1: the same steps are clipped, to
+        # the last bit.
         if not bool(norm.detach() + _EPS > self.max_norm):
             return list(gradients)
         scale = self.max_norm / (norm + _EPS)

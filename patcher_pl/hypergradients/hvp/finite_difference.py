@@ -73,11 +73,13 @@ class FiniteDifference(HessianProduct):
             for u, gradient in zip(vector, gradients, strict=True):
                 u.zero_() if gradient is None else u.masked_fill_(gradient == 0, 0.0)
         shards = Shards(model, parameters)
+        # After masking: entries that no gradient depends on must not use up the step.
         length = float(shards.norm(vector))
         if length == 0.0:
             return [torch.zeros_like(tensor) for tensor in shards.tensors]
         scale = float(shards.norm(shards.tensors))
         step = self._rel_step(parameters[0].dtype) * scale / length
+        # Copied back at the end: adding and subtracting e u would leave round-off behind.
         saved = [tensor.clone() for tensor in shards.tensors]
         try:
             above = _gradient_at(shards, saved, vector, step, loss)

@@ -60,6 +60,7 @@ class Revolve(TrajectoryStore):
         """Walks from `end` to `start`, whose state is kept, with `free` more states."""
         while free > 0 and end - start > 1:
             middle = start + split(end - start, free)
+            # `record` has left these on its way; those that the walk itself needs are made here.
             if ("state", middle) not in shelf:
                 put_back(shelf, run, start, forget=False)
                 run.run_to(middle)
