@@ -92,8 +92,9 @@ class Defense(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.accumulate_grad_batches = accumulate_grad_batches
         is_norm = max_grad_norm is None or max_grad_norm > 0
-        remedy = "Use null to leave gradients as they are."
-        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
+        require(
+            self, is_norm, "max_grad_norm", "> 0 or null", "Use null to leave them as they are."
+        )
         remedy = "Use 1 to take a step after every batch."
         require(self, accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", remedy)
         self.attack_source: AttackSource | None = None
@@ -265,6 +266,7 @@ class Defense(LightningModule):
         """Takes one batch; every `accumulate_grad_batches`-th one ends a defender step."""
         if self._num_accumulated == 0:
             self._step = self._begin_step()
+        # All that can be taken back lies within; the optimizer's step cannot.
         with self.step.undoable():
             if self._num_accumulated == 0:
                 self.before_step()
@@ -273,9 +275,9 @@ class Defense(LightningModule):
                 self._losses[key] = self._losses.get(key, 0) + share * value
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate_grad_batches:
+            # Reduced once per step, not per batch: every reduction waits for the slowest process.
             losses, self._losses = self._over_processes(self._losses), {}
-            self._num_accumulated = 0
-            source, take = self.attack_source, self._take_step
+            self._num_accumulated, source, take = 0, self.attack_source, self._take_step
             taken = take() if source is None else source.finish(self.step, take)
             self._log_step({**losses, **taken})
 
