@@ -92,14 +92,12 @@ class Defense(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.accumulate_grad_batches = accumulate_grad_batches
         is_norm = max_grad_norm is None or max_grad_norm > 0
-        require(
-            self, is_norm, "max_grad_norm", "> 0 or null", "Use null to leave them as they are."
-        )
+        remedy = "Use null to leave gradients as they are."
+        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
         remedy = "Use 1 to take a step after every batch."
         require(self, accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", remedy)
         self.attack_source: AttackSource | None = None
-        self.cost, self.stop_requested = Cost(), False
-        self._num_accumulated = 0
+        self.cost, self.stop_requested, self._num_accumulated = Cost(), False, 0
         self._losses: dict[str, Tensor] = {}
         self._restored_random_states: list[dict[str, Tensor]] = []
         self._model: PreTrainedModel | None = None
