@@ -16,6 +16,7 @@ from patcher_pl.cli.attackers_beside import attackers_beside
 from patcher_pl.cli.console import write_reports
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
+from patcher_pl.contents import model_digest
 from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import PatcherError, RunInterrupted
@@ -107,7 +108,7 @@ def finish_fit(cli: PatcherCLI) -> None:
     """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
 
     The red team's cells go below `cells/`, as those of `redteam` do: what is there already, from an
-    interrupted run that trained equally far, is not measured again. A sharded run trains the
+    interrupted run that trained the same weights, is not measured again. A sharded run trains the
     control first: then the first process attacks alone, and the others are done.
 
     Raises:
@@ -203,7 +204,6 @@ class _Examination:
             "gradient_evaluations": defense.cost.gradient_evaluations,
         }
         self._cli = cli
-        self._weights = spent  # A run that goes on trains its model further.
         self.board = Board(
             run_directory=run_directory,
             engine=InProcess(),
@@ -226,7 +226,7 @@ class _Examination:
                 None if isinstance(seed, bool) else seed,
             ),
             language_model=defense.language_model,
-            weights=self._weights,
+            weights=model_digest(str(trained.run_directory.model)),
             bench=Bench(model, defense.tokenizer),
         )
         try:

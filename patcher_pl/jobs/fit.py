@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.jobs.engine import Engine, run_missing
+from patcher_pl.jobs.inputs import contents_of
 from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.run_directory import RunDirectory
@@ -54,13 +55,15 @@ class Fit(Job[Ending]):
     def plan(cls, directory: Path, base: Path, options: Mapping[str, Any]) -> "Fit":
         """The run of configuration `base` with `options` (dotted names and values) changed.
 
-        Values that are files (`Path`) count with their content.
+        It depends on their content, and on that of everything they name: see `contents_of`.
+
+        Raises:
+            ConfigError: If a configuration cannot be read.
         """
         changed = [f"--{key}={_as_option(value)}" for key, value in options.items()]
         arguments = ["--config", str(base), *changed]
-        files = [base, *(value for value in options.values() if isinstance(value, Path))]
-        contents = [file.read_text(encoding="utf-8") for file in files]
-        digest = fingerprint([arguments, *contents])
+        named = {*contents_of(base, base.parent), *contents_of(options, Path())}
+        digest = fingerprint([arguments, sorted(named)])
         return cls(path=directory / "sweep.json", digest=digest, arguments=arguments)
 
     @property
