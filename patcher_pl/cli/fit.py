@@ -1,6 +1,7 @@
 """`fit`, `validate` and `test`, and what `fit` does once a model is trained: export, attack, control."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.jobs import InProcess, RunDirectory
+from patcher_pl.jobs.lock import held
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board
@@ -49,6 +51,13 @@ def run_lightning(command: str, arguments: Sequence[str]) -> None:
 
 
 def _fit(cli: PatcherCLI) -> None:
+    # One process of a distributed run holds the directory for all of them.
+    writes = cli.trainer.is_global_zero and not cli.options.trainer.fast_dev_run
+    with held(cli.options.run_dir) if writes else nullcontext():
+        _fit_alone(cli)
+
+
+def _fit_alone(cli: PatcherCLI) -> None:
     options = cli.options
     run_directory = RunDirectory(options.run_dir)
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
