@@ -1,10 +1,11 @@
 """Where conversations come from: one file or hub data set, and how its rows are read."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from patcher_pl.contents import data_digest
 from patcher_pl.data.readers import PromptResponse, Reader, RowError
 from patcher_pl.data.rows import SUFFIXES, RawRow, read_file, read_hub
 from patcher_pl.errors import DataError
@@ -97,6 +98,11 @@ class Source:
                 f"by {self.reader})."
             )
         return conversations
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: what the data set holds, wherever it lies."""
+        digest = data_digest(resolve_data(self.path), self.revision)
+        return {} if digest is None else {"path": digest}
 
     def _conversation(self, row: RawRow) -> Conversation | None:
         if row.values is None:

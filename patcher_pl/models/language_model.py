@@ -1,9 +1,11 @@
 """Which Hugging Face model to load, how, and how to talk to it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patcher_pl.contents import model_digest
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, first_line
 from patcher_pl.files import write_atomically
@@ -123,6 +125,11 @@ class LanguageModel:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: weights, configuration, tokenizer and template, wherever they lie."""
+        digest = model_digest(self._location, self.revision)
+        return {} if digest is None else {"path": digest}
 
     def module_name(self) -> str:
         """The module in which transformers defines this kind of model; to import it ahead of time."""

@@ -69,15 +69,15 @@ class AttackedModel:
     Args:
         name: What it is called in results.
         language_model: The model.
-        weights: What tells its weights from others at the same place.
         bench: Where it is attacked, in this process; one for all models, which may not fit beside
             each other.
+        weights: Digest of its weights, where they are not those that `language_model` names.
     """
 
     name: ModelName
     language_model: LanguageModel
-    weights: Any
     bench: Bench
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """An LLM judge behind an OpenAI-compatible server."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -116,6 +116,10 @@ class LlmJudge(Judge):
                 "LlmJudge.api_key_env must be the name of an environment variable. Export the key "
                 "under a name such as OPENAI_API_KEY and give that name."
             )
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the rubric, the built-in one too."""
+        return {"rubric": rubric_text(self.rubric)}
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""

@@ -1,6 +1,6 @@
 """An LLM judge that runs in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,6 +52,10 @@ class LocalJudge(Judge):
     generation: Generation = field(default_factory=lambda: Generation(batch_size=8))
     device: str = "auto"
     rubric: Path | None = None
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the rubric, the built-in one too."""
+        return {"rubric": rubric_text(self.rubric)}
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""

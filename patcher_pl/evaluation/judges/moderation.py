@@ -1,11 +1,12 @@
 """A text classifier as a judge."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from patcher_pl.contents import model_digest
 from patcher_pl.devices import choose_device
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
@@ -83,6 +84,11 @@ class ModerationClassifier(Judge):
         require(
             self, self.max_length is None or self.max_length >= 8, "max_length", ">= 8, or null"
         )
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the classifier, wherever it lies."""
+        digest = model_digest(self.path, self.revision)
+        return {} if digest is None else {"path": digest}
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class; `reference` is not looked at."""

@@ -1,11 +1,14 @@
 """Tasks of EleutherAI's lm-evaluation-harness."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patcher_pl.contents import data_digest
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation.generate import evaluating
@@ -60,6 +63,12 @@ class LmEval(UtilityMeasure):
     @property
     def default_name(self) -> str:
         return "lm_eval"
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the user's own tasks."""
+        if self.include_path is None or not Path(self.include_path).expanduser().exists():
+            return {}
+        return {"include_path": data_digest(self.include_path) or self.include_path}
 
     def prepare(self) -> None:
         """See `UtilityMeasure.prepare`; the data of the tasks are not fetched yet."""
