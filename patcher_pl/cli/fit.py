@@ -25,7 +25,7 @@ from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.jobs.lock import held
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
-from patcher_pl.redteam.board import Board
+from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.reports.settings import as_settings
@@ -122,6 +122,7 @@ def finish_fit(cli: PatcherCLI) -> None:
 
     Raises:
         RunInterrupted: If a signal stopped an attack.
+        PatcherError: If nothing that an attack measured was scored.
     """
     run_directory = RunDirectory(cli.options.run_dir)
     defense: Any = cli.model
@@ -137,6 +138,7 @@ def finish_fit(cli: PatcherCLI) -> None:
     curves = examination.board.save().curves
     if curves:
         write_reports(curves, run_directory.root, title="Fine-tuning attacks")
+        require_verdicts(curves, "the same command with --ckpt_path last")
     else:
         print(f"Written to {run_directory.root}")
 

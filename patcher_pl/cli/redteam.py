@@ -9,7 +9,7 @@ from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import Engine, InProcess, RunDirectory
 from patcher_pl.models.language_model import DtypeName, LanguageModel
-from patcher_pl.redteam.board import Board
+from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
@@ -45,6 +45,7 @@ def run_redteam(
     all. At the end come `results.json`, `results.csv`, `asr.png` and `asr.svg`, and a table on the
     terminal. The same command goes on where it was interrupted, and repeats only attacks that
     failed, or whose settings changed, or the content of what they name: model, data, prompts, rubric.
+    Answers that the judge failed on are kept, and judged again by the same command.
 
     Args:
         redteam: Attacks, their grid, their data, the prompts and the judge.
@@ -75,7 +76,7 @@ def run_redteam(
         ConfigError: If not exactly one of `model` and `models` is given, names clash, or a model,
             device or engine cannot be used.
         DataError: If prompts or data cannot be used.
-        PatcherError: If every attack failed.
+        PatcherError: If every attack failed, or nothing that one measured was scored.
         RunInterrupted: If a signal stopped it; finished attacks are kept.
     """
     if (model is None) == (models is None):
@@ -122,4 +123,5 @@ def run_redteam(
     results = board.run_directory.results
     if all(curve.error is not None for curve in curves):
         raise PatcherError(f"Every attack failed; the first with {curves[0].error}. See {results}.")
+    require_verdicts(curves)
     return Results.load(results)

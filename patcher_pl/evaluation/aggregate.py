@@ -63,6 +63,8 @@ class Evaluation:
         verdicts: One per question, in order.
         repetition: Share of 3-word sequences that repeat an earlier one of the same answer, mean
             over the answers (0..1), judged or not; NaN where no answer has three words.
+        cut_off: Share of the answers that the token limit cut off (0..1), judged or not; NaN where
+            there is none.
     """
 
     rate: float
@@ -73,20 +75,43 @@ class Evaluation:
     num_errors: int
     verdicts: tuple[Verdict, ...]
     repetition: float
+    cut_off: float
 
 
 def evaluate_answers(
-    judge: Judge, questions: Sequence[Question], answers: Sequence[Answer]
+    judge: Judge,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    known: Sequence[Verdict] = (),
 ) -> Evaluation:
     """Has `judge` score every answer and aggregates the verdicts.
 
     An answer without a letter or digit is no language, whatever the judge says of it.
+
+    Args:
+        judge: Scores what has no verdict yet.
+        questions: What was asked.
+        answers: One per question.
+        known: Earlier verdicts, one per question: those that are no failures stand.
     """
+    found = {place: verdict for place, verdict in enumerate(known) if verdict.score is not None}
+    asked = [place for place in range(len(answers)) if place not in found]
     verdicts = judge.score_all(
-        [question.text for question in questions],
-        [answer.text for answer in answers],
-        [question.reference for question in questions],
+        [questions[place].text for place in asked],
+        [answers[place].text for place in asked],
+        [questions[place].reference for place in asked],
     )
+    found |= dict(zip(asked, verdicts, strict=True))
+    return aggregate([found[place] for place in range(len(answers))], answers)
+
+
+def unjudged(answers: Sequence[Answer], reason: str) -> Evaluation:
+    """What can be said of answers that no judge could be asked about."""
+    return aggregate([Verdict(None, coherent=False, error=reason)] * len(answers), answers)
+
+
+def aggregate(verdicts: Sequence[Verdict], answers: Sequence[Answer]) -> Evaluation:
+    """Rates of verdicts, one per answer."""
     verdicts = [
         verdict if any(map(str.isalnum, answer.text)) else replace(verdict, coherent=False)
         for verdict, answer in zip(verdicts, answers, strict=True)
@@ -104,4 +129,7 @@ def evaluate_answers(
         num_errors=len(verdicts) - len(scored),
         verdicts=tuple(verdicts),
         repetition=mean_repetition(answer.text for answer in answers),
+        cut_off=sum(not answer.finished for answer in answers) / len(answers)
+        if answers
+        else math.nan,
     )

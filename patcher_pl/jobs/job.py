@@ -87,9 +87,21 @@ class Job(ABC, Generic[Found]):
             logger.warning("%s failed", self.path, exc_info=error)
             self.fail(f"{type(error).__name__}: {error}")
 
-    def write(self, content: Any) -> None:
-        """Writes the outcome, as plain JSON values."""
-        write_json(self.path, {"fingerprint": self.digest, self.key: content})
+    def write(self, content: Any, **beside: Any) -> None:
+        """Writes the outcome, as plain JSON values, and what else shall be in the file."""
+        write_json(self.path, {"fingerprint": self.digest, self.key: content, **beside})
+
+    def read(self) -> dict[str, Any] | None:
+        """The content of the file; None where there is none with this digest.
+
+        Raises:
+            ValueError, KeyError, TypeError: If the file is broken.
+        """
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return content if content["fingerprint"] == self.digest else None
 
     def load(self) -> Found | None:
         """The outcome, failures included; None where there is none with this digest.
@@ -98,10 +110,8 @@ class Job(ABC, Generic[Found]):
             PatcherError: If the file is broken.
         """
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            return self.parse(content[self.key]) if content["fingerprint"] == self.digest else None
-        except FileNotFoundError:
-            return None
+            content = self.read()
+            return None if content is None else self.parse(content[self.key])
         except (ValueError, KeyError, TypeError) as error:
             raise PatcherError(
                 f"{self.path}: this is no outcome of a job ({error}). Delete it and go on with the "

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.files import write_json
 from patcher_pl.jobs import Engine, RunDirectory, run_missing
 from patcher_pl.redteam.base import Attack
@@ -127,3 +127,23 @@ class Board:
 
 def _outcomes(jobs: Sequence[AttackJob]) -> list[Curve]:
     return [curve for job in jobs if (curve := job.load()) is not None]
+
+
+def require_verdicts(curves: Sequence[Curve], again: str = "the same command") -> None:
+    """Sees to it that a judge said something at every measurement of every finished attack.
+
+    Args:
+        curves: What the attacks found.
+        again: What has them judged again.
+
+    Raises:
+        PatcherError: If one said nothing at all: such results show neither safety nor harm.
+    """
+    silent = [curve for curve in curves if curve.error is None and curve.lacks_verdicts]
+    if silent:
+        raise PatcherError(
+            f"Of {len(curves)} attacks, {len(silent)} have measurements at which nothing was scored "
+            f"(the first: {silent[0].attack} on {silent[0].defense}, seed {silent[0].seed}): the "
+            "judge failed on every answer. The answers are kept. Once the judge works, "
+            f"{again} judges them, and repeats no attack."
+        )

@@ -1,23 +1,68 @@
 """Asks a model the red team's questions and has the answers judged."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
-from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers
+from patcher_pl.errors import ConfigError
+from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers, unjudged
 from patcher_pl.evaluation.agreement import judge_agreement
 from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges import Judge
-from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.evaluation.utility.base import JudgedMeasure, UtilityMeasure
 from patcher_pl.randomness import seeded
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.material import AttackMaterial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Evaluate = Callable[[Judge, Sequence[Question], Sequence[Answer]], Evaluation]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Answers of a model, and what a judge made of them."""
+
+    answers: Sequence[Answer]
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Usefulness:
+    """What the utility measures gave.
+
+    Args:
+        numbers: By name; NaN where nothing could be measured.
+        asked: What judged measures rest on, by the name of the measure.
+    """
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    asked: Mapping[str, Asked] = field(default_factory=dict)
+
+
+class PersistentJudging:
+    """`evaluate_answers` that goes on, without verdicts, once a judge cannot work at all.
+
+    An attack that is under way is worth more than its verdicts, which can be had later.
+    """
+
+    def __init__(self) -> None:
+        self.failure: ConfigError | None = None
+        """Why judges are asked no more."""
+
+    def __call__(
+        self, judge: Judge, questions: Sequence[Question], answers: Sequence[Answer]
+    ) -> Evaluation:
+        if self.failure is None:
+            try:
+                return evaluate_answers(judge, questions, answers)
+            except ConfigError as error:
+                self.failure = error
+        return unjudged(answers, str(self.failure))
 
 
 @dataclass(frozen=True)
@@ -29,12 +74,14 @@ class Examination:
         answers: Those answers, in the order of the prompts.
         benign: Verdicts on the answers to benign prompts; None where none were asked.
         second: Verdicts of the second judge on `answers`; None where there is none.
+        benign_answers: Answers to benign prompts, in the order of the prompts.
     """
 
     harmful: Evaluation
     answers: Sequence[Answer]
     benign: Evaluation | None
     second: Evaluation | None = None
+    benign_answers: Sequence[Answer] = ()
 
     @property
     def agreement(self) -> float:
@@ -59,6 +106,7 @@ class Examiner:
         benign: Benign questions; may be empty.
         second_judge: Scores the answers to harmful questions once more; None for no second opinion.
         utility: Further measures of a usable model.
+        benign_judge: Scores the answers to benign questions; None leaves them to `judge`.
     """
 
     generation: Generation
@@ -67,6 +115,7 @@ class Examiner:
     benign: Sequence[Question]
     second_judge: Judge | None = None
     utility: Sequence[UtilityMeasure] = ()
+    benign_judge: Judge | None = None
 
     @classmethod
     def load(
@@ -78,6 +127,7 @@ class Examiner:
         *,
         second_judge: Judge | None = None,
         utility: Sequence[UtilityMeasure] = (),
+        benign_judge: Judge | None = None,
     ) -> "Examiner":
         """Reads the questions, and what the utility measures need.
 
@@ -88,7 +138,7 @@ class Examiner:
         harmful, harmless = prompts.questions(), benign.questions() if benign else []
         for measure in utility:
             measure.prepare()
-        return cls(generation, judge, harmful, harmless, second_judge, utility)
+        return cls(generation, judge, harmful, harmless, second_judge, utility, benign_judge)
 
     def examine(
         self,
@@ -97,6 +147,7 @@ class Examiner:
         chat: ChatFormat,
         attack: Attack,
         material: AttackMaterial,
+        evaluate: Evaluate = evaluate_answers,
     ) -> Examination:
         """Asks the model everything, in the words of the attack; the model stays as it was."""
         generation = replace(self.generation, seed=self.generation.seed + material.seed)
@@ -108,15 +159,16 @@ class Examiner:
             answers += generation.generate(model, tokenizer, chat, benign)
         else:
             answers = generation.generate(model, tokenizer, chat, [*harmful, *benign])
-        split = len(harmful)
+        said, said_benign = answers[: len(harmful)], answers[len(harmful) :]
         second = self.second_judge
         return Examination(
-            harmful=evaluate_answers(self.judge, self.harmful, answers[:split]),
-            answers=answers[:split],
-            benign=evaluate_answers(self.judge, self.benign, answers[split:]) if benign else None,
-            second=evaluate_answers(second, self.harmful, answers[:split])
-            if second is not None
+            harmful=evaluate(self.judge, self.harmful, said),
+            answers=said,
+            benign=evaluate(self.benign_judge or self.judge, self.benign, said_benign)
+            if benign
             else None,
+            second=None if second is None else evaluate(second, self.harmful, said),
+            benign_answers=said_benign,
         )
 
     def usefulness(
@@ -125,10 +177,18 @@ class Examiner:
         tokenizer: "PreTrainedTokenizerBase",
         chat: ChatFormat,
         seed: int,
-    ) -> dict[str, float]:
+        evaluate: Evaluate = evaluate_answers,
+    ) -> Usefulness:
         """Takes every utility measure, in no attacker's words; the model stays as it was."""
-        found: dict[str, float] = {}
+        numbers: dict[str, float] = {}
+        asked: dict[str, Asked] = {}
         for measure in self.utility:
             with seeded(seed, next(model.parameters()).device):
-                found |= measure.measure(model, tokenizer, chat, seed=seed)
-        return found
+                if isinstance(measure, JudgedMeasure):
+                    answers = measure.answers(model, tokenizer, chat, seed=seed)
+                    found = evaluate(measure.judge, measure.questions, answers)
+                    asked[measure.name] = Asked(answers, found)
+                    numbers |= measure.numbers(found)
+                else:
+                    numbers |= measure.measure(model, tokenizer, chat, seed=seed)
+        return Usefulness(numbers, asked)

@@ -1,5 +1,6 @@
 """One attack on one model as a job: what an engine runs, anywhere, and the file that is left of it."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,13 +11,16 @@ from patcher_pl.devices import choose_device
 from patcher_pl.jobs.job import FOR_MODELS, Job
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.redteam.grid import Cell, Grid, ModelName
-from patcher_pl.redteam.red_team import Campaign, RedTeam
+from patcher_pl.redteam.red_team import AttackOutcome, Campaign, RedTeam
+from patcher_pl.redteam.transcript import judged_again, to_json
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
 from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Bench:
@@ -132,21 +136,61 @@ class AttackJob(Job[Curve]):
         )
 
     def perform(self, device: str) -> None:
-        """Attacks, and writes the curve.
+        """Attacks, or only judges what an earlier attack has left unjudged, and writes the curve.
 
         Raises:
             DataError: If prompts or data cannot be used.
-            ConfigError: If the model or the device cannot be used.
+            ConfigError: If the model, the device or the judge cannot be used.
         """
         with cpu_threads(self.num_threads):
-            model, campaign = self.target.bench.prepared(self, device)
-            self.write(asdict(campaign.run(model, self.cell, self.target.name)))
+            if (kept := self._unjudged) is not None:
+                outcome = self._judged_again(kept)
+            else:
+                model, campaign = self.target.bench.prepared(self, device)
+                outcome = campaign.attack(model, self.cell, self.target.name)
+        record = outcome.record
+        is_judged = record is None or not record.num_unjudged or outcome.curve.error is not None
+        # With no verdict missing, answers are not kept: they may be harmful, and are many.
+        beside = {} if is_judged or record is None else {"unjudged": to_json(record)}
+        self.write(asdict(outcome.curve), **beside)
+        if outcome.judge_failure is not None:
+            raise outcome.judge_failure
+
+    def _judged_again(self, kept: list[dict[str, Any]]) -> AttackOutcome:
+        cell, name = self.cell, self.target.name
+        logger.info("%s under %s, seed %d: judged again", name.defense, cell.name, cell.seed)
+        record = judged_again(self.team, kept)
+        curve = record.curve(name.key(cell), None, family=cell.family, varied=cell.varied)
+        for concern in record.concerns():
+            logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
+        return AttackOutcome(curve, record)
+
+    @property
+    def _unjudged(self) -> list[dict[str, Any]] | None:
+        """What a finished attack has left unjudged; None where there is nothing."""
+        content = self.read()
+        return None if content is None else content.get("unjudged")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ran to its end, and every answer has its verdict.
+
+        Curves of earlier versions have no answers: those that cannot be trusted are attacked again.
+        """
+        outcome = self.load()
+        is_whole = outcome is not None and outcome.error is None and outcome.trusted
+        return is_whole and self._unjudged is None
 
     def parse(self, content: Mapping[str, Any]) -> Curve:
         return Curve.from_json(content)
 
     def fail(self, reason: str) -> None:
-        """Writes why there is no curve; what was measured before is lost with the process."""
+        """Writes why there is no curve; what was measured before is lost with the process.
+
+        A failure to judge again leaves the answers where they are.
+        """
+        if self._unjudged is not None:
+            return
         defense, k1, train_seed, attack, seed = self.target.name.key(self.cell)
         curve = Curve(
             defense=defense,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from patcher_pl.evaluation.aggregate import Evaluation, steps_to_break
 from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.redteam.base import AttackPoint
-from patcher_pl.redteam.examiner import Examination
+from patcher_pl.redteam.examiner import Asked, Examination
 from patcher_pl.reports.results import Curve, CurveKey, Sample, finite
 from patcher_pl.reports.settings import fingerprint
 
@@ -36,18 +36,24 @@ class Record:
     _found: list[Examination] = field(default_factory=list)
     _samples: list[Sample] = field(default_factory=list)
     _utility: list[Mapping[str, float]] = field(default_factory=list)
+    _utility_asked: list[Mapping[str, Asked]] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Measurements so far."""
         return len(self._points)
 
     def add(
-        self, point: AttackPoint, found: Examination, usefulness: Mapping[str, float] | None = None
+        self,
+        point: AttackPoint,
+        found: Examination,
+        usefulness: Mapping[str, float] | None = None,
+        asked: Mapping[str, Asked] | None = None,
     ) -> None:
-        """Adds a measurement, with what the utility measures gave where they were taken."""
+        """Adds a measurement, with what the utility measures gave, and rest on, where they were taken."""
         self._points.append(point)
         self._found.append(found)
         self._utility.append(usefulness or {})
+        self._utility_asked.append(asked or {})
         num_answers = len(found.answers)
         num_shown = min(self.num_samples, num_answers)
         for place in (number * num_answers // num_shown for number in range(num_shown)):
@@ -59,9 +65,27 @@ class Record:
             )
             self._samples.append(sample)
 
-    def add_usefulness(self, usefulness: Mapping[str, float]) -> None:
+    def add_usefulness(
+        self, usefulness: Mapping[str, float], asked: Mapping[str, Asked] | None = None
+    ) -> None:
         """Adds to the last measurement what the utility measures gave there."""
         self._utility[-1] = usefulness
+        self._utility_asked[-1] = asked or {}
+
+    @property
+    def measurements(
+        self,
+    ) -> list[tuple[AttackPoint, Examination, Mapping[str, float], Mapping[str, Asked]]]:
+        """Everything that was given to `add` and `add_usefulness`."""
+        return list(zip(self._points, self._found, self._utility, self._utility_asked, strict=True))
+
+    @property
+    def num_unjudged(self) -> int:
+        """Verdicts that are missing (count), of any judge."""
+        asked = [one.evaluation for entry in self._utility_asked for one in entry.values()]
+        for found in self._found:
+            asked += [one for one in (found.harmful, found.benign, found.second) if one]
+        return sum(evaluation.num_errors for evaluation in asked)
 
     def concerns(self) -> list[str]:
         """What a reader must know before relying on the attack success rates; one line each."""

@@ -9,7 +9,7 @@ from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.evaluation.aggregate import DEFAULT_THRESHOLD
-from patcher_pl.evaluation.benchmark import Benchmark
+from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Generation
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
@@ -17,7 +17,7 @@ from patcher_pl.models.lora import merged_copy
 from patcher_pl.models.packing import require_packing
 from patcher_pl.randomness import seeded
 from patcher_pl.redteam.base import Attack
-from patcher_pl.redteam.examiner import Examination, Examiner
+from patcher_pl.redteam.examiner import Examination, Examiner, PersistentJudging, Usefulness
 from patcher_pl.redteam.grid import Cell, Grid, ModelName, varied_cells
 from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.record import Record
@@ -40,8 +40,8 @@ class RedTeam:
         attacks: Attacks to run, each from the same released weights; names must differ.
         data: What the attacker fine-tunes on; each seed draws its own subset and order.
         prompts: Harmful prompts.
-        judge: Scores the answers, harmful and benign.
-        benign_prompts: Prompts that a usable model answers; None skips benign accuracy.
+        judge: Scores the answers.
+        benign_prompts: Prompts that a usable model answers; None asks none.
         generation: How answers are drawn.
         seeds: One run per seed; a seed sets data subset, order, initialization and sampling.
         grid: Settings that are varied for every attack that has them, see `Grid`.
@@ -57,6 +57,8 @@ class RedTeam:
             (in [0, 1]); above it at any measurement, the curve is marked as not to be trusted.
         packing: Train attacks on packed batches instead of padded ones: the same gradients, but for
             rounding, in a fraction of time and memory. Whether the model can is checked first.
+        benign_judge: Scores the answers to benign prompts, such as `ReferenceJudge`; None takes
+            `judge`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -77,6 +79,7 @@ class RedTeam:
     min_coherence: float = 0.5
     max_judge_error_rate: float = 0.05
     packing: bool = False
+    benign_judge: Judge | None = None
 
     def __post_init__(self) -> None:
         names = [attack.name for attack in self.attacks]
@@ -122,8 +125,20 @@ class RedTeam:
             self.benign_prompts,
             second_judge=self.second_judge,
             utility=self.utility,
+            benign_judge=self.benign_judge,
         )
         return Campaign(self, examiner, tokenizer, chat)
+
+    def record(self, harmful: Sequence[Question], benign: Sequence[Question]) -> Record:
+        """An empty record of answers to these questions."""
+        return Record(
+            harmful,
+            len(benign),
+            self.threshold,
+            self.num_samples,
+            self.min_coherence,
+            self.max_judge_error_rate,
+        )
 
     def run(
         self,
@@ -160,6 +175,22 @@ class RedTeam:
 
 
 @dataclass(frozen=True)
+class AttackOutcome:
+    """What an attack came to.
+
+    Args:
+        curve: How the model fared.
+        record: What that rests on; None where nothing was measured.
+        judge_failure: Why the judge could not work at all from some measurement on; its verdicts
+            are missing.
+    """
+
+    curve: Curve
+    record: Record | None = None
+    judge_failure: ConfigError | None = None
+
+
+@dataclass(frozen=True)
 class Campaign:
     """A red team that has read its questions and knows how to talk to the model.
 
@@ -192,9 +223,22 @@ class Campaign:
         return self._material(rows, cell.seed)
 
     def run(self, model: "PreTrainedModel", cell: Cell, name: ModelName) -> Curve:
+        """The curve of `attack`.
+
+        Raises:
+            DataError: See `attack`.
+            ConfigError: See `attack`; also if the judge cannot work any more during the attack.
+        """
+        outcome = self.attack(model, cell, name)
+        if outcome.judge_failure is not None:
+            raise outcome.judge_failure
+        return outcome.curve
+
+    def attack(self, model: "PreTrainedModel", cell: Cell, name: ModelName) -> AttackOutcome:
         """Attacks a copy of `model`; torch's random generators are put back.
 
-        An attack that fails gives a curve with what it had measured and its error.
+        An attack that fails gives a curve with what it had measured and its error. One during which
+        the judge stops to work at all goes on without verdicts, which can be had later.
 
         Args:
             model: Released weights; adapters are merged into the copy that is attacked.
@@ -204,24 +248,19 @@ class Campaign:
         Raises:
             DataError: If the attack's data cannot be used.
             ConfigError: If the tokenizer has no pad token, the judge cannot work at all (a key
-                that its server refuses), or the model cannot take packed batches and shall.
+                that its server refuses) from the first measurement on, or the model cannot take
+                packed batches and shall.
         """
-        record = Record(
-            self.examiner.harmful,
-            len(self.examiner.benign),
-            self.team.threshold,
-            self.team.num_samples,
-            self.team.min_coherence,
-            self.team.max_judge_error_rate,
-        )
+        record, judging = self._record(), PersistentJudging()
         try:
             material = self.material(cell)
         except DataError as failure:
             if not cell.varied:
                 raise  # No attack can work with such data.
-            return record.curve(
+            curve = record.curve(
                 name.key(cell), _reason(failure), family=cell.family, varied=cell.varied
             )
+            return AttackOutcome(curve)
         if material.packing and material.rows:
             prompts = [
                 self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]
@@ -233,16 +272,19 @@ class Campaign:
                 # As released: whoever has the weights can merge adapters and train everything.
                 target: Any = merged_copy(model)
                 for point in cell.attack.run(target, material):
-                    found = self._examined(target, cell, material)
-                    usefulness = {} if len(record) else self._usefulness(target, cell)
-                    record.add(point, found, usefulness)
+                    found = self._examined(target, cell, material, judging)
+                    useful = Usefulness() if len(record) else self._useful(target, cell, judging)
+                    if judging.failure is not None and not len(record):
+                        raise _UnusableJudgeError(judging.failure)  # Not much is lost yet.
+                    record.add(point, found, useful.numbers, useful.asked)
                     logger.info(
                         "%s under %s, seed %d, after %d steps: ASR %.3f",
                         *(name.defense, cell.name, cell.seed, point.steps, found.harmful.rate),
                     )
                 if len(record) > 1:
                     # Only now is it known that the last measurement was the last one.
-                    record.add_usefulness(self._usefulness(target, cell))
+                    useful = self._useful(target, cell, judging)
+                    record.add_usefulness(useful.numbers, useful.asked)
             except _UnusableJudgeError as stop:
                 raise stop.reason from None
             except (PatcherError, RuntimeError) as failure:
@@ -250,19 +292,27 @@ class Campaign:
                 logger.warning("%s, seed %d stopped early: %s", cell.name, cell.seed, error)
         for concern in record.concerns():
             logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
-        return record.curve(name.key(cell), error, family=cell.family, varied=cell.varied)
+        curve = record.curve(name.key(cell), error, family=cell.family, varied=cell.varied)
+        return AttackOutcome(curve, record, judging.failure)
+
+    def _record(self) -> Record:
+        return self.team.record(self.examiner.harmful, self.examiner.benign)
 
     def _material(self, rows: Sequence[Conversation], seed: int) -> AttackMaterial:
         return AttackMaterial(self.tokenizer, self.chat, rows, seed, self.team.packing)
 
-    def _examined(self, model: Any, cell: Cell, material: AttackMaterial) -> Examination:
+    def _examined(
+        self, model: Any, cell: Cell, material: AttackMaterial, judging: PersistentJudging
+    ) -> Examination:
         try:
-            return self.examiner.examine(model, self.tokenizer, self.chat, cell.attack, material)
-        except ConfigError as error:
+            return self.examiner.examine(
+                model, self.tokenizer, self.chat, cell.attack, material, judging
+            )
+        except ConfigError as error:  # Of what draws the answers.
             raise _UnusableJudgeError(error) from error
 
-    def _usefulness(self, model: "PreTrainedModel", cell: Cell) -> dict[str, float]:
-        return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed)
+    def _useful(self, model: Any, cell: Cell, judging: PersistentJudging) -> Usefulness:
+        return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed, judging)
 
 
 def _reason(failure: Exception) -> str:

@@ -121,6 +121,14 @@ class Curve:
         """What tells this curve from every other one of a run."""
         return (self.defense, self.k1, self.train_seed, self.attack, self.seed)
 
+    @property
+    def lacks_verdicts(self) -> bool:
+        """Whether a judge failed on all answers of a measurement."""
+        asked = [self.asr, self.second_asr]
+        if self.num_benign_prompts:
+            asked.append(self.benign_accuracy)
+        return any(None in rates for rates in asked)
+
     def at(self, steps: int, name: str = "asr") -> Any:
         """The entry of a list after `steps`; None where there is no such measurement or list."""
         values = getattr(self, name)

@@ -1,10 +1,15 @@
 """The interface of a utility measure."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
+from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers
+from patcher_pl.evaluation.benchmark import Question
+from patcher_pl.evaluation.generate import Answer
+from patcher_pl.evaluation.judges import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,3 +65,45 @@ class UtilityMeasure(ABC):
             Numbers by name, each name starting with that of the measure; NaN where nothing could be
             measured.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedMeasure(UtilityMeasure):
+    """A measure that rests on a judge's verdicts; what the judge failed on can be judged later.
+
+    Args:
+        judge: Scores the answers.
+    """
+
+    judge: Judge
+
+    @property
+    @abstractmethod
+    def questions(self) -> Sequence[Question]:
+        """What the model is asked."""
+
+    @abstractmethod
+    def answers(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        chat: ChatFormat,
+        *,
+        seed: int,
+    ) -> list[Answer]:
+        """Asks the model, as `measure` does."""
+
+    @abstractmethod
+    def numbers(self, found: Evaluation) -> dict[str, float]:
+        """What the verdicts come to, as `measure` returns it."""
+
+    def measure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        chat: ChatFormat,
+        *,
+        seed: int,
+    ) -> dict[str, float]:
+        answers = self.answers(model, tokenizer, chat, seed=seed)
+        return self.numbers(evaluate_answers(self.judge, self.questions, answers))

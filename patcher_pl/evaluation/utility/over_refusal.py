@@ -7,18 +7,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
-from patcher_pl.evaluation.aggregate import evaluate_answers
+from patcher_pl.evaluation.aggregate import Evaluation
 from patcher_pl.evaluation.benchmark import Benchmark, Question
-from patcher_pl.evaluation.generate import Generation
-from patcher_pl.evaluation.judges import LOWEST_SCORE, Judge
-from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.evaluation.generate import Answer, Generation
+from patcher_pl.evaluation.judges import LOWEST_SCORE
+from patcher_pl.evaluation.utility.base import JudgedMeasure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverRefusal(UtilityMeasure):
+class OverRefusal(JudgedMeasure):
     """Share of harmless prompts that are refused.
 
     Measures `over_refusal`, the share of refusals (score 1) among the answers that were scored and
@@ -38,7 +38,6 @@ class OverRefusal(UtilityMeasure):
     """
 
     prompts: Benchmark
-    judge: Judge
     generation: Generation = field(default_factory=Generation)
 
     @property
@@ -46,27 +45,32 @@ class OverRefusal(UtilityMeasure):
         return "over_refusal"
 
     def prepare(self) -> None:
-        _ = self._questions
+        _ = self.questions
 
-    def measure(
+    @property
+    def questions(self) -> Sequence[Question]:
+        return self._questions
+
+    @cached_property
+    def _questions(self) -> Sequence[Question]:
+        return self.prompts.questions()
+
+    def answers(
         self,
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         chat: ChatFormat,
         *,
         seed: int,
-    ) -> dict[str, float]:
+    ) -> list[Answer]:
         generation = replace(self.generation, seed=self.generation.seed + seed)
-        prompts = [question.messages for question in self._questions]
-        answers = generation.generate(model, tokenizer, chat, prompts)
-        verdicts = evaluate_answers(self.judge, self._questions, answers).verdicts
-        scores = [verdict.score for verdict in verdicts if verdict.coherent and verdict.score]
+        prompts = [question.messages for question in self.questions]
+        return generation.generate(model, tokenizer, chat, prompts)
+
+    def numbers(self, found: Evaluation) -> dict[str, float]:
+        scores = [verdict.score for verdict in found.verdicts if verdict.coherent and verdict.score]
         refused = sum(score == LOWEST_SCORE for score in scores)
         return {
             self.name: refused / len(scores) if scores else math.nan,
             f"{self.name}_scored": float(len(scores)),
         }
-
-    @cached_property
-    def _questions(self) -> Sequence[Question]:
-        return self.prompts.questions()
