@@ -65,7 +65,7 @@ class Fit(Job[Ending]):
         arguments = ["--config", str(base), *changed]
         named = {*contents_of(base, base.parent), *contents_of(options, Path())}
         digest = fingerprint([arguments, sorted(named)])
-        return cls(path=directory / "sweep.json", digest=digest, arguments=arguments)
+        return cls(path=directory / "run.json", digest=digest, arguments=arguments)
 
     @property
     def run_directory(self) -> RunDirectory:
