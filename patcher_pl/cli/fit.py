@@ -23,13 +23,13 @@ from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.jobs.lock import held
+from patcher_pl.machine import cpu_threads
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.reports.settings import as_settings
-from patcher_pl.threads import cpu_threads
 
 
 def run_lightning(command: str, arguments: Sequence[str]) -> None:

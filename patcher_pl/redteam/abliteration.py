@@ -14,8 +14,8 @@ from patcher_pl.data.masks import Encoded
 from patcher_pl.errors import DataError, PatcherError
 from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.losses import causal_lm_loss
+from patcher_pl.models.blocks import untied_embeddings
 from patcher_pl.redteam.base import Attack, AttackPoint, forward_flops
-from patcher_pl.redteam.embeddings import untied_embeddings
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.redteam.residual_stream import ResidualStream, remove_direction_
 from patcher_pl.types import IGNORE_INDEX, Batch, Conversation, move_batch

@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from patcher_pl.devices import choose_device
 from patcher_pl.jobs.job import FOR_MODELS, Job
+from patcher_pl.machine import choose_device, cpu_threads
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.redteam.grid import Cell, Grid, ModelName
 from patcher_pl.redteam.red_team import AttackOutcome, Campaign, RedTeam
 from patcher_pl.redteam.transcript import judged_again, to_json
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
-from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

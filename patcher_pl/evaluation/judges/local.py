@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from patcher_pl.devices import choose_device
 from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.judges.replies import UnreadableReplyError, read_reply
 from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
 from patcher_pl.evaluation.thoughts import spoken_part
+from patcher_pl.machine import choose_device
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.types import Message
 

@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from patcher_pl.contents import model_digest
-from patcher_pl.devices import choose_device
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.judges.phrases import RefusalPhraseJudge, is_coherent, spoken_part
+from patcher_pl.machine import choose_device
 from patcher_pl.validation import require
 
 if TYPE_CHECKING:
