@@ -196,6 +196,7 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         return _footprint(run, architecture, length, checkpointing, split)
 
     def footprint_of(placement: Placement) -> Footprint:
+        # A rehearsal takes seconds: placements that compute in the same number formats share one.
         splits = placement.sharded and (sharding.param_dtype or sharding.reduce_dtype)
         return rehearsed(placement.checkpointing, sharding if splits else None)
 
@@ -235,6 +236,7 @@ def _footprint(
     model, attacks = run.defense.language_model, attacks_of(run.defense)
     computed = (sharding.param_dtype if sharding else None) or model.dtype
     changes = {"dtype": computed, "gradient_checkpointing": checkpointing}
+    # Neither kernel runs on fake tensors; both need less than the plain operations that stand in.
     settings = {**vars(model), **changes, "compile": False, "liger": False}
 
     def rehearsed(num_attack_steps: int) -> Footprint:
@@ -255,6 +257,8 @@ def _footprint(
             more_bytes = times * (found.peak(HYPERGRADIENT) - one.peak(HYPERGRADIENT))
             more = Work().plus(found.estimated, times).plus(one.estimated, -times)
         else:
+            # Trajectory stores grow in steps (sqrt(K), say), so two points of a line would not do;
+            # what they keep is counted in copies of the weights, whatever the model.
             short, long = (toy_estimate(attacks, steps) for steps in (_ATTACK_STEPS, num_steps))
             more_bytes = round((long[0] - short[0]) * found.layers.total)
             of_attack = run.attack_batch_size / run.batch_size
