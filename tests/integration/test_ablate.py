@@ -102,6 +102,7 @@ def test_an_ablation_compares_and_hardens_and_goes_on_where_it_was(folder):
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
+@pytest.mark.slow
 def test_an_estimator_that_fails_is_a_row_with_its_error_and_is_tried_again(folder):
     """Wrong if one estimator that runs out of memory lost what all others found."""
     dying = {"class_path": "tests.estimators.Dying"}

@@ -93,6 +93,7 @@ def test_a_red_team_that_changed_makes_another_run(folder):
     assert planned() != before
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_passed_over(folder):
     """Wrong if one setting that cannot run lost the whole search."""
     content = settings()

@@ -118,7 +118,7 @@ def wait_for(path: Path, process: subprocess.Popen, timeout_s: float = 120) -> N
     ("phase", "number"),
     [
         pytest.param("steps", signal.SIGTERM, id="steps-SIGTERM"),
-        pytest.param("attack", signal.SIGINT, id="attack-SIGINT"),
+        pytest.param("attack", signal.SIGINT, id="attack-SIGINT", marks=pytest.mark.slow),
         pytest.param("steps", signal.SIGINT, id="steps-SIGINT", marks=pytest.mark.slow),
         pytest.param("attack", signal.SIGTERM, id="attack-SIGTERM", marks=pytest.mark.slow),
     ],

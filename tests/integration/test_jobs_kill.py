@@ -68,6 +68,7 @@ def test_a_killed_sweep_leaves_no_run_behind(endless, tmp_path):
     end(process, signal.SIGKILL, fits_under_way(tmp_path, 2), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_leaves_no_run_behind(endless, tmp_path):
     content = {
         "max_gradient_evaluations": 10**6,
@@ -80,6 +81,7 @@ def test_a_killed_comparison_leaves_no_run_behind(endless, tmp_path):
     end(process, signal.SIGKILL, fits_under_way(tmp_path, 1), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_leaves_no_measurement_behind(inputs, tmp_path):
     write_yaml(tmp_path / "base.yaml", patcher_settings(inputs) | {"num_threads": 1})
     begun = tmp_path / "begun"

@@ -74,6 +74,7 @@ def test_one_hardened_model_per_option(inputs, tmp_path, paper, name):
     assert all(torch.equal(tensor, weights[key]) for key, tensor in again.items())
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_options_cost(inputs, tmp_path):
     """Of all options together: as many gradients as the run takes."""
     config = write_yaml(tmp_path / "config.yaml", settings(inputs, tmp_path, "both"))

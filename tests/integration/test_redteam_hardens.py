@@ -40,6 +40,7 @@ def test_both_models_come_from_one_fit_that_is_not_repeated(inputs, tmp_path):
     assert weights.stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
 def test_a_control_that_nobody_trained_is_named(inputs, tmp_path):
     write_yaml(tmp_path / "patcher.yaml", patcher_settings(inputs))
     target = {"defense": "sft", "fit": "patcher.yaml", "control": True}

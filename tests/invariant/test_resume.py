@@ -95,7 +95,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(llama, rows, tmp_path, make,
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, dropout=0.1)], ids=["full", "lora"])
 @pytest.mark.parametrize(
-    ("strategy", "step"), [(KLToBase, 2), (KLToBase, 5), (RepresentationDistance, 5)]
+    ("strategy", "step"),
+    [
+        (KLToBase, 2),
+        pytest.param(KLToBase, 5, marks=pytest.mark.slow),
+        pytest.param(RepresentationDistance, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_retained_is_the_model_before_the_interruption(
     gpt2, rows, tmp_path, strategy, step, lora
@@ -197,7 +202,7 @@ class StopInEstimate(Callback):
         trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", [2, 5], ids=["in-the-attack", "on-the-way-back"])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_a_run_stopped_in_an_estimate_repeats_it(model, rows, tmp_path, accumulate, call, request):
