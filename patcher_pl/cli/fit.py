@@ -61,7 +61,11 @@ def _fit_alone(cli: PatcherCLI) -> None:
     options = cli.options
     run_directory = RunDirectory(options.run_dir)
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
+    if not rehearsal:
+        cli.record.settings = cli.settings(with_contents=first)
     if not rehearsal and first:
+        if options.ckpt_path is not None:
+            _compare(cli, Path(options.ckpt_path))
         run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
     try:
@@ -74,6 +78,19 @@ def _fit_alone(cli: PatcherCLI) -> None:
         raise
     if not rehearsal:
         finish_fit(cli)
+
+
+def _compare(cli: PatcherCLI, checkpoint: Path) -> None:
+    """Says which settings differ from those that the checkpoint was written with."""
+    found = cli.record.compare(checkpoint)
+    if found is None:
+        print(
+            f"{checkpoint} does not say with which settings it was written (an earlier version did "
+            "not): nothing was compared; optimizer and schedule go on with its settings."
+        )
+    elif found:
+        print(f"Going on from {checkpoint}; settings that differ from its own, taken from here on:")
+        print("\n".join(f"  {change}" for change in found))
 
 
 def fit_or_stop(
@@ -212,13 +229,15 @@ class _Examination:
             "num_steps": cli.trainer.global_step,
             "gradient_evaluations": defense.cost.gradient_evaluations,
         }
+        history = cli.record.history
+        changed = {"changed_on_the_way": history} if history else {}
         self._cli = cli
         self.board = Board(
             run_directory=run_directory,
             engine=InProcess(),
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
-            settings=as_settings({"redteam": options.redteam, **spent}),
+            settings=as_settings({"redteam": options.redteam, **spent, **changed}),
         )
 
     def examine(self, trained: _Trained) -> None:
