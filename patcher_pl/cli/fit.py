@@ -18,6 +18,7 @@ from patcher_pl.cli.console import write_reports
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.contents import model_digest
+from patcher_pl.data.overlap import Known, overlaps
 from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import PatcherError, RunInterrupted
@@ -28,6 +29,7 @@ from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
+from patcher_pl.reports.results import Overlap
 from patcher_pl.reports.settings import as_settings
 from patcher_pl.threads import cpu_threads
 
@@ -63,6 +65,7 @@ def _fit_alone(cli: PatcherCLI) -> None:
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
     if not rehearsal:
         cli.record.settings = cli.settings(with_contents=first)
+    overlap = _shared_data(cli) if first else []
     if not rehearsal and first:
         if options.ckpt_path is not None:
             _compare(cli, Path(options.ckpt_path))
@@ -77,7 +80,18 @@ def _fit_alone(cli: PatcherCLI) -> None:
             run_directory.clear()  # Once mended, the same command may begin the run.
         raise
     if not rehearsal:
-        finish_fit(cli)
+        finish_fit(cli, overlap)
+
+
+def _shared_data(cli: PatcherCLI) -> list[Overlap]:
+    """What the data of a run has in common, before it costs anything."""
+    data, redteam = cli.datamodule, cli.options.redteam
+    training = {"defender": data.safe}
+    if data.attack is not None:
+        training["simulated attacker"] = data.attack
+    if redteam is not None:
+        return redteam.shared_data(training)
+    return overlaps({name: Known.of(mixture.rows()) for name, mixture in training.items()})
 
 
 def _compare(cli: PatcherCLI, checkpoint: Path) -> None:
@@ -130,19 +144,23 @@ class _Trained:
     logger: Any
 
 
-def finish_fit(cli: PatcherCLI) -> None:
+def finish_fit(cli: PatcherCLI, overlap: Sequence[Overlap] = ()) -> None:
     """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
 
     The red team's cells go below `cells/`, as those of `redteam` do: what is there already, from an
     interrupted run that trained the same weights, is not measured again. A sharded run trains the
     control first: then the first process attacks alone, and the others are done.
 
+    Args:
+        cli: The run.
+        overlap: What its data sets have in common, for the results.
+
     Raises:
         RunInterrupted: If a signal stopped an attack.
     """
     run_directory = RunDirectory(cli.options.run_dir)
     defense: Any = cli.model
-    examination = _Examination(cli, run_directory, defense)
+    examination = _Examination(cli, run_directory, defense, overlap)
     models: Iterable[_Trained] = _trained_models(cli, defense, run_directory)
     if shards(cli.trainer):
         models = list(models)
@@ -223,7 +241,13 @@ def train_control(
 class _Examination:
     """Attacks the models of a run, and logs how they fared."""
 
-    def __init__(self, cli: PatcherCLI, run_directory: RunDirectory, defense: Defense) -> None:
+    def __init__(
+        self,
+        cli: PatcherCLI,
+        run_directory: RunDirectory,
+        defense: Defense,
+        overlap: Sequence[Overlap],
+    ) -> None:
         options = cli.options
         spent = {
             "num_steps": cli.trainer.global_step,
@@ -238,6 +262,7 @@ class _Examination:
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
             settings=as_settings({"redteam": options.redteam, **spent, **changed}),
+            overlap=overlap,
         )
 
     def examine(self, trained: _Trained) -> None:
