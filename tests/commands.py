@@ -161,6 +161,7 @@ def redteam_settings(inputs: Path) -> dict[str, Any]:
         "benign_prompts": {"source": {"path": str(inputs / "safe.jsonl")}, "limit": 3},
         "judge": {"class_path": "patcher_pl.testbed.judge.RecipeJudge"},
         "generation": {"max_new_tokens": 8},
+        "overlap": "allow",
     }
 
 

@@ -8,6 +8,7 @@ from patcher_pl.callbacks.graceful_stop import GracefulStop
 from patcher_pl.callbacks.progress import Progress
 from patcher_pl.callbacks.robustness_probe import RobustnessProbe
 from patcher_pl.callbacks.run_checkpoint import RunCheckpoint
+from patcher_pl.callbacks.run_record import RunRecord
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -18,4 +19,5 @@ __all__ = [
     "Progress",
     "RobustnessProbe",
     "RunCheckpoint",
+    "RunRecord",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch.distributed.checkpoint.api import CheckpointException
 
 from patcher_pl.errors import CheckpointError, first_line
@@ -45,10 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 return _load_folder(Path(path))
             return super().load_checkpoint(path, *args, **kwargs)
         except _UNREADABLE as error:
-            raise CheckpointError(
-                f"{path}: the checkpoint could not be read ({_first_line(error)}). "
-                "Give --ckpt_path another one, or leave it away to start from the beginning."
-            ) from error
+            raise _unreadable(path, error) from error
 
 
 def save_folder(trainer: Trainer, path: Path) -> None:
@@ -91,6 +89,20 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def read_entry(path: Path, name: str) -> Any:
+    """One entry of a checkpoint of either kind; None where it has none. Weights stay on the disk.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    file = path / _METADATA_FILENAME if path.is_dir() else path
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    return content.get(name)
+
+
 def remove(path: Path) -> None:
     """Deletes a checkpoint of either kind."""
     if path.is_dir():
@@ -105,6 +117,13 @@ def _load_folder(path: Path) -> dict[str, Any]:
     if not is_whole(path):
         raise RuntimeError("files of it are missing or were cut off")
     return _load_distributed_checkpoint(path)
+
+
+def _unreadable(path: str | Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the checkpoint could not be read ({_first_line(error)}). "
+        "Give --ckpt_path another one, or leave it away to start from the beginning."
+    )
 
 
 def _not_written(path: str | Path, error: BaseException) -> CheckpointError:

@@ -17,7 +17,7 @@ from patcher_pl.reports.comparison import (
     trial_table,
 )
 from patcher_pl.reports.environment import environment
-from patcher_pl.reports.results import Curve, Results
+from patcher_pl.reports.results import Curve, Overlap, Results
 from patcher_pl.reports.settings import as_settings
 from patcher_pl.reports.tables import rich_table
 
@@ -97,7 +97,9 @@ def run_compare(
     comparison = replace(comparison, costs=costs(models))
     curves = curves_of(models)
     comparison.save(run_dir, curves)
-    _write_report(comparison, curves, run_dir)
+    done = [fit.results for fits in models.values() for fit in fits if fit.is_done]
+    overlap = list(dict.fromkeys(entry for found in done for entry in found.overlap))
+    _write_report(comparison, curves, overlap, run_dir)
     if failed:
         raise PatcherError(
             f"{len(failed)} runs failed; see {', '.join(str(fit.log) for fit in failed)}. "
@@ -106,7 +108,9 @@ def run_compare(
     return comparison
 
 
-def _write_report(comparison: DefenseComparison, curves: list[Curve], run_dir: Path) -> None:
+def _write_report(
+    comparison: DefenseComparison, curves: list[Curve], overlap: list[Overlap], run_dir: Path
+) -> None:
     console = wide_console(180)
     console.print(rich_table("Search of settings", trial_table(comparison.trials)))
     for trial in comparison.trials:
@@ -116,9 +120,12 @@ def _write_report(comparison: DefenseComparison, curves: list[Curve], run_dir: P
     if not any(curve.attack_steps for curve in curves):
         return
     results = RunDirectory(run_dir).results
-    Results(curves=curves, environment=comparison.environment, settings=comparison.settings).save(
-        results
-    )
+    Results(
+        curves=curves,
+        environment=comparison.environment,
+        settings=comparison.settings,
+        overlap=overlap,
+    ).save(results)
     write_reports(curves, run_dir, title="Fine-tuning attacks")
     console.print(rich_table("Comparison", defense_table(curves, comparison.costs)))
     console.print("\n".join(comparison_notes(curves)), highlight=False)

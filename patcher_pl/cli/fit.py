@@ -18,6 +18,7 @@ from patcher_pl.cli.console import write_reports
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.contents import model_digest
+from patcher_pl.data.overlap import Known, overlaps
 from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import PatcherError, RunInterrupted
@@ -29,6 +30,7 @@ from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
+from patcher_pl.reports.results import Overlap
 from patcher_pl.reports.settings import as_settings
 
 
@@ -61,7 +63,12 @@ def _fit_alone(cli: PatcherCLI) -> None:
     options = cli.options
     run_directory = RunDirectory(options.run_dir)
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
+    if not rehearsal:
+        cli.record.settings = cli.settings(with_contents=first)
+    overlap = _shared_data(cli) if first else []
     if not rehearsal and first:
+        if options.ckpt_path is not None:
+            _compare(cli, Path(options.ckpt_path))
         run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
     try:
@@ -73,7 +80,31 @@ def _fit_alone(cli: PatcherCLI) -> None:
             run_directory.clear()  # Once mended, the same command may begin the run.
         raise
     if not rehearsal:
-        finish_fit(cli)
+        finish_fit(cli, overlap)
+
+
+def _shared_data(cli: PatcherCLI) -> list[Overlap]:
+    """What the data of a run has in common, before it costs anything."""
+    data, redteam = cli.datamodule, cli.options.redteam
+    training = {"defender": data.safe}
+    if data.attack is not None:
+        training["simulated attacker"] = data.attack
+    if redteam is not None:
+        return redteam.shared_data(training)
+    return overlaps({name: Known.of(mixture.rows()) for name, mixture in training.items()})
+
+
+def _compare(cli: PatcherCLI, checkpoint: Path) -> None:
+    """Says which settings differ from those that the checkpoint was written with."""
+    found = cli.record.compare(checkpoint)
+    if found is None:
+        print(
+            f"{checkpoint} does not say with which settings it was written (an earlier version did "
+            "not): nothing was compared; optimizer and schedule go on with its settings."
+        )
+    elif found:
+        print(f"Going on from {checkpoint}; settings that differ from its own, taken from here on:")
+        print("\n".join(f"  {change}" for change in found))
 
 
 def fit_or_stop(
@@ -113,12 +144,16 @@ class _Trained:
     logger: Any
 
 
-def finish_fit(cli: PatcherCLI) -> None:
+def finish_fit(cli: PatcherCLI, overlap: Sequence[Overlap] = ()) -> None:
     """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
 
     The red team's cells go below `cells/`, as those of `redteam` do: what is there already, from an
     interrupted run that trained the same weights, is not measured again. A sharded run trains the
     control first: then the first process attacks alone, and the others are done.
+
+    Args:
+        cli: The run.
+        overlap: What its data sets have in common, for the results.
 
     Raises:
         RunInterrupted: If a signal stopped an attack.
@@ -126,7 +161,7 @@ def finish_fit(cli: PatcherCLI) -> None:
     """
     run_directory = RunDirectory(cli.options.run_dir)
     defense: Any = cli.model
-    examination = _Examination(cli, run_directory, defense)
+    examination = _Examination(cli, run_directory, defense, overlap)
     models: Iterable[_Trained] = _trained_models(cli, defense, run_directory)
     if shards(cli.trainer):
         models = list(models)
@@ -208,19 +243,28 @@ def train_control(
 class _Examination:
     """Attacks the models of a run, and logs how they fared."""
 
-    def __init__(self, cli: PatcherCLI, run_directory: RunDirectory, defense: Defense) -> None:
+    def __init__(
+        self,
+        cli: PatcherCLI,
+        run_directory: RunDirectory,
+        defense: Defense,
+        overlap: Sequence[Overlap],
+    ) -> None:
         options = cli.options
         spent = {
             "num_steps": cli.trainer.global_step,
             "gradient_evaluations": defense.cost.gradient_evaluations,
         }
+        history = cli.record.history
+        changed = {"changed_on_the_way": history} if history else {}
         self._cli = cli
         self.board = Board(
             run_directory=run_directory,
             engine=InProcess(),
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
-            settings=as_settings({"redteam": options.redteam, **spent}),
+            settings=as_settings({"redteam": options.redteam, **spent, **changed}),
+            overlap=overlap,
         )
 
     def examine(self, trained: _Trained) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,6 +19,7 @@ from patcher_pl.callbacks import (
     Progress,
     RobustnessProbe,
     RunCheckpoint,
+    RunRecord,
 )
 from patcher_pl.callbacks.checkpoint_files import is_whole
 from patcher_pl.callbacks.run_checkpoint import find_last
@@ -26,6 +28,7 @@ from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported, shards
 from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.files import write_text
+from patcher_pl.jobs.resuming import flat_settings
 from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.redteam import RedTeam
 
@@ -41,6 +44,7 @@ class PatcherCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
         self.may_go_on = False  # Whether an earlier run may be in `run_dir`.
+        self.record = RunRecord()
         quiet = {"exit_on_error": False}
         super().__init__(
             model_class=Defense,
@@ -195,7 +199,7 @@ class PatcherCLI(LightningCLI):
                 )
             callbacks.append(RobustnessProbe(options.redteam, options.probe_every_n_steps))
         if not trainer_config["fast_dev_run"]:
-            callbacks += [checkpoint, GracefulStop(checkpoint)]
+            callbacks += [self.record, checkpoint, GracefulStop(checkpoint)]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if trainer_config["enable_progress_bar"] is not False and not has_bar:
             callbacks.append(Progress())
@@ -234,6 +238,13 @@ class PatcherCLI(LightningCLI):
         How this call began, afresh or from a checkpoint, is no part of it: repeating the run must
         neither delete an earlier one nor look for a checkpoint that is gone by then.
         """
+        write_text(path, self._repeatable())
+
+    def settings(self, *, with_contents: bool) -> dict[str, Any]:
+        """What `save_config` writes, by dotted names, see `flat_settings`."""
+        return flat_settings(yaml.safe_load(self._repeatable()), with_contents=with_contents)
+
+    def _repeatable(self) -> str:
         config = self.config[self.command].clone()
         config.overwrite, config.ckpt_path = False, None
-        write_text(path, self._parser(self.command).dump(config, skip_unset=False))
+        return self._parser(self.command).dump(config, skip_unset=False)

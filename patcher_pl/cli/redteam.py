@@ -87,6 +87,7 @@ def run_redteam(
         require_settings("search", search.space if search else {}, redteam.attacks)
     targets = models or [Target(defense=defense, path=model, k1=k1, train_seed=train_seed)]
     require_distinct(targets)
+    overlap = redteam.shared_data({})  # Before hours are spent on making models.
     bench = Bench()
     attacked = [
         AttackedModel(
@@ -112,6 +113,7 @@ def run_redteam(
         device=device,
         num_threads=num_threads,
         settings=as_settings({"redteam": redteam, "models": targets, "search": search}),
+        overlap=overlap,
     )
     board.claim()
     curves = board.attack(redteam, attacked)

@@ -48,9 +48,11 @@ def run_sweep(
         raise ConfigError("variants: must name at least one variant, got none.")
     fits = plan_sweep(Path(base), variants, run_dir, seeds or [0])
     failed = run_fits(fits, engine, num_processes)
-    curves = [curve for fit in fits if fit.is_done for curve in fit.results.curves]
+    done = [fit.results for fit in fits if fit.is_done]
+    curves = [curve for found in done for curve in found.curves]
     results = Results(
         curves=curves,
+        overlap=list(dict.fromkeys(entry for found in done for entry in found.overlap)),
         environment=environment(),
         settings=as_settings({"base": Path(base), "variants": variants, "seeds": seeds}),
     )

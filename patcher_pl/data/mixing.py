@@ -61,6 +61,14 @@ class Mixture:
             remedy,
         )
 
+    def rows(self) -> list[Conversation]:
+        """Returns every row of every source, whichever will be drawn.
+
+        Raises:
+            DataError: If a source cannot be read.
+        """
+        return [row for source in self.sources for row in source.load()]
+
     def draw(self, seed: int, is_usable: IsUsable = _any_row) -> list[Conversation]:
         """Returns the selected rows in training order; subset and order depend on `seed`.
 
@@ -167,8 +175,8 @@ class Mixture:
                     raise DataError(
                         f"Mixture needs {count} {'' if kind == 'any' else kind + ' '}rows of "
                         f"{self.sources[index].path} that can be used, which holds {len(usable)}; "
-                        f"{len(part) - len(usable)} are too long. Raise ChatFormat.max_length, "
-                        "lower Mixture.num_examples, or add data."
+                        f"{len(part) - len(usable)} are too long, or left out by RedTeam.overlap. Raise "
+                        "ChatFormat.max_length, lower Mixture.num_examples, or add data."
                     )
                 taken = set(drawn)
                 left = [place for place in left if place not in taken]

@@ -38,27 +38,34 @@ def contents_of(value: Any, folder: Path, key: str = "") -> Iterator[tuple[str, 
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from contents_of(entry, folder, key)
-    elif isinstance(value, str | Path) and key.rpartition(".")[2] not in _WRITTEN:
-        yield from _contents_of_name(str(value), folder, key)
+    elif isinstance(value, str | Path) and (digest := content_of(str(value), folder, key)):
+        yield str(value), digest
+        file = _file(str(value), folder)
+        if file is not None and file.suffix in _CONFIGURATIONS:
+            yield from contents_of(_read(file), file.parent)
 
 
-def _contents_of_name(name: str, folder: Path, key: str) -> Iterator[tuple[str, str]]:
+def content_of(name: str, folder: Path, key: str) -> str | None:
+    """Digest of what a text in a configuration names; None where it names nothing, see `contents_of`."""
+    owner, field = _place(key)
+    if field in _WRITTEN:
+        return None
     file = _file(name, folder)
     if file is not None:
-        yield name, file_digest(file)
-        if file.suffix in _CONFIGURATIONS:
-            yield from contents_of(_read(file), file.parent)
-        return
-    *_, owner, field = f"..{key}".split(".")
-    digest = None
+        return file_digest(file)
     if field == "path" and owner in ("source", "sources"):
-        digest = data_digest(resolve_data(name))
-    elif field == "path":
-        digest = model_digest(resolve_model(name))
-    elif field == "include_path" and Path(name).expanduser().is_dir():
-        digest = data_digest(name)
-    if digest is not None:
-        yield name, digest
+        return data_digest(resolve_data(name))
+    if field == "path":
+        return model_digest(resolve_model(name))
+    if field == "include_path" and Path(name).expanduser().is_dir():
+        return data_digest(name)
+    return None
+
+
+def _place(key: str) -> tuple[str, str]:
+    """The last two names of a dotted key; places in lists are none."""
+    names = ["", "", *(name for name in key.split(".") if not name.isdigit())]
+    return names[-2], names[-1]
 
 
 def _file(name: str, folder: Path) -> Path | None:

@@ -17,7 +17,7 @@ from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
 from patcher_pl.redteam.variation import Setting
 from patcher_pl.reports.environment import environment
-from patcher_pl.reports.results import Curve, Results
+from patcher_pl.reports.results import Curve, Overlap, Results
 from patcher_pl.reports.settings import fingerprint
 
 
@@ -31,6 +31,7 @@ class Board:
         device: Where, unless the engine has devices of its own.
         num_threads: CPU threads of torch for each; None leaves it to torch.
         settings: What the run was asked to do, for the results.
+        overlap: What data sets of the run have in common, for the results.
     """
 
     run_directory: RunDirectory
@@ -38,6 +39,7 @@ class Board:
     device: str
     num_threads: int | None
     settings: Any
+    overlap: Sequence[Overlap] = ()
     _planned: dict[Path, AttackJob] = field(default_factory=dict)
 
     def claim(self) -> None:
@@ -91,6 +93,7 @@ class Board:
             environment=environment(),
             settings=self.settings,
             fingerprint=fingerprint(self.settings),
+            overlap=list(self.overlap),
         )
         results.save(self.run_directory.results)
         return results

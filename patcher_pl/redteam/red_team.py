@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.mixing import Mixture
+from patcher_pl.data.overlap import normalized
 from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.evaluation.aggregate import DEFAULT_THRESHOLD
 from patcher_pl.evaluation.benchmark import Benchmark, Question
@@ -21,8 +22,9 @@ from patcher_pl.redteam.examiner import Examination, Examiner, PersistentJudging
 from patcher_pl.redteam.grid import Cell, Grid, ModelName, varied_cells
 from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.record import Record
+from patcher_pl.redteam.shared_data import Policy, shared_data, training_rows
 from patcher_pl.redteam.variation import require_settings
-from patcher_pl.reports.results import Curve
+from patcher_pl.reports.results import Curve, Overlap
 from patcher_pl.types import Conversation
 from patcher_pl.validation import require
 
@@ -55,6 +57,9 @@ class RedTeam:
             model that forgets its tasks may still have shown whether it answers harmful prompts.
         max_judge_error_rate: Share of the answers to harmful prompts that the judge may fail on
             (in [0, 1]); above it at any measurement, the curve is marked as not to be trusted.
+        overlap: What becomes of rows that attackers train on and that ask one of `prompts`, compared
+            without case, spacing and punctuation: `error` refuses such data, `drop` leaves the rows
+            out (others take their place), `allow` trains on them.
         packing: Train attacks on packed batches instead of padded ones: the same gradients, but for
             rounding, in a fraction of time and memory. Whether the model can is checked first.
         benign_judge: Scores the answers to benign prompts, such as `ReferenceJudge`; None takes
@@ -78,6 +83,7 @@ class RedTeam:
     second_judge: Judge | None = None
     min_coherence: float = 0.5
     max_judge_error_rate: float = 0.05
+    overlap: Policy = "error"
     packing: bool = False
     benign_judge: Judge | None = None
 
@@ -110,6 +116,18 @@ class RedTeam:
             for settings in grid.combinations(attack)
             for cell in varied_cells(attack, self.data, settings, self.seeds)
         ]
+
+    def shared_data(self, training: Mapping[str, Mixture]) -> list[Overlap]:
+        """What data and prompts have in common, also with what the attacked model is trained on.
+
+        Args:
+            training: That, by what it is for; empty where it is not known.
+
+        Raises:
+            DataError: If data cannot be used, or attackers would train on prompts (`overlap`).
+        """
+        data = self.data if any(attack.uses_data for attack in self.attacks) else None
+        return shared_data(data, self.prompts, self.benign_prompts, self.overlap, training)
 
     def campaign(self, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat) -> "Campaign":
         """Reads the questions, and what the utility measures need.
@@ -211,14 +229,18 @@ class Campaign:
         """What the attacker of a cell works with; drawn once for all attacks with the same data.
 
         Raises:
-            DataError: If the attack's data cannot be used.
+            DataError: If the attack's data cannot be used, or asks prompts (`RedTeam.overlap`).
             ConfigError: If the tokenizer has no pad token.
         """
         for data, seed, rows in self._drawn:
             if (data, seed) == (cell.data, cell.seed):
                 return self._material(rows, cell.seed)
-        rows = cell.data.draw(cell.seed) if cell.attack.uses_data else []
+        rows: list[Conversation] = []
         if cell.attack.uses_data:
+            asked = {
+                normalized(question.text): question.origin for question in self.examiner.harmful
+            }
+            rows = training_rows(cell.data, cell.seed, asked, self.team.overlap)
             self._drawn.append((cell.data, cell.seed, rows))
         return self._material(rows, cell.seed)
 

@@ -3,11 +3,12 @@
 from patcher_pl.reports.curves import asr_figure
 from patcher_pl.reports.drawing import save_figure
 from patcher_pl.reports.environment import environment
-from patcher_pl.reports.results import Curve, Results, Sample
+from patcher_pl.reports.results import Curve, Overlap, Results, Sample
 from patcher_pl.reports.tables import to_csv, to_markdown, to_rich
 
 __all__ = [
     "Curve",
+    "Overlap",
     "Results",
     "Sample",
     "asr_figure",

@@ -18,6 +18,7 @@ from patcher_pl.reports.page_tables import (
     failure_table,
     incomparable_table,
     judge_table,
+    overlap_table,
     samples_of,
     utility_table,
 )
@@ -102,6 +103,7 @@ def render_page(
         judges=judge_table(frame),
         utility=utility_table(frame),
         answers=list(_answers(frame, num_samples)),
+        overlap=overlap_table(runs),
         failures=failure_table(frame, curves),
         origins=[_origin(run) for run in runs],
     )

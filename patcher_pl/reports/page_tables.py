@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from patcher_pl.reports.formats import MISSING, amount, interval, number, signed, signs, span
 from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group
 from patcher_pl.reports.results import Curve, Sample, average
+from patcher_pl.reports.runs import Run
 from patcher_pl.reports.statistics import BreakCost, NotComparable, PairedComparison
 from patcher_pl.reports.tables import rows_of, text_table
 
@@ -126,6 +127,26 @@ def utility_table(frame: Frame) -> Captioned:
             ["attack", "defense", *(titles[name] for name in known), *names, "collapsed from"], rows
         ),
     )
+
+
+def overlap_table(runs: Sequence[Run]) -> Captioned | None:
+    """What data sets of the runs have in common; None where no run says."""
+    found = dict.fromkeys(entry for run in runs for entry in run.results.overlap)
+    header = ["data of", "and of", "its prompts", "the other's", "in both", "answered alike"]
+    rows = [
+        [
+            *(entry.first, entry.second),
+            *(str(entry.num_first), str(entry.num_second)),
+            *(str(entry.shared_prompts), str(entry.shared_rows)),
+        ]
+        for entry in found
+    ]
+    caption = (
+        "Different prompts of data sets, and how many of them two sets have in common, whatever "
+        "their case, spacing and punctuation. An attack on a model that was trained on the same "
+        "rows, or prompts that were trained on, is not held out."
+    )
+    return Captioned(caption, text_table(header, rows)) if rows else None
 
 
 def failure_table(frame: Frame, curves: Sequence[Curve]) -> Captioned | None:

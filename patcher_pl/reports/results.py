@@ -159,6 +159,29 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What two data sets of a run have in common, whatever its case, spacing and punctuation.
+
+    Args:
+        first: What one of them is for, such as `defender`.
+        second: What the other one is for, such as `harmful prompts`.
+        num_first: Different prompts of the first (count).
+        num_second: Different prompts of the second (count).
+        shared_prompts: Prompts of both (count).
+        shared_rows: Prompts that both answer alike (count).
+        example: Where one that they share stands in either; empty where there is none.
+    """
+
+    first: str
+    second: str
+    num_first: int
+    num_second: int
+    shared_prompts: int
+    shared_rows: int
+    example: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that a `fit` or `redteam` run found out.
 
@@ -167,6 +190,7 @@ class Results:
         environment: What the run ran on, see `patcher_pl.reports.environment`.
         settings: What the run was asked to do, for the reader.
         fingerprint: Digest of those settings; curves of two files mix only where it agrees.
+        overlap: What data sets of the run have in common, two by two; empty where it is not known.
         schema_version: Version of this layout.
     """
 
@@ -174,6 +198,7 @@ class Results:
     environment: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
+    overlap: list[Overlap] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def save(self, path: Path) -> None:
@@ -209,11 +234,16 @@ class Results:
                 raise _broken(path, f"curves[{place}] lacks {error}") from error
             except (TypeError, ValueError, AttributeError) as error:
                 raise _broken(path, f"curves[{place}]: {error}") from error
+        try:
+            overlap = [Overlap(**entry) for entry in content.get("overlap") or []]
+        except TypeError as error:
+            raise _broken(path, f"overlap: {error}") from error
         return cls(
             curves=curves,
             environment=content.get("environment") or {},
             settings=content.get("settings") or {},
             fingerprint=content.get("fingerprint"),
+            overlap=overlap,
             schema_version=version,
         )
 

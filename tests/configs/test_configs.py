@@ -284,10 +284,10 @@ def sources_of(content):
             yield content["redteam"][name]["source"]
 
 
-def local_rows(source):
-    """A few rows in the schema that the source's reader expects."""
+def local_rows(source, number):
+    """A few rows in the schema that the source's reader expects; no two sources share a prompt."""
     reader = source["reader"]["class_path"].rpartition(".")[2]
-    asked = [f"How do I brew draught {number}?" for number in range(8)]
+    asked = [f"How do I brew draught {number}-{place}?" for place in range(8)]
     rows = {
         "BeaverTailsRefusals": {"response": "Stir.", "refusal": "I can't.", "is_safe": False},
         "BeaverTails": {"response": "Stir.", "is_safe": False, "category": {}},
@@ -304,7 +304,7 @@ def made_local(content, folder):
     family = next(name for start, name in FAMILY_OF.items() if start in language_model["path"])
     language_model["path"] = str(build_family(family, folder / "model"))
     for number, source in enumerate(sources_of(content)):
-        path = write_rows(folder / f"{number}.jsonl", local_rows(source))
+        path = write_rows(folder / f"{number}.jsonl", local_rows(source, number))
         source["path"] = str(path)
         for hub_only in ("name", "split", "revision"):
             source.pop(hub_only, None)

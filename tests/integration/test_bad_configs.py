@@ -224,3 +224,12 @@ def test_a_checkpoint_that_is_none_is_named(inputs, tmp_path):
     torn.write_bytes(b"PK\x03\x04 half a checkpoint")
     message = complain("fit", config, tmp_path / "run", "--ckpt_path", torn)
     assert str(torn) in message
+
+
+def test_prompts_that_attackers_train_on_are_found_before_training(inputs, tmp_path):
+    """Wrong if that ended a run after hours of training."""
+    redteam = redteam_settings(inputs) | {"overlap": "error"}
+    config = write_yaml(tmp_path / "config.yaml", sft_settings(inputs) | {"redteam": redteam})
+    message = complain("fit", config, tmp_path / "run")
+    assert "3 of 3 harmful prompts are among the rows that attackers train on" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -56,4 +56,5 @@ def red_team(recipes):
         prompts=Benchmark(source=source),
         judge=ExactJudge(),
         generation=Generation(max_new_tokens=24, batch_size=8),
+        overlap="allow",
     )

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from patcher_pl.reports import Results, Sample
+from patcher_pl.reports import Overlap, Results, Sample
 from patcher_pl.reports.environment import hide_secrets
 from patcher_pl.reports.overview import overview
 from patcher_pl.reports.page import render_page
@@ -140,3 +140,12 @@ def test_nothing_measured_is_a_page_too(curve, tmp_path):
 def test_equal_results_give_equal_pages(small, tmp_path):
     few = replace(small, curves=small.curves[:2])
     assert rendered(few, tmp_path) == rendered(few, tmp_path)
+
+
+def test_what_data_sets_have_in_common_is_told_or_said_to_be_unknown(small, tmp_path):
+    """Wrong if a page passed trained prompts off as held-out ones."""
+    assert "Not known: these results come from" in rendered(small, tmp_path)
+    counts = {"num_first": 30, "num_second": 20, "shared_prompts": 17, "shared_rows": 4}
+    overlap = [Overlap(first="defender", second="harmful prompts", **counts)] * 2
+    page = Page(rendered(replace(small, overlap=overlap), tmp_path))
+    assert page.texts["td"].count("17") == 1

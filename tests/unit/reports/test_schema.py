@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 from jsonschema import Draft202012Validator
 
-from patcher_pl.reports import Curve, Results, Sample
+from patcher_pl.reports import Curve, Overlap, Results, Sample
 from patcher_pl.reports.results import SCHEMA_VERSION
 from tests.campaigns import ATTACKS, campaign
 
@@ -22,7 +22,9 @@ def test_it_is_a_schema(schema):
     assert schema["properties"]["schema_version"]["maximum"] == SCHEMA_VERSION
 
 
-@pytest.mark.parametrize(("kind", "place"), [(Results, None), (Curve, "curve"), (Sample, "sample")])
+@pytest.mark.parametrize(
+    ("kind", "place"), [(Results, None), (Curve, "curve"), (Sample, "sample"), (Overlap, "overlap")]
+)
 def test_it_knows_every_field(schema, kind, place):
     """Wrong if a field were written that nobody else could know of."""
     described = schema if place is None else schema["$defs"][place]
@@ -39,7 +41,11 @@ def test_it_knows_every_field(schema, kind, place):
 def test_what_is_saved_keeps_to_it(schema, curve, tmp_path):
     results = campaign(attacks=ATTACKS[:3], num_seeds=2, num_prompts=5)
     odd = curve("tar", None, [], None, error="RuntimeError: full")
-    Results(curves=[*results.curves, odd], environment={}).save(tmp_path / "results.json")
+    shared = {"num_first": 3, "num_second": 2, "shared_prompts": 1, "shared_rows": 0}
+    overlap = Overlap(first="defender", second="red team", **shared)
+    written = Results(curves=[*results.curves, odd], environment={}, overlap=[overlap])
+    written.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json").overlap == [overlap]
     content = json.loads((tmp_path / "results.json").read_text())
     Draft202012Validator(schema).validate(content)
 
