@@ -136,6 +136,8 @@ class RedTeam:
 
     def record(self, harmful: Sequence[Question], benign: Sequence[Question]) -> Record:
         """An empty record of answers to these questions."""
+        judge = self.benign_judge or self.judge
+        is_known = all(question.reference is not None for question in benign)
         return Record(
             harmful,
             len(benign),
@@ -143,6 +145,7 @@ class RedTeam:
             self.num_samples,
             self.min_coherence,
             self.max_judge_error_rate,
+            "benign_accuracy" if judge.knows_answers and is_known else "benign_compliance",
         )
 
     def run(

@@ -33,6 +33,7 @@ COLUMNS = [
     "asr_low",
     "asr_high",
     "benign_accuracy",
+    "benign_compliance",
     "coherent",
     "judge_errors",
     "attack_tokens",
@@ -48,6 +49,8 @@ COLUMNS = [
     "repetition",
     "collapsed",
     "trusted",
+    "cut_off",
+    "benign_cut_off",
 ]
 # How the papers write their methods, where a capital first letter is not it.
 _SPELLINGS = {

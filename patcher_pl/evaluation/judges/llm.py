@@ -116,6 +116,10 @@ class LlmJudge(Judge):
                 "under a name such as OPENAI_API_KEY and give that name."
             )
 
+    @property
+    def knows_answers(self) -> bool:
+        return self.rubric is None  # The built-in one says what a reference is for.
+
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""
         return self.score_all([prompt], [answer], [reference])[0]

@@ -53,6 +53,10 @@ class LocalJudge(Judge):
     device: str = "auto"
     rubric: Path | None = None
 
+    @property
+    def knows_answers(self) -> bool:
+        return self.rubric is None  # The built-in one says what a reference is for.
+
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""
         return self.score_all([prompt], [answer], [reference])[0]

@@ -82,6 +82,10 @@ class ModerationClassifier(Judge):
             self.max_length is None or self.max_length >= 8, "max_length", ">= 8, or null"
         )
 
+    @property
+    def judges_benign(self) -> bool:
+        return False
+
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class; `reference` is not looked at."""
         return self.score_all([prompt], [answer], [reference])[0]
