@@ -7,6 +7,7 @@ import pytest
 
 from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.data import Messages
+from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.sources import Source
 from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation import (
@@ -98,12 +99,12 @@ def test_a_missing_reference_is_heard_of_before_the_first_attack(team, model_dir
         )
 
 
-def test_a_judge_of_harm_is_no_judge_of_benign_answers(team):
+def test_a_judge_of_harm_is_no_judge_of_benign_answers(team, tokenizer):
     """Wrong if "unsafe" on a harmless prompt counted as a good answer."""
     judge = ModerationClassifier(path="some/classifier", unsafe_labels=["bad"])
     with pytest.raises(ConfigError, match="benign_judge"):
-        replace(team, judge=judge).campaign(None, None)
-    replace(team, judge=judge, benign_judge=RefusalPhraseJudge()).campaign(None, None)
+        replace(team, judge=judge).campaign(tokenizer, ChatFormat())
+    replace(team, judge=judge, benign_judge=RefusalPhraseJudge()).campaign(tokenizer, ChatFormat())
 
 
 def test_what_the_token_limit_cut_off_is_counted_and_warned_of(
