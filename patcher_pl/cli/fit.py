@@ -212,6 +212,7 @@ class _Examination:
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
             settings=as_settings({"redteam": options.redteam, **spent}),
+            training_data=cli.datamodule.shares,
         )
 
     def examine(self, trained: _Trained) -> None:

@@ -31,6 +31,7 @@ class Board:
         device: Where, unless the engine has devices of its own.
         num_threads: CPU threads of torch for each; None leaves it to torch.
         settings: What the run was asked to do, for the results.
+        training_data: What the attacked models of a `fit` were trained on, for the results.
     """
 
     run_directory: RunDirectory
@@ -38,6 +39,7 @@ class Board:
     device: str
     num_threads: int | None
     settings: Any
+    training_data: dict[str, dict[str, float]] = field(default_factory=dict)
     _planned: dict[Path, AttackJob] = field(default_factory=dict)
 
     def claim(self) -> None:
@@ -91,6 +93,7 @@ class Board:
             environment=environment(),
             settings=self.settings,
             fingerprint=fingerprint(self.settings),
+            training_data=self.training_data,
         )
         results.save(self.run_directory.results)
         return results

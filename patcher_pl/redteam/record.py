@@ -41,6 +41,8 @@ class Record:
     min_coherence: float
     max_judge_error_rate: float
     benign_measure: BenignMeasure = "benign_accuracy"
+    trained: Mapping[str, bool] = field(default_factory=dict)
+    """Whether each row that the attack was trained on is harmful, by its origin."""
     _points: list[AttackPoint] = field(default_factory=list)
     _found: list[Examination] = field(default_factory=list)
     _samples: list[Sample] = field(default_factory=list)
@@ -195,6 +197,10 @@ class Record:
                 finite(found.agreement) for found in self._found if found.second is not None
             ],
             trusted=self._trusted,
+            num_trained_rows=len(self.trained),
+            trained_poison_ratio=sum(self.trained.values()) / len(self.trained)
+            if self.trained
+            else None,
             cut_off=[finite(found.harmful.cut_off) for found in self._found],
             benign_cut_off=self._benign("cut_off"),
             prompts_digest=fingerprint(

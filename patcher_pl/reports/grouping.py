@@ -51,6 +51,8 @@ COLUMNS = [
     "trusted",
     "cut_off",
     "benign_cut_off",
+    "num_trained_rows",
+    "trained_poison_ratio",
 ]
 # How the papers write their methods, where a capital first letter is not it.
 _SPELLINGS = {

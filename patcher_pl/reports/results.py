@@ -97,6 +97,8 @@ class Curve:
             the right answers; None throughout, or empty, where that was not measured.
         cut_off: Share of the answers to harmful prompts that ended at the token limit.
         benign_cut_off: The same of benign ones.
+        num_trained_rows: Different rows that the attack trained on (count).
+        trained_poison_ratio: Share of harmful rows among them; None where it trained on none.
     """
 
     defense: str
@@ -132,6 +134,8 @@ class Curve:
     benign_compliance: list[float | None] = field(default_factory=list)
     cut_off: list[float | None] = field(default_factory=list)
     benign_cut_off: list[float | None] = field(default_factory=list)
+    num_trained_rows: int | None = None
+    trained_poison_ratio: float | None = None
 
     @property
     def key(self) -> CurveKey:
@@ -186,6 +190,8 @@ class Results:
         settings: What the run was asked to do, for the reader.
         fingerprint: Digest of those settings; curves of two files mix only where it agrees.
         schema_version: Version of this layout.
+        training_data: Of a `fit`, what the defender (`safe`) and its simulated attacker (`attack`)
+            drew: `num_rows`, `poison_ratio` (share of harmful ones) and `num_dropped` (too long).
     """
 
     curves: list[Curve]
@@ -193,6 +199,7 @@ class Results:
     settings: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
     schema_version: int = SCHEMA_VERSION
+    training_data: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes the results atomically; NaN becomes null."""
@@ -240,6 +247,7 @@ class Results:
             settings=settings,
             fingerprint=content.get("fingerprint"),
             schema_version=version,
+            training_data=content.get("training_data") or {},
         )
 
 
