@@ -53,7 +53,8 @@ class ChatServer(ThreadingHTTPServer):
     """Counts what it is asked.
 
     Attributes: `requests` bodies in order, `keys` the Authorization headers seen, `most_at_once`
-    the largest number of requests that were under way together.
+    the largest number of requests that were under way together; `refused_forms` types of
+    `response_format` that it does not take.
     """
 
     daemon_threads = True
@@ -67,6 +68,7 @@ class ChatServer(ThreadingHTTPServer):
         self.keys: set[str] = set()
         self.attempts: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.refused_forms: tuple[str, ...] = ()
         self.at_once = 0
         self.most_at_once = 0
 
@@ -115,6 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
             server.faults[fault or "none"] += 1
             # Before the reply: with it the client may already send the next request.
             server.at_once -= 1
+        form = body.get("response_format", {}).get("type")
+        if form in server.refused_forms:
+            fault = "bad form"
         if self.path != "/v1/chat/completions":
             fault = "404"
         self._reply(fault, answer)
@@ -142,6 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, _completion(f'{{"score": {score}, "coherent": true}}'))
         elif fault == "cut off":
             self._send(200, _completion(verdict, "length"))
+        elif fault == "bad form":
+            error = {"message": "This model does not support `response_format`", "code": "x"}
+            self._send(400, json.dumps({"error": error}))
         elif fault is None:
             self._send(200, _completion(verdict))
         else:

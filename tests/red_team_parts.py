@@ -14,6 +14,11 @@ class ExactJudge(Judge):
 
     puzzle: str | None = None
 
+    @property
+    def knows_answers(self):
+        """See `Judge.knows_answers`."""
+        return True
+
     def score(self, prompt, answer, reference):
         """See `Judge.score`."""
         if self.puzzle is not None and self.puzzle in prompt:

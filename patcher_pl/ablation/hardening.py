@@ -77,7 +77,8 @@ def hardened(fits: Mapping[Key, Fit]) -> list[Hardened]:
                     attack=curve.attack,
                     steps_to_break=curve.steps_to_break,
                     longest_attack=curve.attack_steps[-1],
-                    benign_accuracy=curve.benign_accuracy[0],
+                    benign_accuracy=curve.at(curve.attack_steps[0], "benign_accuracy"),
+                    benign_compliance=curve.at(curve.attack_steps[0], "benign_compliance"),
                 )
             )
     return rows

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from patcher_pl.attackers import FineTuningAttacker, InnerProblem
-from patcher_pl.data.collate import encode_all
+from patcher_pl.data.collate import draw_encoded
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.models import LanguageModel
@@ -54,9 +54,9 @@ class Subject:
 
     def _stream(self, part: str, mixture: Mixture, batch_size: int, seed: int) -> BatchStream:
         tokenizer = self.language_model.load_tokenizer()
-        conversations = mixture.draw(derive_seed(seed, part))
+        drawn = draw_encoded(mixture, derive_seed(seed, part), tokenizer, self.language_model.chat)
         return BatchStream(
-            encode_all(tokenizer, self.language_model.chat, conversations),
+            drawn.examples,
             batch_size=batch_size,
             pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
             seed=derive_seed(seed, part, "stream"),

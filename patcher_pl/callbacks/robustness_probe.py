@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from patcher_pl.defenses import Defense
 from patcher_pl.redteam import RedTeam
 from patcher_pl.reports.curves import asr_figure
-from patcher_pl.reports.results import Curve
+from patcher_pl.reports.results import BENIGN_MEASURES, Curve
 
 
 class RobustnessProbe(Callback):
@@ -91,7 +91,7 @@ def log_robustness(logger: TensorBoardLogger, curves: Sequence[Curve], step: int
 
 
 def robustness_scalars(curve: Curve) -> dict[str, float]:
-    """Returns `asr_at_N`, `steps_to_break` and `benign_accuracy` (before the attack) of a curve.
+    """Returns `asr_at_N`, `steps_to_break` and, before the attack, `benign_accuracy` or `_compliance`.
 
     A defense that was never broken gets twice the longest attack as `steps_to_break`: its line in a
     plot must rise, not end. `collapsed_at_N` is 1 where the model no longer spoke: there, neither
@@ -101,7 +101,7 @@ def robustness_scalars(curve: Curve) -> dict[str, float]:
     scalars = {f"asr_at_{steps}": asr for steps, asr in rates}
     broken = curve.steps_to_break
     scalars["steps_to_break"] = 2 * curve.attack_steps[-1] if broken is None else broken
-    scalars["benign_accuracy"] = curve.benign_accuracy[0]
+    scalars |= {name: curve.at(curve.attack_steps[0], name) for name in BENIGN_MEASURES}
     # Results of earlier versions do not say; then the list is empty.
     flags = zip(curve.attack_steps, curve.collapsed, strict=False)
     scalars |= {f"collapsed_at_{steps}": float(flag) for steps, flag in flags}

@@ -265,6 +265,7 @@ class _Examination:
             num_threads=options.num_threads,
             settings=as_settings({"redteam": options.redteam, **spent, **changed}),
             overlap=overlap,
+            training_data=cli.datamodule.shares,
         )
 
     def examine(self, trained: _Trained) -> None:

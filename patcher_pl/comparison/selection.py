@@ -8,7 +8,7 @@ from typing import Any
 
 from patcher_pl.jobs import ConfigFile
 from patcher_pl.reports.comparison import DefenseTrial
-from patcher_pl.reports.results import Results
+from patcher_pl.reports.results import BENIGN_MEASURES, Results
 from patcher_pl.reports.statistics import area_under_asr
 from patcher_pl.validation import require
 
@@ -26,7 +26,8 @@ class Selection:
             comparison ends with.
         num_trials: Settings tried per defense (count, >= 1).
         seeds: Seeds of training and attacks; should not be those of the comparison.
-        min_benign_accuracy: Benign accuracy before the attack of a usable model (in [0, 1]).
+        min_benign_accuracy: Benign accuracy before the attack of a usable model (in [0, 1]); benign
+            compliance, where the judge does not know the right answers.
         max_released_asr: Attack success rate before the attack of a usable model (in [0, 1]).
         sampling_seed: Decides which points of its space a defense tries.
 
@@ -62,7 +63,9 @@ class Selection:
         return -round(self._shortfall(trial), 2), trial.log2_reach, -area
 
     def _shortfall(self, trial: DefenseTrial) -> float:
-        benign = 0.0 if trial.benign_accuracy is None else trial.benign_accuracy
+        # One of them, by the judge.
+        known = (trial.benign_accuracy, trial.benign_compliance)
+        benign = next((rate for rate in known if rate is not None), 0.0)
         asr = 1.0 if trial.released_asr is None else trial.released_asr
         return (
             max(0.0, self.min_benign_accuracy - benign)
@@ -87,7 +90,12 @@ def trial_of(
     ]
     areas = [area_under_asr(curve.attack_steps, curve.asr) for curve in curves]
     known = [area for area in areas if area is not None]
-    benign = [rate for curve in curves if (rate := curve.benign_accuracy[0]) is not None]
+    benign = {
+        name: [
+            rate for curve in curves if (rate := curve.at(curve.attack_steps[0], name)) is not None
+        ]
+        for name in BENIGN_MEASURES
+    }
     released = [rate for curve in curves if (rate := curve.asr[0]) is not None]
     return DefenseTrial(
         defense=defense,
@@ -99,6 +107,7 @@ def trial_of(
         steps_to_break=[curve.steps_to_break for curve in curves],
         area=statistics.fmean(known) if known else None,
         released_asr=max(released, default=None),
-        benign_accuracy=min(benign, default=None),
+        benign_accuracy=min(benign["benign_accuracy"], default=None),
+        benign_compliance=min(benign["benign_compliance"], default=None),
         is_speechless=any(curve.collapsed[0] for curve in curves if curve.collapsed),
     )

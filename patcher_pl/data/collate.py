@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn from a mixture to be trained on.
+
+    Args:
+        examples: As tokens, in training order (at least one).
+        num_harmful: Harmful ones among them.
+        num_dropped: Rows that were looked at and too long to use.
+    """
+
+    examples: list[Encoded]
+    num_harmful: int
+    num_dropped: int
+
+    def shares(self) -> dict[str, float]:
+        """As `Results.training_data` has them."""
+        num_rows = len(self.examples)
+        return {
+            "num_rows": num_rows,
+            "poison_ratio": self.num_harmful / num_rows,
+            "num_dropped": self.num_dropped,
+        }
 
 
 def encode_all(
@@ -33,7 +58,7 @@ def encode_all(
 
 def draw_encoded(
     mixture: Mixture, seed: int, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat
-) -> list[Encoded]:
+) -> Drawn:
     """Draws rows from a mixture and encodes them; numbers and shares are those of usable rows.
 
     Raises:
@@ -48,7 +73,8 @@ def draw_encoded(
 
     drawn = mixture.draw(seed, is_usable)
     num_dropped = sum(example is None for example in encoded.values())
-    return _counted([encoded[row] for row in drawn], num_dropped, chat)
+    examples = _counted([encoded[row] for row in drawn], num_dropped, chat)
+    return Drawn(examples, sum(row.harmful for row in drawn), num_dropped)
 
 
 def _counted(

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 
 from patcher_pl.data.chat import Encoded
-from patcher_pl.data.collate import draw_encoded
+from patcher_pl.data.collate import Drawn, draw_encoded
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.stream import BatchStream, FixedBatches
 from patcher_pl.errors import ConfigError
@@ -67,7 +67,7 @@ class SafetyDataModule(LightningDataModule):
         self.packing = packing
         self._restored_seed: int | None = None
         self._restored_attack: dict[str, Any] | None = None
-        self._encoded: dict[_Part, list[Encoded]] = {}
+        self._drawn: dict[_Part, Drawn] = {}
         self._streams: dict[_Part, BatchStream] = {}
 
     @property
@@ -99,6 +99,11 @@ class SafetyDataModule(LightningDataModule):
     def safe_examples(self) -> Sequence[Encoded]:
         """D_safe as tokens, in the order in which it was drawn."""
         return self._encode("safe")
+
+    @property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """What was drawn so far for defender and simulated attacker, see `Results.training_data`."""
+        return {part: drawn.shares() for part, drawn in self._drawn.items() if part != "val"}
 
     @property
     def has_attack(self) -> bool:
@@ -147,7 +152,7 @@ class SafetyDataModule(LightningDataModule):
     def _with(self, part: _Part, mixture: Mixture) -> "SafetyDataModule":
         other = copy(self)
         other._mixtures = {**self._mixtures, part: mixture}
-        other._encoded, other._streams = {}, {}
+        other._drawn, other._streams = {}, {}
         return other
 
     def val_dataloader(self) -> FixedBatches | list[Any]:
@@ -177,7 +182,7 @@ class SafetyDataModule(LightningDataModule):
         self._restored_seed = int(state_dict["seed"])
         self._restored_attack = state_dict["attack"]
         if self.seed != seed_before:
-            self._encoded.clear()
+            self._drawn.clear()
             self._streams.clear()
         if "attack" in self._streams and self._restored_attack is not None:
             self._streams["attack"].load_state_dict(self._restored_attack)
@@ -200,20 +205,20 @@ class SafetyDataModule(LightningDataModule):
         return self.trainer
 
     def _encode(self, part: _Part) -> list[Encoded]:
-        if part not in self._encoded:
+        if part not in self._drawn:
             mixture = self._mixtures[part]
             if mixture is None:
                 raise ConfigError(
                     f"SafetyDataModule.{part} is not set, but this run needs it. "
                     f"Add `data.{part}` with at least one source."
                 )
-            self._encoded[part] = draw_encoded(
+            self._drawn[part] = draw_encoded(
                 mixture,
                 derive_seed(self.seed, part),
                 self._module.tokenizer,
                 self._module.language_model.chat,
             )
-        return self._encoded[part]
+        return self._drawn[part].examples
 
     def _stream(self, part: _Part, batch_size: int) -> BatchStream:
         if part not in self._streams:

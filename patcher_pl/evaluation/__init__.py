@@ -10,6 +10,7 @@ from patcher_pl.evaluation.judges import (
     Judge,
     LlmJudge,
     ModerationClassifier,
+    ReferenceJudge,
     RefusalPhraseJudge,
     Verdict,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "LocalJudge",
     "ModerationClassifier",
     "Question",
+    "ReferenceJudge",
     "RefusalPhraseJudge",
     "Verdict",
     "evaluate_answers",

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from patcher_pl.data.chat import ChatFormat
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.material import AttackMaterial, RowKind
-from patcher_pl.types import Message
+from patcher_pl.types import Conversation, Message
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ class Attack(ABC):
             material: As given to `run`.
         """
         return self.asking.reworded(messages)
+
+    def can_use(
+        self, row: Conversation, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat
+    ) -> bool:
+        """Whether the attack can work with a row of its data, in its own words; others are drawn."""
+        return True
 
     @abstractmethod
     def run(self, model: "PreTrainedModel", material: AttackMaterial) -> Iterator[AttackPoint]:

@@ -32,6 +32,7 @@ class Board:
         num_threads: CPU threads of torch for each; None leaves it to torch.
         settings: What the run was asked to do, for the results.
         overlap: What data sets of the run have in common, for the results.
+        training_data: What the attacked models of a `fit` were trained on, for the results.
     """
 
     run_directory: RunDirectory
@@ -40,6 +41,7 @@ class Board:
     num_threads: int | None
     settings: Any
     overlap: Sequence[Overlap] = ()
+    training_data: dict[str, dict[str, float]] = field(default_factory=dict)
     _planned: dict[Path, AttackJob] = field(default_factory=dict)
 
     def claim(self) -> None:
@@ -94,6 +96,7 @@ class Board:
             settings=self.settings,
             fingerprint=fingerprint(self.settings),
             overlap=list(self.overlap),
+            training_data=self.training_data,
         )
         results.save(self.run_directory.results)
         return results

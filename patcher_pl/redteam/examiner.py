@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
-from patcher_pl.errors import ConfigError
+from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers, unjudged
 from patcher_pl.evaluation.agreement import judge_agreement
 from patcher_pl.evaluation.benchmark import Benchmark, Question
@@ -133,9 +133,18 @@ class Examiner:
 
         Raises:
             DataError: If a benchmark, or data of a measure, cannot be used.
-            ConfigError: If a measure lacks a library.
+            ConfigError: If a measure lacks a library, or no judge is fit for benign prompts.
         """
         harmful, harmless = prompts.questions(), benign.questions() if benign else []
+        if harmless and not (benign_judge or judge).judges_benign:
+            raise ConfigError(
+                f"RedTeam.benign_judge must be a judge for harmless prompts, got {benign_judge}, and "
+                f"{judge} gives its highest score to harm. Name one, such as RefusalPhraseJudge."
+            )
+        _require_references(judge, harmful)
+        _require_references(benign_judge or judge, harmless)
+        if second_judge is not None:
+            _require_references(second_judge, harmful)
         for measure in utility:
             measure.prepare()
         return cls(generation, judge, harmful, harmless, second_judge, utility, benign_judge)
@@ -192,3 +201,11 @@ class Examiner:
                 else:
                     numbers |= measure.measure(model, tokenizer, chat, seed=seed)
         return Usefulness(numbers, asked)
+
+
+def _require_references(judge: Judge, questions: Sequence[Question]) -> None:
+    for question in questions:
+        if (reason := judge.unusable_reference(question.reference)) is not None:
+            raise DataError(
+                f"{question.origin}: {reason}. Choose a reader that reads it, or another judge."
+            )

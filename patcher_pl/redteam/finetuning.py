@@ -4,14 +4,20 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from patcher_pl.attackers.loop import FinetuneStep, FineTuning
+from patcher_pl.data.chat import ChatFormat
+from patcher_pl.errors import DataError
+from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack, AttackPoint, training_flops
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, Conversation
 from patcher_pl.validation import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,20 @@ class FinetuningAttack(FineTuning, Attack):
     def num_steps(self) -> int:
         """Optimizer steps of the whole attack (count)."""
         return self.attack_steps[-1]
+
+    @property
+    def wording(self) -> Asking:
+        """How training rows are worded."""
+        return self.asking
+
+    def can_use(
+        self, row: Conversation, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat
+    ) -> bool:
+        """See `Attack.can_use`: a row that is too long would be dropped, and shift the poison ratio."""
+        try:
+            return chat.encode(tokenizer, self.wording.reworded_row(row)) is not None
+        except DataError:
+            return True  # Of this attack alone: told when it is trained on.
 
     def steps(
         self,

@@ -160,6 +160,12 @@ class AttackJob(Job[Curve]):
         logger.info("%s under %s, seed %d: judged again", name.defense, cell.name, cell.seed)
         record = judged_again(self.team, kept)
         curve = record.curve(name.key(cell), None, family=cell.family, varied=cell.varied)
+        if (earlier := self.load()) is not None:
+            curve = replace(
+                curve,
+                num_trained_rows=earlier.num_trained_rows,
+                trained_poison_ratio=earlier.trained_poison_ratio,
+            )
         for concern in record.concerns():
             logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
         return AttackOutcome(curve, record)

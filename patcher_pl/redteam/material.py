@@ -1,7 +1,7 @@
 """What an attacker has beside the weights."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from patcher_pl.data.chat import ChatFormat
@@ -27,6 +27,7 @@ class AttackMaterial:
         rows: What this seed has drawn of the attacker's data, in training order.
         seed: For randomness that torch's global generator does not cover.
         packing: Whether training batches are packed into one row each instead of padded.
+        trained: Whether each row that was trained on is harmful, by its origin; `batches` fills it.
 
     Raises:
         ConfigError: If the tokenizer has no pad token.
@@ -37,6 +38,7 @@ class AttackMaterial:
     rows: Sequence[Conversation]
     seed: int
     packing: bool = False
+    trained: dict[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokenizer.pad_token_id, int):
@@ -68,6 +70,7 @@ class AttackMaterial:
             rows: What to train on.
             asking: How the attacker words them; None leaves them as they are.
         """
+        self.trained.update((row.origin, row.harmful) for row in rows)
         worded = [asking.reworded_row(row) for row in rows] if asking is not None else rows
         pad_token_id = self.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)

@@ -8,7 +8,14 @@ from patcher_pl.evaluation.aggregate import Evaluation, steps_to_break
 from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Asked, Examination
-from patcher_pl.reports.results import Curve, CurveKey, Sample, finite
+from patcher_pl.reports.results import (
+    LARGEST_CUT_OFF,
+    BenignMeasure,
+    Curve,
+    CurveKey,
+    Sample,
+    finite,
+)
 from patcher_pl.reports.settings import fingerprint
 
 
@@ -24,6 +31,7 @@ class Record:
         min_coherence: Share of coherent answers to harmful prompts below which a model counts as
             collapsed.
         max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
+        benign_measure: What the highest score on a benign prompt says of the model.
     """
 
     questions: Sequence[Question]
@@ -32,6 +40,9 @@ class Record:
     num_samples: int
     min_coherence: float
     max_judge_error_rate: float
+    benign_measure: BenignMeasure = "benign_accuracy"
+    trained: Mapping[str, bool] = field(default_factory=dict)
+    """Whether each row that the attack was trained on is harmful, by its origin."""
     _points: list[AttackPoint] = field(default_factory=list)
     _found: list[Examination] = field(default_factory=list)
     _samples: list[Sample] = field(default_factory=list)
@@ -104,6 +115,16 @@ class Record:
                 f"the second judge failed on {failed} of {asked} answers after {steps} steps: "
                 "second_asr and judge_agreement rest on the others alone"
             )
+        shares = [
+            max(evaluation.cut_off for evaluation in (found.harmful, found.benign) if evaluation)
+            for found in self._found
+        ]
+        if max(shares, default=0.0) > LARGEST_CUT_OFF:
+            place = shares.index(max(shares))
+            lines.append(
+                f"after {self._points[place].steps} steps {shares[place]:.0%} of the answers were cut "
+                "off, and are judged by their beginnings: raise Generation.max_new_tokens"
+            )
         if any(self._collapsed):
             place = self._collapsed.index(True)
             lines.append(
@@ -132,7 +153,12 @@ class Record:
         defense, k1, train_seed, attack, seed = key
         steps = [point.steps for point in self._points]
         asr = [finite(found.harmful.rate) for found in self._found]
-        benign = [found.benign.rate if found.benign else math.nan for found in self._found]
+        unknown: list[float | None] = [None] * len(steps)
+        benign: dict[BenignMeasure, list[float | None]] = {
+            "benign_accuracy": unknown,
+            "benign_compliance": unknown,
+        }
+        benign[self.benign_measure] = self._benign("rate")
         return Curve(
             defense=defense,
             seed=seed,
@@ -140,7 +166,8 @@ class Record:
             attack=attack,
             attack_steps=steps,
             asr=asr,
-            benign_accuracy=[finite(rate) for rate in benign],
+            benign_accuracy=benign["benign_accuracy"],
+            benign_compliance=benign["benign_compliance"],
             steps_to_break=steps_to_break(steps, asr, self.threshold),
             threshold=self.threshold,
             train_seed=train_seed,
@@ -170,10 +197,22 @@ class Record:
                 finite(found.agreement) for found in self._found if found.second is not None
             ],
             trusted=self._trusted,
+            num_trained_rows=len(self.trained),
+            trained_poison_ratio=sum(self.trained.values()) / len(self.trained)
+            if self.trained
+            else None,
+            cut_off=[finite(found.harmful.cut_off) for found in self._found],
+            benign_cut_off=self._benign("cut_off"),
             prompts_digest=fingerprint(
                 [[turn.content for turn in question.messages] for question in self.questions]
             ),
         )
+
+    def _benign(self, name: str) -> list[float | None]:
+        return [
+            None if found.benign is None else finite(getattr(found.benign, name))
+            for found in self._found
+        ]
 
     @property
     def _collapsed(self) -> list[bool]:

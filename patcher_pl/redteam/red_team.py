@@ -17,8 +17,10 @@ from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.models.lora import merged_copy
 from patcher_pl.models.packing import require_packing
 from patcher_pl.randomness import seeded
+from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.examiner import Examination, Examiner, PersistentJudging, Usefulness
+from patcher_pl.redteam.finetuning import FinetuningAttack
 from patcher_pl.redteam.grid import Cell, Grid, ModelName, varied_cells
 from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.record import Record
@@ -149,6 +151,8 @@ class RedTeam:
 
     def record(self, harmful: Sequence[Question], benign: Sequence[Question]) -> Record:
         """An empty record of answers to these questions."""
+        judge = self.benign_judge or self.judge
+        is_known = all(question.reference is not None for question in benign)
         return Record(
             harmful,
             len(benign),
@@ -156,6 +160,7 @@ class RedTeam:
             self.num_samples,
             self.min_coherence,
             self.max_judge_error_rate,
+            "benign_accuracy" if judge.knows_answers and is_known else "benign_compliance",
         )
 
     def run(
@@ -223,25 +228,30 @@ class Campaign:
     examiner: Examiner
     tokenizer: "PreTrainedTokenizerBase"
     chat: ChatFormat
-    _drawn: list[tuple[Mixture, int, list[Conversation]]] = field(default_factory=list)
+    _drawn: list[tuple[Mixture, int, Asking | None, list[Conversation]]] = field(
+        default_factory=list
+    )
 
     def material(self, cell: Cell) -> AttackMaterial:
-        """What the attacker of a cell works with; drawn once for all attacks with the same data.
+        """What the attacker of a cell works with; drawn once for attacks that word the same data alike.
 
         Raises:
             DataError: If the attack's data cannot be used, or asks prompts (`RedTeam.overlap`).
             ConfigError: If the tokenizer has no pad token.
         """
-        for data, seed, rows in self._drawn:
-            if (data, seed) == (cell.data, cell.seed):
+        attack = cell.attack
+        if not attack.uses_data:
+            return self._material([], cell.seed)
+        key = cell.data, cell.seed, _wording(attack)
+        for *known, rows in self._drawn:
+            if tuple(known) == key:
                 return self._material(rows, cell.seed)
-        rows: list[Conversation] = []
-        if cell.attack.uses_data:
-            asked = {
-                normalized(question.text): question.origin for question in self.examiner.harmful
-            }
-            rows = training_rows(cell.data, cell.seed, asked, self.team.overlap)
-            self._drawn.append((cell.data, cell.seed, rows))
+        asked = {normalized(question.text): question.origin for question in self.examiner.harmful}
+        rows = training_rows(
+            *(cell.data, cell.seed, asked, self.team.overlap),
+            lambda row: attack.can_use(row, self.tokenizer, self.chat),
+        )
+        self._drawn.append((*key, rows))
         return self._material(rows, cell.seed)
 
     def run(self, model: "PreTrainedModel", cell: Cell, name: ModelName) -> Curve:
@@ -277,7 +287,7 @@ class Campaign:
         try:
             material = self.material(cell)
         except DataError as failure:
-            if not cell.varied:
+            if not cell.varied and _wording(cell.attack) in (None, Asking()):
                 raise  # No attack can work with such data.
             curve = record.curve(
                 name.key(cell), _reason(failure), family=cell.family, varied=cell.varied
@@ -288,6 +298,7 @@ class Campaign:
                 self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]
             ]
             require_packing(model, prompts, next(model.parameters()).device, "redteam.packing")
+        record.trained = material.trained
         error = None
         with seeded(cell.seed, next(model.parameters()).device):
             try:
@@ -335,6 +346,11 @@ class Campaign:
 
     def _useful(self, model: Any, cell: Cell, judging: PersistentJudging) -> Usefulness:
         return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed, judging)
+
+
+def _wording(attack: Attack) -> Asking | None:
+    """How an attack words the rows that it trains on; None where it trains on none."""
+    return attack.wording if isinstance(attack, FinetuningAttack) else None
 
 
 def _reason(failure: Exception) -> str:

@@ -1,7 +1,7 @@
 """Sees to it that attacks are not measured on what they, or the model, were trained on."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from patcher_pl.data.mixing import Mixture
@@ -19,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def training_rows(
-    data: Mixture, seed: int, asked: Mapping[str, str], policy: Policy
+    data: Mixture,
+    seed: int,
+    asked: Mapping[str, str],
+    policy: Policy,
+    is_usable: Callable[[Conversation], bool],
 ) -> list[Conversation]:
     """What an attacker draws of its data.
 
@@ -28,12 +32,13 @@ def training_rows(
         seed: Of the attack.
         asked: Normalized harmful prompts that it is measured by, and where each stands.
         policy: What becomes of rows that ask one of them, see `RedTeam.overlap`.
+        is_usable: Whether the attack can train on a row as it words it.
 
     Raises:
         DataError: If the data cannot be used, or asks such prompts and must not.
     """
     if policy != "drop":
-        rows = data.draw(seed)
+        rows = data.draw(seed, is_usable)
         if policy == "error":
             _require_disjoint(Known.of(rows).overlap(RED_TEAM, Known(dict(asked)), HARMFUL_PROMPTS))
         return rows
@@ -42,7 +47,7 @@ def training_rows(
     def is_held_out(row: Conversation) -> bool:
         if asks_any(row, asked):
             left_out.add(row.origin)
-        return row.origin not in left_out
+        return row.origin not in left_out and is_usable(row)
 
     rows = data.draw(seed, is_held_out)
     if left_out:

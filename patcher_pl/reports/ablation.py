@@ -9,7 +9,7 @@ from typing import Any
 from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.formats import break_span, number
 from patcher_pl.reports.grouping import Frame
-from patcher_pl.reports.results import average
+from patcher_pl.reports.results import BENIGN_MEASURES, average, known_benign
 from patcher_pl.reports.tables import csv_table, markdown_table, text_table
 
 SCHEMA_VERSION = 1
@@ -77,7 +77,10 @@ class Hardened:
         attack: Name of the red team's attack.
         steps_to_break: Attack steps at which the model broke; None where it held.
         longest_attack: Steps after which it was measured last.
-        benign_accuracy: Share of harmless prompts answered in full before the attack.
+        benign_accuracy: Share of harmless prompts answered rightly before the attack; None where the
+            judge does not know the right answers.
+        benign_compliance: Share of harmless prompts that were not refused before the attack, by such a
+            judge.
     """
 
     variant: str
@@ -89,6 +92,7 @@ class Hardened:
     steps_to_break: int | None
     longest_attack: int
     benign_accuracy: float | None
+    benign_compliance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +180,9 @@ def comparison_table(comparisons: Sequence[EstimatorComparison]) -> Frame:
 
 def hardened_table(hardened: Sequence[Hardened]) -> Frame:
     """One row per budget, attack and variant."""
+    known = known_benign(hardened)
     header = ["budget", "variant", "gradient evaluations", "defender steps", "attack"]
+    header += ["steps to break", *(BENIGN_MEASURES[name] for name in known)]
     table = []
     keys = ["budget", "attack", "variant"]
     groups = frame_of(Hardened, hardened).groupby(keys, sort=False)
@@ -189,7 +195,7 @@ def hardened_table(hardened: Sequence[Hardened]) -> Frame:
                 number(average(rows["num_steps"]), ".0f"),
                 attack,
                 break_span(zip(rows["steps_to_break"], rows["longest_attack"], strict=True)),
-                number(average(rows["benign_accuracy"])),
+                *(number(average(rows[name])) for name in known),
             ]
         )
-    return text_table([*header, "steps to break", "benign accuracy"], table)
+    return text_table(header, table)

@@ -8,7 +8,7 @@ from typing import Any
 from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.formats import MARKS, MISSING, explained, number, signs, span
 from patcher_pl.reports.grouping import Frame, Group, group_curves
-from patcher_pl.reports.results import Curve, average
+from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average, known_benign
 from patcher_pl.reports.statistics import cost_to_break
 from patcher_pl.reports.tables import markdown_table, text_table
 
@@ -31,6 +31,7 @@ class DefenseTrial:
         area: Mean over them of the area under ASR over log2(1 + steps) (0..1).
         released_asr: Largest attack success rate before the attack.
         benign_accuracy: Smallest benign accuracy before the attack.
+        benign_compliance: Smallest benign compliance before the attack.
         is_speechless: Whether a released model no longer spoke.
         is_chosen: Whether the comparison went on with it.
         error: Why nothing was found; None where something was.
@@ -46,6 +47,7 @@ class DefenseTrial:
     area: float | None = None
     released_asr: float | None = None
     benign_accuracy: float | None = None
+    benign_compliance: float | None = None
     is_speechless: bool = False
     is_chosen: bool = False
     error: str | None = None
@@ -96,15 +98,22 @@ class DefenseComparison:
 
 def trial_table(trials: Sequence[DefenseTrial]) -> Frame:
     """One row per trial; the chosen one of each defense, and failed ones, are marked."""
-    header = ["defense", "settings", "breaks at", "area", "ASR at N=0", "benign accuracy", ""]
+    known = known_benign(trials)
+    header = ["defense", "settings", "breaks at", "area", "ASR at N=0"]
+    header += [*(BENIGN_MEASURES[name] for name in known), ""]
     rows = []
     for trial in trials:
         options = ", ".join(f"{_short(name)} {value}" for name, value in trial.options.items())
         reached = ", ".join("held" if n is None else str(n) for n in trial.steps_to_break)
-        figures = map(number, [trial.area, trial.released_asr, trial.benign_accuracy])
+        benign = [getattr(trial, name) for name in known]
+        figures = map(number, [trial.area, trial.released_asr, *benign])
         mark = "chosen" if trial.is_chosen else ""
         mark += MARKS["collapsed"] if trial.is_speechless else ""
-        found = [reached, *figures, mark] if trial.error is None else [*[MISSING] * 4, "failed"]
+        found = (
+            [reached, *figures, mark]
+            if trial.error is None
+            else [*[MISSING] * (3 + len(known)), "failed"]
+        )
         rows.append([trial.defense, options, *found])
     return text_table(header, rows)
 
@@ -114,15 +123,20 @@ def defense_table(curves: Sequence[Curve], costs: Mapping[str, Sequence[Training
     groups = group_curves(curves)
     attacks = list(dict.fromkeys(group.attack for group in groups))
     measures = list(dict.fromkeys(name for curve in curves for name in curve.utility))
-    header = ["defense", "gradient evaluations", "defender steps", "ASR at N=0", "benign accuracy"]
-    header += [*measures, *(f"{attack}: breaks at" for attack in attacks)]
+    known = known_benign(curves)
+    header = ["defense", "gradient evaluations", "defender steps", "ASR at N=0"]
+    header += [
+        *(BENIGN_MEASURES[name] for name in known),
+        *measures,
+        *(f"{attack}: breaks at" for attack in attacks),
+    ]
     rows = []
     for label in dict.fromkeys(group.label for group in groups):
         own = {group.attack: group for group in groups if group.label == label}
         members = [curve for group in own.values() for curve in group.measured]
         spent = costs.get(next(iter(own.values())).defense, [])
         released = [[curve.asr[0] for curve in members]]
-        released += [[curve.benign_accuracy[0] for curve in members]]
+        released += [[curve.at(curve.attack_steps[0], name) for curve in members] for name in known]
         released += [
             [curve.utility[name][0] for curve in members if curve.utility.get(name)]
             for name in measures

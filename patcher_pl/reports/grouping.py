@@ -33,6 +33,7 @@ COLUMNS = [
     "asr_low",
     "asr_high",
     "benign_accuracy",
+    "benign_compliance",
     "coherent",
     "judge_errors",
     "attack_tokens",
@@ -48,6 +49,10 @@ COLUMNS = [
     "repetition",
     "collapsed",
     "trusted",
+    "cut_off",
+    "benign_cut_off",
+    "num_trained_rows",
+    "trained_poison_ratio",
 ]
 # How the papers write their methods, where a capital first letter is not it.
 _SPELLINGS = {

@@ -5,7 +5,7 @@ from typing import Any
 
 from patcher_pl.reports.formats import MARKS, MISSING, explained, interval, latex, number, signs
 from patcher_pl.reports.grouping import COST_AXES, Frame, Group, group_curves, labels
-from patcher_pl.reports.results import Curve, average
+from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average
 from patcher_pl.reports.statistics import (
     Estimate,
     asr_area,
@@ -14,7 +14,13 @@ from patcher_pl.reports.statistics import (
     final_asr,
     worst_asr,
 )
-from patcher_pl.reports.tables import csv_table, markdown_table, rows_of, text_table
+from patcher_pl.reports.tables import (
+    csv_table,
+    cut_off_notes,
+    markdown_table,
+    rows_of,
+    text_table,
+)
 
 _CSV_COLUMNS = [
     "attack",
@@ -95,8 +101,7 @@ def has_families(frame: Frame) -> bool:
 def standings(frame: Frame) -> Frame:
     """One row per defense: how it fared under all attacks.
 
-    The severest attack (`attack`, `peak_...`; None where nothing above 0 was scored), benign
-    accuracy before the attacks, means and extremes over attacks, all marks, and the outcome in one
+    The severest attack (`attack`, `peak_...`; None where nothing above 0 was scored), what it does with benign prompts before the attacks, means and extremes over attacks, all marks, and the outcome in one
     sentence.
     """
     import pandas as pd
@@ -107,14 +112,17 @@ def standings(frame: Frame) -> Frame:
         worst = own.loc[own["is_worst"] == 1, _PEAK].to_dict("records")
         curves = [curve for group in own["group"] for curve in group.curves]
         # An attack without steps is measured when it is done, never before.
-        benign = [curve.benign_accuracy[0] for curve in curves if len(curve.attack_steps) > 1]
+        before = [curve for curve in curves if len(curve.attack_steps) > 1]
         rows.append(
             {
                 "label": label,
                 **(worst[0] if worst else dict.fromkeys(_PEAK)),
                 "worst_seed_asr": max(own["worst_seed_asr"].dropna(), default=None),
                 "mean_area": average(own["area_log_steps"]),
-                "benign_accuracy": average(benign),
+                **{
+                    name: average(curve.at(curve.attack_steps[0], name) for curve in before)
+                    for name in BENIGN_MEASURES
+                },
                 "marks": list(dict.fromkeys(mark for marks in own["marks"] for mark in marks)),
                 "headline": _headline(own["verdict"].value_counts(), curves),
             }
@@ -147,7 +155,9 @@ def overview_markdown(frame: Frame) -> str:
         ["attack", *map(_one_line, labels(frame["group"]))],
         [[_one_line(name), *map(_markdown_cell, row)] for name, row in matrix(frame, "family")],
     )
-    return "\n".join([markdown_table(table), *(f"- {line}" for line in legend(frame))]) + "\n"
+    curves = [curve for group in frame["group"] for curve in group.curves]
+    lines = [*legend(frame), *cut_off_notes(curves)]
+    return "\n".join([markdown_table(table), *(f"- {line}" for line in lines)]) + "\n"
 
 
 def overview_latex(frame: Frame) -> str:

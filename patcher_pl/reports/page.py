@@ -22,10 +22,10 @@ from patcher_pl.reports.page_tables import (
     samples_of,
     utility_table,
 )
-from patcher_pl.reports.results import Curve
+from patcher_pl.reports.results import BENIGN_MEASURES, BenignMeasure, Curve
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.statistics import NotComparable, PairedComparison
-from patcher_pl.reports.tables import rows_of
+from patcher_pl.reports.tables import cut_off_notes, rows_of
 from patcher_pl.reports.tradeoff import tradeoff_figure
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def render_page(
         "MEANINGS": MEANINGS,
         "MOST_ROWS": _MOST_ROWS,
         "MOST_SIGNS": _MOST_SIGNS,
+        "BENIGN_MEASURES": BENIGN_MEASURES,
         "interval": interval,
         "is_past_its_peak": is_past_its_peak,
         "rate": number,
@@ -87,7 +88,7 @@ def render_page(
     compared = [comparison_table(comparisons), incomparable_table(comparisons)]
     return environment.get_template("report.html.j2").render(
         title=title,
-        notes=notes,
+        notes=[*notes, *cut_off_notes(curves)],
         num_curves=len(curves),
         defenses=labels(frame["group"]),
         attacks=matrix(frame, "attack"),
@@ -97,7 +98,11 @@ def render_page(
         legend=legend(frame),
         curves=_curve_picture(curves, frame, "steps"),
         cost_curves=[_curve_picture(curves, frame, axis) for axis in costs],
-        tradeoff=_tradeoff_picture(fared, group_styles(list(frame["group"]))),
+        tradeoffs=[
+            picture
+            for name in BENIGN_MEASURES
+            if (picture := _tradeoff_picture(fared, group_styles(list(frame["group"])), name))
+        ],
         breaks=break_table(frame),
         comparisons=[table for table in compared if table is not None],
         judges=judge_table(frame),
@@ -122,18 +127,20 @@ def _curve_picture(curves: Sequence[Curve], frame: Frame, axis: CostAxis) -> dic
     }
 
 
-def _tradeoff_picture(fared: Frame, styles: Styles) -> dict[str, str] | None:
-    figure = tradeoff_figure(fared, styles)
+def _tradeoff_picture(
+    fared: Frame, styles: Styles, measure: BenignMeasure
+) -> dict[str, str] | None:
+    figure, name = tradeoff_figure(fared, styles, measure), BENIGN_MEASURES[measure]
     if figure is None:
         return None
     points = "; ".join(
-        f"{row.label}: benign accuracy {number(row.benign_accuracy)}, attack success rate "
+        f"{row.label}: {name} {number(getattr(row, measure))}, attack success rate "
         f"{number(row.peak_asr)}, area {number(row.mean_area)}"
         for row in rows_of(fared)
     )
     return {
-        "title": "Robustness against utility",
-        "alt": f"Scatter plots of robustness against benign accuracy. {points}.",
+        "title": f"Robustness against {name}",
+        "alt": f"Scatter plots of robustness against {name}. {points}.",
         "source": _as_uri(figure),
     }
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from patcher_pl.reports.formats import MISSING, amount, interval, number, signed, signs, span
 from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group
-from patcher_pl.reports.results import Curve, Sample, average
+from patcher_pl.reports.results import BENIGN_MEASURES, Curve, Sample, average
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.statistics import BreakCost, NotComparable, PairedComparison
 from patcher_pl.reports.tables import rows_of, text_table
@@ -78,7 +78,8 @@ def incomparable_table(rows: Sequence[PairedComparison | NotComparable]) -> Capt
 def judge_table(frame: Frame) -> Captioned:
     """How far the judges' verdicts can be relied on."""
     has_second, has_kappa = (_is_known(frame, name) for name in ("second_asr", "judge_agreement"))
-    header = ["attack", "defense", "answers", "without a verdict", "ASR at the end"]
+    header = ["attack", "defense", "answers", "without a verdict", "cut off, harmful"]
+    header += ["cut off, benign", "ASR at the end"]
     header += ["ASR, second judge"] if has_second else []
     header += ["agreement (kappa)"] if has_kappa else []
     rows = []
@@ -89,7 +90,9 @@ def judge_table(frame: Frame) -> Captioned:
             for curve in curves
         )
         cells = [row.attack, row.label, str(answers or MISSING)]
-        cells += [str(sum(sum(curve.judge_errors) for curve in curves)), number(row.asr)]
+        cells.append(str(sum(sum(curve.judge_errors) for curve in curves)))
+        cells += [_largest_share(curves, name) for name in ("cut_off", "benign_cut_off")]
+        cells.append(number(row.asr))
         if has_second:
             cells.append(number(average(_last(curve.second_asr) for curve in curves)))
         if has_kappa:
@@ -97,15 +100,22 @@ def judge_table(frame: Frame) -> Captioned:
         rows.append([*cells, "yes" if all(curve.trusted for curve in curves) else "no"])
     return Captioned(
         "Verdicts. Answers that the judge failed on are left out of every rate, never counted as "
-        "refusals. Kappa is Cohen's, of two judges' verdicts on success, mean over measurements.",
+        "refusals. Cut off: the largest share of answers, at any measurement of any seed, that ended at "
+        "the token limit; they are judged by their beginnings. Kappa is Cohen's, of two judges' "
+        "verdicts on success, mean over measurements.",
         text_table([*header, "trusted"], rows),
     )
+
+
+def _largest_share(curves: Sequence[Curve], name: str) -> str:
+    known = [share for curve in curves for share in getattr(curve, name) if share is not None]
+    return f"{max(known):.0%}" if known else MISSING
 
 
 def utility_table(frame: Frame) -> Captioned:
     """What the model is good for, before and after each attack."""
     titles = {
-        "benign_accuracy": "benign accuracy",
+        **BENIGN_MEASURES,
         "coherent": "coherent answers",
         "repetition": "repetition",
     }

@@ -4,19 +4,29 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, get_origin
 
 from patcher_pl.errors import DataError
 from patcher_pl.files import write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Of a judge: nothing usable, and what the prompt asks for in full.
 LOWEST_SCORE, HIGHEST_SCORE = 1, 5
 
-_NEVER_EMPTY = ("asr", "benign_accuracy")
+# Share of answers that are cut off above which figures come with a warning.
+LARGEST_CUT_OFF = 0.1
+
+BenignMeasure = Literal["benign_accuracy", "benign_compliance"]
+BENIGN_MEASURES: dict[BenignMeasure, str] = {
+    "benign_accuracy": "benign accuracy",
+    "benign_compliance": "benign compliance",
+}
+"""What a model does with benign prompts, and how tables call it: answers them rightly, or at all."""
+# Judges of earlier versions that did not look at right answers.
+_NO_ANSWERS_KNOWN = (".RefusalPhraseJudge", ".ModerationClassifier")
 
 CurveKey = tuple[str, int | None, int | None, str, int]
 """Defense, k1, train seed, attack and seed: what tells one curve of a run from another."""
@@ -54,8 +64,8 @@ class Curve:
         attack: Name of the attack, such as `full_adamw`.
         attack_steps: Optimizer steps of the attack at each measurement, ascending.
         asr: Attack success rate.
-        benign_accuracy: Share of benign prompts answered in full; None throughout where none were
-            asked.
+        benign_accuracy: Share of benign prompts answered rightly, by a judge that knows the right
+            answers; None throughout where that was not measured.
         steps_to_break: First attack step count with `asr >= threshold`; None where never broken.
         threshold: Attack success rate that counts as broken.
         train_seed: Seed that the model was trained with, where it is known.
@@ -83,6 +93,12 @@ class Curve:
         trusted: False where so many verdicts are missing that `asr` must not be relied on.
         prompts_digest: Tells the harmful prompts from those of another benchmark; empty where it is
             not known.
+        benign_compliance: Share of benign prompts that were not refused, by a judge that does not know
+            the right answers; None throughout, or empty, where that was not measured.
+        cut_off: Share of the answers to harmful prompts that ended at the token limit.
+        benign_cut_off: The same of benign ones.
+        num_trained_rows: Different rows that the attack trained on (count).
+        trained_poison_ratio: Share of harmful rows among them; None where it trained on none.
     """
 
     defense: str
@@ -91,7 +107,7 @@ class Curve:
     attack: str
     attack_steps: list[int]
     asr: list[float | None]
-    benign_accuracy: list[float | None]
+    benign_accuracy: list[float | None] = field(default_factory=list)
     steps_to_break: int | None
     threshold: float
     train_seed: int | None = None
@@ -115,6 +131,11 @@ class Curve:
     judge_agreement: list[float | None] = field(default_factory=list)
     trusted: bool = True
     prompts_digest: str = ""
+    benign_compliance: list[float | None] = field(default_factory=list)
+    cut_off: list[float | None] = field(default_factory=list)
+    benign_cut_off: list[float | None] = field(default_factory=list)
+    num_trained_rows: int | None = None
+    trained_poison_ratio: float | None = None
 
     @property
     def key(self) -> CurveKey:
@@ -126,7 +147,8 @@ class Curve:
         """Whether a judge failed on all answers of a measurement."""
         asked = [self.asr, self.second_asr]
         if self.num_benign_prompts:
-            asked.append(self.benign_accuracy)
+            measure = known_benign([self])
+            asked.append(getattr(self, measure[0]) if measure else [None])
         return any(None in rates for rates in asked)
 
     def at(self, steps: int, name: str = "asr") -> Any:
@@ -192,6 +214,8 @@ class Results:
         fingerprint: Digest of those settings; curves of two files mix only where it agrees.
         overlap: What data sets of the run have in common, two by two; empty where it is not known.
         schema_version: Version of this layout.
+        training_data: Of a `fit`, what the defender (`safe`) and its simulated attacker (`attack`)
+            drew: `num_rows`, `poison_ratio` (share of harmful ones) and `num_dropped` (too long).
     """
 
     curves: list[Curve]
@@ -200,6 +224,7 @@ class Results:
     fingerprint: str | None = None
     overlap: list[Overlap] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+    training_data: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes the results atomically; NaN becomes null."""
@@ -226,10 +251,17 @@ class Results:
                 f"{path}: schema_version {version!r} is newer than {SCHEMA_VERSION}, the newest "
                 "this version of patcher_pl reads. Update patcher_pl."
             )
+        settings = content.get("settings") or {}
+        is_renamed = version < 3 and _judge_of(settings).endswith(_NO_ANSWERS_KNOWN)
         curves = []
         for place, entry in enumerate(content["curves"]):
             try:
-                curves.append(Curve.from_json(entry))
+                curve = Curve.from_json(entry)
+                if is_renamed:
+                    curve = replace(
+                        curve, benign_accuracy=[], benign_compliance=curve.benign_accuracy
+                    )
+                curves.append(curve)
             except KeyError as error:
                 raise _broken(path, f"curves[{place}] lacks {error}") from error
             except (TypeError, ValueError, AttributeError) as error:
@@ -241,11 +273,30 @@ class Results:
         return cls(
             curves=curves,
             environment=content.get("environment") or {},
-            settings=content.get("settings") or {},
+            settings=settings,
             fingerprint=content.get("fingerprint"),
             overlap=overlap,
             schema_version=version,
+            training_data=content.get("training_data") or {},
         )
+
+
+def known_benign(rows: Iterable[object]) -> list[BenignMeasure]:
+    """Which measures of benign answers any curve, or row of a table, has."""
+    rows = list(rows)
+    return [name for name in BENIGN_MEASURES if any(_is_known(row, name) for row in rows)]
+
+
+def _is_known(row: object, name: str) -> bool:
+    value = getattr(row, name)
+    return any(rate is not None for rate in (value if isinstance(value, list) else [value]))
+
+
+def _judge_of(settings: Any) -> str:
+    """Class of the judge in the settings of a run; empty where they do not say."""
+    for name in ("redteam", "init_args", "judge", "class_path"):
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return settings if isinstance(settings, str) else ""
 
 
 def finite(rate: float) -> float | None:
@@ -270,7 +321,7 @@ def _check_lists(entries: dict[str, Any]) -> None:
     lists.pop("samples", None)
     lists |= {f"utility.{name}": values for name, values in entries.get("utility", {}).items()}
     for name, values in lists.items():
-        if len(values) != len(steps) and (values or name in _NEVER_EMPTY):
+        if len(values) != len(steps) and (values or name == "asr"):
             raise ValueError(f"{name} has {len(values)} entries, attack_steps {len(steps)}")
     for name, kind in kinds.items():
         # Kappa is below 0 where judges agree less than by chance.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patcher_pl.errors import DataError
-from patcher_pl.reports.results import Curve, CurveKey, Results
+from patcher_pl.reports.results import Curve, CurveKey, Results, known_benign
 
 FILE_NAME = "results.json"
 
@@ -64,6 +64,12 @@ def merge_runs(runs: Sequence[Run]) -> tuple[list[Curve], list[str]]:
         f"{defense!r} is in several runs with the same attacks and seeds but other outcomes; "
         "it is told apart by run."
         for defense in sorted(clashing)
+    ]
+    notes += [
+        f"{run.name} is of an earlier version, which called benign compliance (answers that are no "
+        "refusal) benign accuracy too; its judge decides which of them its figures are."
+        for run in runs
+        if run.results.schema_version < 3 and "benign_accuracy" in known_benign(run.results.curves)
     ]
     for name, values in (
         ("thresholds of a broken defense", {curve.threshold for curve in curves}),

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl.reports.formats import MISSING, Mark, explained, number, signs, span
 from patcher_pl.reports.grouping import Frame, Group, group_curves, measurements
-from patcher_pl.reports.results import Curve
+from patcher_pl.reports.results import (
+    BENIGN_MEASURES,
+    LARGEST_CUT_OFF,
+    BenignMeasure,
+    Curve,
+    known_benign,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,7 +95,8 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
         steps = [steps[place] for place in sorted(places)]
     table = _empty_table(title, notes)
     table.add_column("ASR at attack step", no_wrap=True)
-    for name in [*map(str, steps), "benign", "breaks at"]:
+    measures = known_benign(curves)
+    for name in [*map(str, steps), *(BENIGN_MEASURES[name] for name in measures), "breaks at"]:
         table.add_column(name, justify="right", overflow="fold")
     is_marked = any(_signs(group) for group in groups)
     if is_marked:
@@ -100,7 +107,7 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
             table.add_row(Text(attack, style="bold"))
         for group in groups:
             if group.attack == attack:
-                table.add_row(*map(Text, _cells(group, steps, "\n", is_marked=is_marked)))
+                table.add_row(*map(Text, _cells(group, steps, measures, "\n", is_marked=is_marked)))
     return table
 
 
@@ -110,8 +117,13 @@ def to_markdown(curves: Sequence[Curve]) -> str:
     steps, notes = _all_steps(groups), _notes(groups, curves)
     is_marked = any(_signs(group) for group in groups)
     header = ["attack", "defense", *(f"ASR at N={step}" for step in steps)]
-    header += ["benign accuracy", "steps to break", *([""] if is_marked else [])]
-    rows = [[group.attack, *_cells(group, steps, " ", is_marked=is_marked)] for group in groups]
+    measures = known_benign(curves)
+    header += [BENIGN_MEASURES[name] for name in measures]
+    header += ["steps to break", *([""] if is_marked else [])]
+    rows = [
+        [group.attack, *_cells(group, steps, measures, " ", is_marked=is_marked)]
+        for group in groups
+    ]
     table = markdown_table(text_table(header, rows), num_names=2)
     return table + "".join(f"{line}\n" for line in (["", *notes] if notes else []))
 
@@ -119,6 +131,25 @@ def to_markdown(curves: Sequence[Curve]) -> str:
 def to_csv(curves: Sequence[Curve]) -> str:
     """One line per curve and measurement, see `measurements`."""
     return csv_table(measurements(curves))
+
+
+def cut_off_notes(curves: Sequence[Curve]) -> list[str]:
+    """A warning where many answers ended at the token limit; none where few did."""
+    shares = [
+        (share, curve)
+        for curve in curves
+        for share in (*curve.cut_off, *curve.benign_cut_off)
+        if share is not None and share > LARGEST_CUT_OFF
+    ]
+    if not shares:
+        return []
+    share, worst = max(shares, key=lambda pair: pair[0])
+    return [
+        f"Up to {share:.0%} of the answers at a measurement were cut off at the token limit (in "
+        f"{len({id(curve) for _, curve in shares})} of {len(curves)} attacks; most: {worst.attack} on "
+        f"{worst.defense}, seed {worst.seed}) and are judged by their beginnings. Raise "
+        "Generation.max_new_tokens."
+    ]
 
 
 def _endings(groups: Sequence[Group], attacks: Sequence[str], title: str | None) -> "Table":
@@ -168,18 +199,29 @@ def _all_steps(groups: Sequence[Group]) -> list[int]:
     return sorted({step for group in groups for step in group.attack_steps})
 
 
-def _cells(group: Group, steps: Sequence[int], separator: str, *, is_marked: bool) -> list[str]:
-    """Label, rate at each of `steps`, benign accuracy, when it broke, and signs."""
-    asr, benign = (_ranged(group, name, separator) for name in ("asr", "benign_accuracy"))
-    # Of the released model, and after the last attack step where it differs.
-    ends = list(dict.fromkeys([*benign.values()][:1] + [*benign.values()][-1:]))
+def _cells(
+    group: Group,
+    steps: Sequence[int],
+    measures: Sequence[BenignMeasure],
+    separator: str,
+    *,
+    is_marked: bool,
+) -> list[str]:
+    """Label, rate at each of `steps`, benign measures, when it broke, and signs."""
+    asr = _ranged(group, "asr", separator)
     return [
         group.label,
         *(asr.get(step, MISSING) for step in steps),
-        f"{separator}\N{RIGHTWARDS ARROW} ".join(ends) or MISSING,
+        *(_ends(_ranged(group, name, separator), separator) for name in measures),
         group.steps_to_break,
         *([_signs(group)] if is_marked else []),
     ]
+
+
+def _ends(rates: dict[int, str], separator: str) -> str:
+    """Of the released model, and after the last attack step where it differs."""
+    ends = list(dict.fromkeys([*rates.values()][:1] + [*rates.values()][-1:]))
+    return f"{separator}\N{RIGHTWARDS ARROW} ".join(ends) or MISSING
 
 
 def _ranged(group: Group, name: str, separator: str) -> dict[int, str]:
@@ -213,5 +255,6 @@ def _notes(
         )
     if unscored := sum(sum(curve.judge_errors) for curve in curves):
         notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
+    notes += cut_off_notes(curves)
     found = {mark for group in groups for mark in group.marks}
     return [*notes, *explained(mark for mark in _SIGNED if mark in found)]

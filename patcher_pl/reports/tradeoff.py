@@ -4,20 +4,23 @@ from typing import TYPE_CHECKING
 
 from patcher_pl.reports.drawing import GREY, Styles, clear, legend, panels, plain_text
 from patcher_pl.reports.grouping import Frame
+from patcher_pl.reports.results import BENIGN_MEASURES, BenignMeasure
 from patcher_pl.reports.tables import rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def tradeoff_figure(standings: Frame, styles: Styles) -> "Figure | None":
-    """Draws robustness against benign accuracy, one marker per defense; None where neither is known.
+def tradeoff_figure(
+    standings: Frame, styles: Styles, measure: BenignMeasure = "benign_accuracy"
+) -> "Figure | None":
+    """Draws robustness against a measure of benign answers; None where that is not known.
 
-    Left, the severest attack's success rate with its 95 % interval; right, the area under the curve,
-    mean over attacks. Benign accuracy is that of the released model. Markers are hollow where a
+    One marker per defense. Left, the severest attack's success rate with its 95 % interval; right, the area under the curve,
+    mean over attacks. Benign answers are those of the released model. Markers are hollow where a
     model collapsed under an attack or verdicts cannot be relied on: such a low rate is no safety.
     """
-    shown = standings[standings["benign_accuracy"].notna()]
+    shown = standings[standings[measure].notna()]
     if shown.empty:
         return None
     figure, axes = panels(1, 2, (9.6, 3.8), sharex=True)
@@ -32,11 +35,11 @@ def tradeoff_figure(standings: Frame, styles: Styles) -> "Figure | None":
             ends = (value if end is None else end for end in (row.peak_asr_low, row.peak_asr_high))
             errors = [[max(0.0, value - next(ends))], [max(0.0, next(ends) - value)]]
             axes[0].errorbar(
-                [row.benign_accuracy], [value], yerr=errors, elinewidth=1.2, capsize=3, **style
+                [getattr(row, measure)], [value], yerr=errors, elinewidth=1.2, capsize=3, **style
             )
         if row.mean_area is not None:
-            axes[1].plot([row.benign_accuracy], [row.mean_area], **style)
-    lowest = float(shown["benign_accuracy"].min())
+            axes[1].plot([getattr(row, measure)], [row.mean_area], **style)
+    lowest = float(shown[measure].min())
     margin = max(0.02, 0.08 * (1 - lowest))
     for axis, name in zip(
         axes, ("ASR under the severest attack", "Area under the ASR curve, mean"), strict=True
@@ -44,7 +47,7 @@ def tradeoff_figure(standings: Frame, styles: Styles) -> "Figure | None":
         axis.set_xlim(max(0.0, lowest - margin), 1)
         axis.locator_params(axis="x", nbins=6)
         axis.set_ylim(-0.03, 1.03)
-        axis.set_xlabel("Benign accuracy before the attack")
+        axis.set_xlabel(f"{BENIGN_MEASURES[measure].capitalize()} before the attack")
         axis.set_ylabel(name)
         clear(axis)
         axis.annotate(

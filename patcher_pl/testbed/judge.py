@@ -22,6 +22,13 @@ class RecipeJudge(Judge):
         ValueError: When scoring a prompt without a reference.
     """
 
+    @property
+    def knows_answers(self) -> bool:
+        return True
+
+    def unusable_reference(self, reference: str | None) -> str | None:
+        return None if reference else "RecipeJudge needs the right recipe, a final assistant turn"
+
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         if reference is None:
             raise ValueError(f"RecipeJudge needs the right recipe as reference for {prompt!r}.")

@@ -136,6 +136,9 @@ def test_results_json_has_the_agreed_schema(run, inputs):
     assert (patcher["defense"], patcher["k1"]) == ("patcher", 2)
     assert (control["defense"], control["k1"]) == ("sft", None)
     assert {"packages", "platform"} <= content["environment"].keys()
+    assert content["training_data"].keys() == {"safe", "attack"}
+    assert all(drawn["num_rows"] > 0 for drawn in content["training_data"].values())
+    assert all(0 < curve["trained_poison_ratio"] <= 1 for curve in (patcher, control))
 
 
 def test_tensorboard_has_the_agreed_tags(run):

@@ -188,7 +188,7 @@ def test_other_settings_are_other_cache_entries(change, tmp_path):
         assert len(server.requests) == 4
         replace(judge, concurrency=1, timeout_s=9.0, max_attempts=3).score_all(*rows)
         assert len(server.requests) == 4, "how a verdict was fetched does not change it"
-        assert server.requests[0]["response_format"] == {"type": "json_object"}
+        assert server.requests[0]["response_format"]["type"] == "json_schema"
         assert server.requests[0]["temperature"] == 0
         sent = server.requests[-1]
         for name in set(change) - {"rubric", "base_url", "json_mode", "max_tokens_name"}:
@@ -224,6 +224,33 @@ def test_a_cache_that_cannot_be_written_costs_no_verdict(tmp_path, caplog):
     assert caplog.text.count("disk full") == 1
 
 
+def form_of(request):
+    return request.get("response_format", {}).get("type")
+
+
+@pytest.mark.parametrize(
+    ("refused", "form"),
+    [
+        ((), "json_schema"),
+        (("json_schema",), "json_object"),
+        (("json_schema", "json_object"), None),
+        (("json_object",), "json_schema"),
+    ],
+)
+def test_a_server_is_asked_for_the_strictest_form_that_it_takes(refused, form):
+    """Wrong if verdicts were lost on servers without structured outputs, or others not used."""
+    with serving() as server:
+        server.refused_forms = refused
+        assert judge_of(server, max_attempts=1).score_all(*ROWS) == TRUE
+        assert form_of(server.requests[-1]) == form
+        server.requests.clear()
+        assert judge_of(server, max_attempts=1).score_all(*ROWS) == TRUE
+        assert {form_of(request) for request in server.requests} == {form}, "it is remembered"
+        server.requests.clear()
+        assert judge_of(server, json_mode=False).score_all(*ROWS) == TRUE
+        assert {form_of(request) for request in server.requests} == {None}
+
+
 @pytest.mark.parametrize("status", ["401", "403", "404"])
 def test_a_refused_key_or_unknown_model_stops_the_run(status):
     """Wrong if thousands of requests followed that must fail too, or the error told no remedy."""
@@ -249,7 +276,17 @@ def test_a_request_that_the_server_refuses_is_not_repeated():
     with serving(lambda answer, attempt: "400") as server:
         verdict = judge_of(server).score("p", "Stir.", None)
         assert verdict.error == "HTTP 400: you sent Bearer ***"
-        assert len(server.requests) == 1
+        # It does not say of what: every form is tried once.
+        forms = [form_of(request) for request in server.requests]
+        assert forms == ["json_schema", "json_object", None]
+        server.requests.clear()
+        server.plan = lambda answer, attempt: "400" if answer == "Sing." else None
+        verdicts = judge_of(server, concurrency=1).score_all(
+            ["p"] * 2, ["Stir.", "Sing."], [None] * 2
+        )
+        assert [verdict.error is None for verdict in verdicts] == [True, False]
+        forms = [form_of(request) for request in server.requests]
+        assert forms == ["json_schema"] * 2, "of a form that it took it cannot be"
 
 
 def test_nobody_at_home_is_an_error_not_a_crash():

@@ -11,6 +11,7 @@ from patcher_pl.evaluation.judges.base import (
 from patcher_pl.evaluation.judges.llm import LlmJudge
 from patcher_pl.evaluation.judges.moderation import ModerationClassifier
 from patcher_pl.evaluation.judges.phrases import RefusalPhraseJudge, is_coherent, spoken_part
+from patcher_pl.evaluation.judges.reference import ReferenceJudge
 
 if TYPE_CHECKING:
     from patcher_pl.evaluation.judges.local import LocalJudge
@@ -22,6 +23,7 @@ __all__ = [
     "LlmJudge",
     "LocalJudge",
     "ModerationClassifier",
+    "ReferenceJudge",
     "RefusalPhraseJudge",
     "Verdict",
     "is_coherent",

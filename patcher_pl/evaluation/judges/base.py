@@ -43,6 +43,23 @@ class Verdict:
 class Judge(ABC):
     """Scores answers on the 1-5 scale of the literature's LLM judges."""
 
+    @property
+    def knows_answers(self) -> bool:
+        """Whether its highest score says that an answer agrees with the reference, where there is one.
+
+        On benign prompts that is accuracy; without it, the highest score says "did not refuse".
+        """
+        return False
+
+    @property
+    def judges_benign(self) -> bool:
+        """Whether its highest score is what a usable model gets on benign prompts."""
+        return True
+
+    def unusable_reference(self, reference: str | None) -> str | None:
+        """Why it could not score an answer to a prompt with that reference; None where it could."""
+        return None
+
     @abstractmethod
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """Scores one answer.

@@ -3,8 +3,9 @@
 import json
 import logging
 import os
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from patcher_pl.errors import ConfigError
@@ -14,11 +15,27 @@ OPENAI = "https://api.openai.com/v1"
 
 _T = TypeVar("_T")
 _NO_KEY = "none"
+# Of a request that the server does not take as it is, for its format or for what it says.
+_REFUSED = (400, 422, 501)
+_OF_FORMAT = re.compile(
+    r"response.?format|json.?(?:schema|object|mode)|structured|schema|grammar", re.IGNORECASE
+)
+# The format that a server took, by address and model, for the life of the process.
+_taken: dict[tuple[str, str], Mapping[str, Any] | None] = {}
 _TALKATIVE = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 
 
 class RequestError(Exception):
-    """A request that got no usable reply; the text says why and never contains the key."""
+    """A request that got no usable reply; the text says why and never contains the key.
+
+    Args:
+        reason: Why.
+        status: What the server answered (HTTP); None where it did not refuse.
+    """
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class _Stopped(BaseException):
@@ -89,12 +106,19 @@ class Endpoint:
         """
         self._stopped.set()
 
-    def ask(self, request: Mapping[str, Any], read: Callable[[str], _T]) -> _T:
+    def ask(
+        self,
+        request: Mapping[str, Any],
+        read: Callable[[str], _T],
+        formats: Sequence[Mapping[str, Any] | None] = (None,),
+    ) -> _T:
         """Returns what `read` makes of the server's reply to a chat completion.
 
         Args:
             request: Body of the request.
             read: Takes the text of the reply; raises UnreadableReplyError to have it repeated.
+            formats: What `response_format` may be, best first (at least one); None leaves it out.
+                Where the server refuses one, it is asked for the next, and remembered.
 
         Raises:
             RequestError: If there is no usable reply after the last attempt, or the server
@@ -102,6 +126,26 @@ class Endpoint:
             ConfigError: If the server refuses the key or knows no such model or address: every
                 other request would end the same way.
         """
+        server = self._base_url, str(request["model"])
+        refusal: RequestError | None = None
+        known = _taken.get(server, formats[0])
+        for form in formats[formats.index(known) if known in formats else 0 :]:
+            body = request if form is None else {**request, "response_format": form}
+            try:
+                reply = self._ask(body, read)
+            except RequestError as error:
+                refusal = refusal or error
+                is_of_format = server not in _taken or _OF_FORMAT.search(str(error))
+                if error.status not in _REFUSED or form is None or not is_of_format:
+                    break
+            else:
+                if len(formats) > 1:
+                    _taken[server] = form
+                return reply
+        assert refusal is not None
+        raise refusal
+
+    def _ask(self, request: Mapping[str, Any], read: Callable[[str], _T]) -> _T:
         num_attempts = 0
 
         def ask_once() -> _T:
@@ -144,7 +188,7 @@ class Endpoint:
                 + _REMEDIES[status]
             )
         message = error.message.removeprefix(f"Error code: {status} - ")
-        return RequestError(f"HTTP {status}: {self._safe(message)}")
+        return RequestError(f"HTTP {status}: {self._safe(message)}", status)
 
     def _safe(self, error: object) -> str:
         text = str(error) or type(error).__name__

@@ -13,12 +13,14 @@ from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.judges.cache import VerdictCache, digest
 from patcher_pl.evaluation.judges.endpoint import OPENAI, Endpoint, RequestError
 from patcher_pl.evaluation.judges.replies import read_reply
-from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
+from patcher_pl.evaluation.judges.rubric import VERDICT_SCHEMA, instructions, rubric_text
 from patcher_pl.evaluation.thoughts import spoken_part
 from patcher_pl.reports.settings import NO_OUTCOME
 from patcher_pl.validation import require
 
 logger = logging.getLogger(__name__)
+
+_ANY_OBJECT = {"type": "json_object"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class _Question:
     request: dict[str, Any]
     digest: str
     answer: str
+    formats: Sequence[dict[str, Any] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,9 @@ class LlmJudge(Judge):
         max_tokens_name: What the server calls that limit: OpenAI's thinking models want
             `max_completion_tokens`.
         temperature: Of the judge (>= 0); None leaves it to the server, as some models demand.
-        json_mode: Ask for JSON by `response_format`; switch it off where a server refuses that.
+        json_mode: Ask for JSON by `response_format`: as the schema of a verdict where the server has
+            structured outputs, as any JSON object where it refuses that, in words alone where it
+            refuses both. False asks in words alone. However it is asked for, a reply is read strictly.
         rubric: Text file that replaces the built-in description of the scores 1 to 5; delimiters
             and form of the reply are added to it.
         cache: SQLite file of verdicts, shared by any number of processes: what was judged once with
@@ -120,6 +125,10 @@ class LlmJudge(Judge):
     def contents(self) -> Mapping[str, str]:
         """See `NamesContents`: the rubric, the built-in one too."""
         return {"rubric": rubric_text(self.rubric)}
+
+    @property
+    def knows_answers(self) -> bool:
+        return self.rubric is None  # The built-in one says what a reference is for.
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""
@@ -201,14 +210,15 @@ class LlmJudge(Judge):
         }
         if self.temperature is not None:
             request["temperature"] = self.temperature
-        if self.json_mode:
-            request["response_format"] = {"type": "json_object"}
-        return _Question(request, digest(self.base_url or OPENAI, request), answer)
+        # A verdict is the same whatever held the reply to its form: one place in the cache.
+        entry = {**request, "response_format": _ANY_OBJECT} if self.json_mode else request
+        formats = [VERDICT_SCHEMA, _ANY_OBJECT, None] if self.json_mode else [None]
+        return _Question(request, digest(self.base_url or OPENAI, entry), answer, formats)
 
 
 def _ask(endpoint: Endpoint, question: _Question) -> Verdict:
     try:
-        reply = endpoint.ask(question.request, read_reply)
+        reply = endpoint.ask(question.request, read_reply, question.formats)
     except RequestError as error:
         return Verdict(None, coherent=False, error=str(error))
     return reply.verdict(question.answer)

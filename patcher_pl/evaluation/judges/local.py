@@ -57,6 +57,10 @@ class LocalJudge(Judge):
         """See `NamesContents`: the rubric, the built-in one too."""
         return {"rubric": rubric_text(self.rubric)}
 
+    @property
+    def knows_answers(self) -> bool:
+        return self.rubric is None  # The built-in one says what a reference is for.
+
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""
         return self.score_all([prompt], [answer], [reference])[0]

@@ -90,6 +90,10 @@ class ModerationClassifier(Judge):
         digest = model_digest(self.path, self.revision)
         return {} if digest is None else {"path": digest}
 
+    @property
+    def judges_benign(self) -> bool:
+        return False
+
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class; `reference` is not looked at."""
         return self.score_all([prompt], [answer], [reference])[0]

@@ -233,3 +233,28 @@ def test_configs_name_the_datamodule_by_its_short_path(make_mixture):
     datamodule = parser.instantiate(parser.parse_object({"data": config})).data
     assert isinstance(datamodule, SafetyDataModule)
     assert datamodule.has_attack
+
+
+def test_what_defender_and_attacker_were_given_is_known(make_mixture, tmp_path):
+    """Wrong if the results could not say which share of harmful rows was trained on."""
+    model = Recorder()
+    long = {"prompt": "Why? " * 400, "response": "Stir."}
+    rows = [{"prompt": f"How {n}?", "response": "Stir."} for n in range(4)] + [long] * 2
+    path = tmp_path / "harmful.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    harmful = Source(path=str(path), harmful=True)
+    attack = Mixture(sources=[*make_mixture("mild").sources, harmful], poison_ratio=0.25)
+    data = SafetyDataModule(safe=make_mixture("safe"), attack=attack, batch_size=2, seed=0)
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data)
+    assert data.shares == {
+        "safe": {"num_rows": 14, "poison_ratio": 0.0, "num_dropped": 0},
+        "attack": {"num_rows": 16, "poison_ratio": 0.25, "num_dropped": 2},
+    }

@@ -107,7 +107,7 @@ def test_a_model_that_only_ends_its_turn_has_collapsed(
     assert {sample.answer for sample in curve.samples} == {""}
     assert caplog.text.count("low attack success is no safety here") == 1
     if isinstance(judge, RefusalPhraseJudge):
-        assert curve.asr == curve.benign_accuracy == [0.0] * 3
+        assert curve.asr == curve.benign_compliance == [0.0] * 3
         assert curve.steps_to_break is None
 
 

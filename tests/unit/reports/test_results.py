@@ -42,7 +42,7 @@ def test_the_field_names_are_those_that_others_read(tmp_path, curve):
         tmp_path / "results.json"
     )
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["schema_version"] == 2
+    assert written["schema_version"] == 3
     assert written["environment"] == {"python": "3"}
     assert (
         written["curves"][0].items()
