@@ -40,7 +40,8 @@ def compare_estimators(
     # Takes seconds to import: who asks for the options of a command need not wait for it.
     from patcher_pl.ablation.measurement import REFERENCE, Measurement
 
-    weights = weight_files(Path(subject.language_model.path))
+    parts = subject.language_model.parts.all
+    weights = [file for part in parts for file in weight_files(Path(part.location))]
     settings = {"subject": subject, "weights": weights, "device": device}
     drawn = {seed: subject.draw(seed, max(grid.num_steps)) for seed in seeds}
     planned = [

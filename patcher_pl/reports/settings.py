@@ -55,11 +55,12 @@ def fingerprint(settings: Any) -> str:
 
 
 def weight_files(directory: Path) -> list[list[str | int]]:
-    """Name, size (bytes) and time of change (ns) of a local model's weight files.
+    """Name, size (bytes) and time of change (ns) of a local model's or adapter's weight files.
 
     Part of a fingerprint: a model that was trained again at the same place is another model. Empty
     for a hub id.
     """
-    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    patterns = ("*.safetensors", "*.gguf", "adapter_config.json")
+    files = sorted(file for pattern in patterns for file in directory.glob(pattern))
     stats = [(file.name, file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
