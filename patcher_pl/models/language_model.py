@@ -12,6 +12,7 @@ from patcher_pl.models.acceleration import accelerated
 from patcher_pl.models.adapters import Checkpoint, Parts, parts_of
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
+from patcher_pl.models.vocabulary import require_embeddings
 from patcher_pl.models.weights import Place
 from patcher_pl.shipped import resolve_model
 
@@ -52,8 +53,8 @@ class LanguageModel:
             `dtype`; needs `patcher-pl[gguf]`. What is exported is in safetensors.
 
     Raises:
-        ConfigError: When loading, if there is no such model, it is no causal LM, or `liger` cannot
-            be had.
+        ConfigError: When loading, if there is no such model, it is no causal LM, its tokenizer has
+            tokens without an embedding, or `liger` cannot be had.
     """
 
     path: str
@@ -83,7 +84,7 @@ class LanguageModel:
             options["quantization_config"] = GgufConfig(dequantize=True)
         try:
             model = AutoModelForCausalLM.from_pretrained(parts.base.location, **options)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError) as error:  # The last: sizes differ.
             raise self._loading_failed("model", error) from error
         model = parts.merged(model)
         return accelerated(self.adapted(model), compile_=self.compile, liger=self.liger)
@@ -150,6 +151,7 @@ class LanguageModel:
                     "Set one and save the tokenizer into the model directory."
                 )
             tokenizer.pad_token = tokenizer.eos_token
+        require_embeddings(self.path, tokenizer, self.load_config())
         return tokenizer
 
     def module_name(self) -> str:
