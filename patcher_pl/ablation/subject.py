@@ -56,7 +56,7 @@ class Subject:
         tokenizer = self.language_model.load_tokenizer()
         conversations = mixture.draw(derive_seed(seed, part))
         return BatchStream(
-            encode_all(tokenizer, self.language_model.chat, conversations),
+            encode_all(tokenizer, self.language_model.load_chat(), conversations),
             batch_size=batch_size,
             pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
             seed=derive_seed(seed, part, "stream"),

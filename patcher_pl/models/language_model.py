@@ -10,6 +10,7 @@ from patcher_pl.files import write_atomically
 from patcher_pl.models import packed_attention
 from patcher_pl.models.acceleration import accelerated
 from patcher_pl.models.adapters import Checkpoint, Parts, parts_of
+from patcher_pl.models.context import context_length
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
 from patcher_pl.models.vocabulary import require_embeddings
@@ -153,6 +154,10 @@ class LanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         require_embeddings(self.path, tokenizer, self.load_config())
         return tokenizer
+
+    def load_chat(self) -> ChatFormat:
+        """Returns `chat`, with conversations no longer than what the model reads."""
+        return self.chat.within(context_length(self.load_config()))
 
     def module_name(self) -> str:
         """The module in which transformers defines this kind of model; to import it ahead of time."""

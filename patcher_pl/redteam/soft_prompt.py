@@ -68,22 +68,22 @@ class SoftPrompt(FinetuningAttack):
         embedding = PromptEmbedding(model.get_input_embeddings(), token_ids)
         model.set_input_embeddings(embedding)
         model.eval()  # Nothing of it is trained, so nothing of it drops out.
-        batches = material.batches(self.batch_size, rows, self._wording)
+        batches = material.batches(self.batch_size, rows, self.wording)
         yield from self.points(model, self.steps(model, [embedding.vectors], batches))
 
     def prompt(self, messages: Sequence[Message], material: AttackMaterial) -> tuple[Message, ...]:
         """See `Attack.prompt`; puts the tokens before the question."""
-        return self._wording.reworded(messages)
+        return self.wording.reworded(messages)
 
     @property
-    def _wording(self) -> Asking:
+    def wording(self) -> Asking:
         return replace(self.asking, template="".join(self.tokens) + self.asking.template)
 
     def _token_ids(self, material: AttackMaterial, question: Sequence[Message]) -> list[int]:
         tokenizer, chat = material.tokenizer, material.chat
         token_ids = _ids(tokenizer, "".join(self.tokens))
         plain = chat.prompt_ids(tokenizer, self.asking.reworded(question))
-        worded = chat.prompt_ids(tokenizer, self._wording.reworded(question))
+        worded = chat.prompt_ids(tokenizer, self.wording.reworded(question))
         used = set(token_ids) & set(plain)
         if used or len(set(token_ids)) != len(self.tokens) or not _contains(worded, token_ids):
             raise ConfigError(
