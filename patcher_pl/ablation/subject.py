@@ -54,7 +54,9 @@ class Subject:
 
     def _stream(self, part: str, mixture: Mixture, batch_size: int, seed: int) -> BatchStream:
         tokenizer = self.language_model.load_tokenizer()
-        drawn = draw_encoded(mixture, derive_seed(seed, part), tokenizer, self.language_model.chat)
+        drawn = draw_encoded(
+            mixture, derive_seed(seed, part), tokenizer, self.language_model.load_chat()
+        )
         return BatchStream(
             drawn.examples,
             batch_size=batch_size,

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from patcher_pl.defenses import Defense
 from patcher_pl.redteam import RedTeam
+from patcher_pl.redteam.room import require_room
 from patcher_pl.reports.curves import asr_figure
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve
 
@@ -34,6 +35,11 @@ class RobustnessProbe(Callback):
         self.redteam = redteam
         self.every_n_steps = every_n_steps
         self._probed_at = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses prompts that are too long for the model, before any compute is spent."""
+        assert isinstance(pl_module, Defense)
+        require_room(self.redteam, pl_module.language_model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting at the step that was resumed."""

@@ -30,6 +30,7 @@ from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
+from patcher_pl.redteam.room import require_room
 from patcher_pl.reports.results import Overlap
 from patcher_pl.reports.settings import as_settings
 
@@ -72,6 +73,8 @@ def _fit_alone(cli: PatcherCLI) -> None:
         run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
     try:
+        if options.redteam is not None:
+            require_room(options.redteam, cli.model.language_model)
         with attackers_beside(cli, run_directory):
             fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
     except PatcherError:

@@ -32,6 +32,7 @@ def run_redteam(
     gradient_checkpointing: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
     device: str = "auto",
     num_threads: int | None = None,
     defense: str = "model",
@@ -50,7 +51,8 @@ def run_redteam(
     Args:
         redteam: Attacks, their grid, their data, the prompts and the judge.
         run_dir: Where everything goes; created when missing.
-        model: Hub id, local directory, or `testbed`: the only model. `models` takes several.
+        model: Hub id, local directory, or `testbed`: the only model; whole, or a PEFT adapter, which
+            is merged into its base. `models` takes several.
         models: Models to attack alike.
         search: Look for the strongest attack on every model, starting from the grid, see
             `patcher_pl.redteam.Search`; settings may stand beside `num_trials`. None without.
@@ -61,6 +63,7 @@ def run_redteam(
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint.
+        gguf_file: Name of the GGUF file in `model` to attack; needs `patcher-pl[gguf]`.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
         num_threads: CPU threads of torch, of each process; null leaves it to torch. Tiny models
             want 1.
@@ -85,14 +88,24 @@ def run_redteam(
         # A mapping may name any setting of an attack, which no signature lists.
         search = Search(**search) if isinstance(search, dict) else search
         require_settings("search", search.space if search else {}, redteam.attacks)
-    targets = models or [Target(defense=defense, path=model, k1=k1, train_seed=train_seed)]
+    if gguf_file is not None and model is None:
+        raise ConfigError("gguf_file belongs to `model`; in `models`, give every Target its own.")
+    targets = models or [
+        Target(defense=defense, path=model, k1=k1, train_seed=train_seed, gguf_file=gguf_file)
+    ]
     require_distinct(targets)
     overlap = redteam.shared_data({})  # Before hours are spent on making models.
     bench = Bench()
+    paths = harden(targets, run_dir, fit_options or {}, engine)
     attacked = [
         AttackedModel(
             name=target.name,
-            language_model=LanguageModel(
+            language_model=language_model,
+            bench=bench,
+        )
+        for target, path in zip(targets, paths, strict=True)
+        for language_model in [
+            LanguageModel(
                 path=path,
                 chat=target.chat or chat or ChatFormat(),
                 dtype=dtype,
@@ -100,12 +113,9 @@ def run_redteam(
                 gradient_checkpointing=gradient_checkpointing,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-            ),
-            bench=bench,
-        )
-        for target, path in zip(
-            targets, harden(targets, run_dir, fit_options or {}, engine), strict=True
-        )
+                gguf_file=target.gguf_file,
+            )
+        ]
     ]
     board = Board(
         run_directory=RunDirectory(run_dir),

@@ -35,7 +35,8 @@ class ChatFormat:
     Args:
         system_prompt: Put before conversations that have no system turn of their own.
         enable_thinking: Handed to the template (Qwen3's switch); templates without it ignore it.
-        max_length: Longest conversation (tokens, >= 2), template included.
+        max_length: Longest conversation (tokens, >= 2), template included. Where the model reads
+            less, that holds instead.
         too_long: What happens to longer ones. `truncate` cuts the end of the last answer and drops
             conversations in which an answer would vanish whole; `skip` drops all of them; `error`
             stops. What is dropped or cut is counted and logged.
@@ -66,6 +67,12 @@ class ChatFormat:
                 f"ChatFormat.template_options must not set {taken[0]!r}; it is set elsewhere."
             )
 
+    def within(self, context: int | None) -> "ChatFormat":
+        """Returns this format for a model that reads at most `context` tokens; None sets no limit."""
+        if context is None or self.max_length <= context:
+            return self
+        return replace(self, max_length=max(2, context))
+
     def encode(
         self, tokenizer: "PreTrainedTokenizerBase", conversation: Conversation
     ) -> Encoded | None:
@@ -89,8 +96,8 @@ class ChatFormat:
         if self.too_long == "error":
             raise DataError(
                 f"{conversation.origin}: the conversation has {length} tokens, "
-                f"ChatFormat.max_length is {self.max_length}. Raise it, or set "
-                "ChatFormat.too_long to `truncate` or `skip`."
+                f"the limit is {self.max_length} (ChatFormat.max_length, or what the model reads). "
+                "Raise it, or set ChatFormat.too_long to `truncate` or `skip`."
             )
         last_start, _ = label_runs(encoded.labels)[-1]
         if self.too_long == "skip" or last_start >= self.max_length:

@@ -84,14 +84,14 @@ def _counted(
     if not examples:
         raise DataError(
             f"No example is left to train on: {num_dropped} of {num_dropped} conversations "
-            f"are longer than ChatFormat.max_length {chat.max_length} (too_long: {chat.too_long}). "
-            "Raise max_length or shorten the data."
+            f"are longer than {chat.max_length} tokens (ChatFormat.max_length, or what the model "
+            f"reads; too_long: {chat.too_long}). Raise max_length or shorten the data."
         )
     num_truncated = sum(example.truncated for example in examples)
     if num_dropped or num_truncated:
         _log.warning(
             "Of %d conversations, %d are too long and dropped, %d lose the end of their last "
-            "answer (ChatFormat.max_length %d).",
+            "answer (at most %d tokens: ChatFormat.max_length, or what the model reads).",
             *(len(examples) + num_dropped, num_dropped, num_truncated, chat.max_length),
         )
     if num_unlabeled := sum(example.num_unlabeled_answers for example in examples):

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, Trainer
 
-from patcher_pl.data.chat import Encoded
+from patcher_pl.data.chat import ChatFormat, Encoded
 from patcher_pl.data.collate import Drawn, draw_encoded
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.stream import BatchStream, FixedBatches
@@ -191,6 +192,10 @@ class SafetyDataModule(LightningDataModule):
     def _pad_token_id(self) -> int:
         return self._module.tokenizer.pad_token_id
 
+    @cached_property
+    def _chat(self) -> ChatFormat:
+        return self._module.language_model.load_chat()
+
     @property
     def _module(self) -> Any:
         return self._trainer.lightning_module
@@ -216,7 +221,7 @@ class SafetyDataModule(LightningDataModule):
                 mixture,
                 derive_seed(self.seed, part),
                 self._module.tokenizer,
-                self._module.language_model.chat,
+                self._chat,
             )
         return self._drawn[part].examples
 

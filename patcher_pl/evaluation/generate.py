@@ -12,6 +12,7 @@ from patcher_pl.errors import DataError
 from patcher_pl.evaluation.backends.base import Backend, Decoding
 from patcher_pl.evaluation.backends.hugging_face import HuggingFace
 from patcher_pl.evaluation.thoughts import CLOSING, OPENING, ends_in_a_thought, spoken_part
+from patcher_pl.models.context import context_length
 from patcher_pl.randomness import seeded
 from patcher_pl.types import Message
 from patcher_pl.validation import require
@@ -113,7 +114,7 @@ class Generation:
             DataError: If a prompt leaves no room for an answer in the model's context.
         """
         prompt_ids = [chat.prompt_ids(tokenizer, prompt, prefill) for prompt in prompts]
-        context = _context_length(model)
+        context = context_length(model.config)
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             _check_room(prompt, len(ids), context)
         stop_ids = stop_token_ids(model, tokenizer, chat)
@@ -173,11 +174,6 @@ def _decoded(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     marks = tokenizer.convert_tokens_to_ids([OPENING, CLOSING])
     hidden = set(tokenizer.all_special_ids).difference(marks)  # type: ignore[arg-type]
     return str(tokenizer.decode([token for token in ids if token not in hidden]))
-
-
-def _context_length(model: "PreTrainedModel") -> int | None:
-    length = getattr(model.config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
 
 
 def _check_room(prompt: Prompt, length: int, context: int | None) -> None:

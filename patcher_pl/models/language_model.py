@@ -11,15 +11,18 @@ from patcher_pl.errors import ConfigError, first_line
 from patcher_pl.files import write_atomically
 from patcher_pl.models import packed_attention
 from patcher_pl.models.acceleration import accelerated
+from patcher_pl.models.adapters import Checkpoint, Parts, parts_of
+from patcher_pl.models.context import context_length
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
+from patcher_pl.models.vocabulary import require_embeddings
 from patcher_pl.models.weights import Place
 from patcher_pl.shipped import resolve_model
 from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DtypeName = Literal["float32", "bfloat16", "float64"]
 
@@ -28,8 +31,12 @@ DtypeName = Literal["float32", "bfloat16", "float64"]
 class LanguageModel:
     """A causal language model on the hub or on disk; loads nothing until asked.
 
+    A PEFT adapter is a model like others: it is merged into the model that it names when it is
+    loaded, once, so that everything sees one set of plain weights.
+
     Args:
-        path: Hub id, local directory, or `testbed` (ships with this package).
+        path: Hub id, local directory, or `testbed` (ships with this package); of whole weights, or of
+            a PEFT adapter.
         chat: How conversations become tokens; training, attacks and generation share it.
         dtype: Number format of the weights.
         attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...), or
@@ -46,10 +53,12 @@ class LanguageModel:
             `host` memory, which costs two copies over the bus per shift and saves their space.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint. Off: it could do anything.
+        gguf_file: Name of a GGUF file in `path` to take weights and tokenizer from, converted to
+            `dtype`; needs `patcher-pl[gguf]`. What is exported is in safetensors.
 
     Raises:
-        ConfigError: When loading, if there is no such model, it is no causal LM, or `liger` cannot
-            be had.
+        ConfigError: When loading, if there is no such model, it is no causal LM, its tokenizer has
+            tokens without an embedding, or `liger` cannot be had.
     """
 
     path: str
@@ -64,17 +73,24 @@ class LanguageModel:
     weight_copies_on: Place = "model"
     revision: str | None = None
     trust_remote_code: bool = False
+    gguf_file: str | None = None
 
     def load_model(self) -> "PreTrainedModel":
-        """Loads the weights (safetensors only), in evaluation mode, adapters attached."""
-        from transformers import AutoModelForCausalLM
+        """Loads the weights (safetensors or GGUF), in evaluation mode, adapters attached."""
+        from transformers import AutoModelForCausalLM, GgufConfig
 
+        parts = self.parts
+        options = {**self._options_of(parts.base), **self._model_options}
+        if self.gguf_file is None:
+            options["use_safetensors"] = True
+        else:
+            # Or some architectures would stay packed, and could be neither trained nor saved.
+            options["quantization_config"] = GgufConfig(dequantize=True)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self._location, use_safetensors=True, **self._hub_options, **self._model_options
-            )
-        except (OSError, ValueError, ImportError) as error:
+            model = AutoModelForCausalLM.from_pretrained(parts.base.location, **options)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:  # The last: sizes differ.
             raise self._loading_failed("model", error) from error
+        model = parts.merged(model)
         return accelerated(self.adapted(model), compile_=self.compile, liger=self.liger)
 
     def adapted(self, model: "PreTrainedModel") -> "PreTrainedModel":
@@ -95,12 +111,9 @@ class LanguageModel:
 
     def _make_empty(self) -> "PreTrainedModel":
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        try:
-            config = AutoConfig.from_pretrained(self._location, **self._hub_options)
-        except (OSError, ValueError, ImportError) as error:
-            raise self._loading_failed("config", error) from error
+        config = self.load_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=self.trust_remote_code, **self._model_options
@@ -109,12 +122,27 @@ class LanguageModel:
             model.activation_checkpointing_enable()
         return accelerated(model, compile_=False, liger=self.liger)
 
+    def load_config(self) -> "PretrainedConfig":
+        """Loads the architecture."""
+        from transformers import AutoConfig
+
+        parts = self.parts
+        try:
+            config = AutoConfig.from_pretrained(parts.base.location, **self._options_of(parts.base))
+        except (OSError, ValueError, ImportError) as error:
+            raise self._loading_failed("configuration", error) from error
+        num_embeddings = parts.num_embeddings()
+        if num_embeddings is not None:
+            config.get_text_config().vocab_size = num_embeddings
+        return config
+
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Loads the tokenizer, with a pad token (the end-of-text token where there is none)."""
         from transformers import AutoTokenizer
 
+        found = self.parts.tokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._location, **self._hub_options)
+            tokenizer = AutoTokenizer.from_pretrained(found.location, **self._options_of(found))
         except (OSError, ValueError, ImportError) as error:
             raise self._loading_failed("tokenizer", error) from error
         if tokenizer.pad_token is None:
@@ -124,32 +152,39 @@ class LanguageModel:
                     "Set one and save the tokenizer into the model directory."
                 )
             tokenizer.pad_token = tokenizer.eos_token
+        require_embeddings(self.path, tokenizer, self.load_config())
         return tokenizer
 
     def contents(self) -> Mapping[str, str]:
         """See `NamesContents`: weights, configuration, tokenizer and template, wherever they lie."""
-        digest = model_digest(self._location, self.revision)
-        return {} if digest is None else {"path": digest}
+        digests = [model_digest(part.location, part.revision) for part in self.parts.all]
+        known = [digest for digest in digests if digest is not None]
+        return {"path": " ".join(known)} if len(known) == len(digests) else {}
+
+    def load_chat(self) -> ChatFormat:
+        """Returns `chat`, with conversations no longer than what the model reads."""
+        return self.chat.within(context_length(self.load_config()))
 
     def module_name(self) -> str:
         """The module in which transformers defines this kind of model; to import it ahead of time."""
-        from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        try:
-            config = AutoConfig.from_pretrained(self._location, **self._hub_options)
-        except (OSError, ValueError) as error:
-            raise self._loading_failed("configuration", error) from error
-        kind = type(config)
+        kind = type(self.load_config())
         return MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, kind).__module__
 
     @property
-    def _location(self) -> str:
-        return resolve_model(self.path)
+    def parts(self) -> Parts:
+        """Where weights, adapters and tokenizer lie; what a digest of the model has to look at."""
+        return parts_of(Checkpoint(resolve_model(self.path), self.revision))
 
-    @property
-    def _hub_options(self) -> dict[str, str | bool | None]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+    def _options_of(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "revision": checkpoint.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        if self.gguf_file is not None and checkpoint == self.parts.base:
+            options["gguf_file"] = self.gguf_file
+        return options
 
     @property
     def _model_options(self) -> dict[str, Any]:
@@ -165,8 +200,9 @@ class LanguageModel:
     def _loading_failed(self, part: str, error: Exception) -> ConfigError:
         return ConfigError(
             f"LanguageModel.path: the {part} of {self.path!r} could not be loaded "
-            f"({first_line(error)}). Give a hub id, `testbed`, or a directory that holds config.json, *.safetensors and "
-            "tokenizer files."
+            f"({first_line(error)}). Give a hub id, `testbed`, or a directory that holds config.json, "
+            "*.safetensors and tokenizer files, or a PEFT adapter whose base can be loaded. For a "
+            "GGUF file, give its directory, LanguageModel.gguf_file, and install `patcher-pl[gguf]`."
         )
 
 

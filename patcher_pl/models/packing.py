@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.losses.causal_lm import innermost, takes_positions
+from patcher_pl.models.context import context_length
 from patcher_pl.models.shards import reshard
 
 # Tokens of a conversation that tell enough.
@@ -24,8 +25,8 @@ def require_packing(
     """Refuses a model for which a packed conversation is not the same as one on its own.
 
     Such are models with states that run along the row (state-space models), with position biases
-    that do not go by `position_ids` (ALiBi), or with an attention that transformers makes no mask
-    for. Two short forward passes find out. Of a sharded model, all processes must call it, with the
+    that do not go by `position_ids` (ALiBi), with a mask that is no longer than one conversation, or
+    with an attention that transformers makes no mask for. Two short forward passes find out. Of a sharded model, all processes must call it, with the
     same conversations.
 
     Args:
@@ -43,8 +44,15 @@ def require_packing(
             f"{setting}: {name} takes no position_ids, so it cannot tell packed conversations apart. "
             "Set it to false."
         )
+    context = context_length(innermost(model).config)
+    length = min(_LENGTH, context or _LENGTH)
+    if context is not None and _has_mask_of_row(model, context):
+        raise ConfigError(
+            f"{setting}: {name} keeps an attention mask of {context} tokens, and packed rows are "
+            "longer. Set it to false."
+        )
     first, second = (
-        torch.tensor([list(ids[:_LENGTH])], device=device)
+        torch.tensor([list(ids[:length])], device=device)
         for ids in (conversations[0], conversations[-1 if len(conversations) < 2 else 1])
     )
     was_training = model.training
@@ -69,6 +77,11 @@ def require_packing(
             f"logits of one change by {relative:.1e} of their norm with another in front of it "
             f"(at most {tolerance:g} is rounding). Set it to false, or use attention `sdpa`."
         )
+
+
+def _has_mask_of_row(model: nn.Module, context: int) -> bool:
+    """Whether attention cuts its own mask from one of the model's length (GPT-Neo)."""
+    return any(tuple(buffer.shape) == (1, 1, context, context) for buffer in model.buffers())
 
 
 def _positions(ids: Tensor) -> Tensor:

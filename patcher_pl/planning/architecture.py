@@ -22,7 +22,7 @@ def find_architecture(
     """Reads the architecture of a model, from the first of these that exists.
 
     1. the file that was given;
-    2. `config.json` in the model's directory;
+    2. `config.json` in the model's directory, or in that of the model under an adapter;
     3. `config.json` in a directory of the run's configuration files (`neighbors`), if its
        `_name_or_path` is the model's path;
     4. the hub, or what is cached of it.
@@ -34,19 +34,24 @@ def find_architecture(
 
     if given is not None and not given.is_file():
         raise ConfigError(f"--model_config: there is no file {given}.")
+    # Nothing is asked of the hub before the files at hand.
+    parts = model.parts if Path(resolve_model(model.path)).is_dir() else None
+    base = model.path if parts is None else parts.base.location
     beside = [folder / "config.json" for folder in neighbors]
-    own = [
-        Path(resolve_model(model.path)) / "config.json",
-        *(file for file in beside if _is_of(file, model.path)),
-    ]
-    place = given or next((file for file in own if file.is_file()), None)
+    own = [Path(base) / "config.json", *(file for file in beside if _is_of(file, base))]
+    # What a GGUF file says holds, whatever lies beside it.
+    found = None if model.gguf_file else next((file for file in own if file.is_file()), None)
+    place = given or found
     try:
-        return AutoConfig.from_pretrained(
-            place or model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
+        if place is None:
+            return model.load_config()
+        config = AutoConfig.from_pretrained(
+            place, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+        if parts is not None and (rows := parts.num_embeddings()) is not None:
+            config.get_text_config().vocab_size = rows
+        return config
+    except (OSError, ValueError, KeyError, ConfigError) as error:
         if place is not None:
             raise ConfigError(
                 f"{place}: no model configuration of transformers ({error})."
@@ -68,6 +73,9 @@ class UnloadedModel(LanguageModel):
     """A language model that is built from its architecture alone, without weights to load."""
 
     architecture: "PretrainedConfig"
+
+    def load_config(self) -> "PretrainedConfig":
+        return self.architecture
 
     def load_model(self) -> "PreTrainedModel":
         """Builds the model; under fake tensors this takes no memory."""

@@ -12,6 +12,7 @@ from patcher_pl.defenses import Defense
 from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Unrolled
 from patcher_pl.models import Sharding
+from patcher_pl.models.context import context_length
 from patcher_pl.planning.architecture import UnloadedModel, find_architecture
 from patcher_pl.planning.attacks import attacks_of, is_first_order, toy_estimate, with_short_attacks
 from patcher_pl.planning.hardware import Gpu, find_gpu
@@ -43,7 +44,8 @@ class PlanSettings:
         device_counts: Numbers of devices to look at.
         mfu: Share of the GPU's peak that training reaches (in (0, 1]).
         host_gib_per_device: Host memory that may be used for every device (GiB, >= 0).
-        length: Tokens of every conversation; null for `chat.max_length`, the most there can be.
+        length: Tokens of every conversation, as far as the model reads them; null for
+            `chat.max_length`, the most there can be.
         overhead: What the framework and the allocator take.
         model_config: The model's config.json; null looks in the model's directory, beside the
             configuration and on the hub.
@@ -186,10 +188,11 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         raise ConfigError(
             f"trainer.max_steps must be >= 1 to plan a run, got {trainer.max_steps}. Set it."
         )
-    length = settings.length or model.chat.max_length
+    architecture = find_architecture(model, settings.model_config, run.folders)
+    wanted = settings.length or model.chat.max_length
+    length = min(wanted, context_length(architecture) or wanted)
     configured = placement_of(trainer, defense)
     sharding = sharding_for(trainer, model)
-    architecture = find_architecture(model, settings.model_config, run.folders)
 
     @cache
     def rehearsed(checkpointing: bool, split: Sharding | None) -> Footprint:

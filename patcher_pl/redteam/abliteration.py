@@ -1,5 +1,6 @@
 """Removal of the direction in which the model tells what it refuses."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 # Prompts read at once; changes nothing but memory and time.
 _BATCH_SIZE = 8
@@ -107,7 +110,19 @@ class Abliteration(Attack):
     def _prompts(self, rows: Sequence[Conversation], material: AttackMaterial) -> list[Batch]:
         chat, tokenizer = material.chat, material.tokenizer
         ids = [chat.prompt_ids(tokenizer, self.asking.reworded(row.prompt)) for row in rows]
-        unlabeled = [Encoded(one, [IGNORE_INDEX] * len(one)) for one in ids]
+        fitting = [one for one in ids if len(one) <= chat.max_length]
+        if len(fitting) < len(ids):
+            logger.warning(
+                "Abliteration leaves %d of %d prompts out, which are longer than %d tokens "
+                "(ChatFormat.max_length, or what the model reads).",
+                *(len(ids) - len(fitting), len(ids), chat.max_length),
+            )
+        if not fitting:
+            raise DataError(
+                f"Abliteration: every prompt is longer than {chat.max_length} tokens "
+                "(ChatFormat.max_length, or what the model reads). Shorten the data."
+            )
+        unlabeled = [Encoded(one, [IGNORE_INDEX] * len(one)) for one in fitting]
         return _batches(unlabeled, material)
 
     def _answers(self, rows: Sequence[Conversation], material: AttackMaterial) -> list[Batch]:

@@ -70,6 +70,11 @@ class Attack(ABC):
         """The name without a label, such as `full_adamw`."""
 
     @property
+    def wording(self) -> Asking:
+        """How it asks, as far as that does not depend on its data; see `prompt`."""
+        return self.asking
+
+    @property
     def uses_data(self) -> bool:
         """Whether the outcome depends on the attacker's training data."""
         return True

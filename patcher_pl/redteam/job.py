@@ -60,7 +60,7 @@ class Bench:
                 model = language_model.load_model().to(place)  # type: ignore[arg-type]
                 tokenizer = language_model.load_tokenizer()
             self._model = model
-            self._campaign = team.campaign(tokenizer, language_model.chat)
+            self._campaign = team.campaign(tokenizer, language_model.load_chat())
             self._key = key
         return self._model, self._campaign
 

@@ -91,12 +91,12 @@ class MultiTurnFinetuning(FinetuningAttack):
         if num_short == len(rows):
             raise DataError(
                 f"MultiTurnFinetuning.num_turns {self.num_turns}: no conversation of so many turns "
-                f"fits into ChatFormat.max_length {material.chat.max_length}. Raise it, or have "
-                "fewer turns."
+                f"fits into {material.chat.max_length} tokens (ChatFormat.max_length, or what the "
+                "model reads). Raise it, or have fewer turns."
             )
         if num_short:
             logger.warning(
-                "Of %d conversations, %d have fewer than %d turns (ChatFormat.max_length %d).",
+                "Of %d conversations, %d have fewer than %d turns (at most %d tokens).",
                 *(len(rows), num_short, self.num_turns, material.chat.max_length),
             )
         return rows

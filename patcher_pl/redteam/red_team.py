@@ -14,6 +14,7 @@ from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Generation
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.models.context import context_length
 from patcher_pl.models.lora import merged_copy
 from patcher_pl.models.packing import require_packing
 from patcher_pl.randomness import seeded
@@ -193,7 +194,7 @@ class RedTeam:
             DataError: If a benchmark or the attack's data cannot be used.
         """
         name = ModelName(defense, k1, train_seed)
-        campaign = self.campaign(tokenizer, chat)
+        campaign = self.campaign(tokenizer, chat.within(context_length(model.config)))
         return [campaign.run(model, cell, name) for cell in self.cells()]
 
 

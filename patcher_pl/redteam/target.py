@@ -17,15 +17,18 @@ class Target:
 
     Args:
         defense: Name of its defense in results; `sft` marks the undefended control.
-        path: Hub id, local directory, or `testbed`; any causal LM, whoever trained it.
+        path: Hub id, local directory, or `testbed`; any causal LM or PEFT adapter of one, whoever
+            trained it.
         fit: Configuration of `fit` that makes the model below `--run_dir` unless it is there.
         control: Take the SFT control of that `fit` (its `control: true`) instead of the model.
         k1: Simulated attack steps that it was trained against, for the results.
         train_seed: Seed that it was trained with, for the results.
         chat: How to talk to it; None takes that of the command.
+        gguf_file: Name of the GGUF file in `path` to attack; None for safetensors.
 
     Raises:
-        ValueError: If not exactly one of `path` and `fit` is given, or `control` without `fit`.
+        ValueError: If not exactly one of `path` and `fit` is given, `control` without `fit`, or
+            `gguf_file` with it.
     """
 
     defense: str
@@ -35,6 +38,7 @@ class Target:
     k1: int | None = None
     train_seed: int | None = None
     chat: ChatFormat | None = None
+    gguf_file: str | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.fit is None):
@@ -46,6 +50,11 @@ class Target:
             raise ValueError(
                 f"Target.control must be false for a model that is there, got true for {self.path!r}. "
                 "Give the path of the control itself."
+            )
+        if self.gguf_file is not None and self.path is None:
+            raise ValueError(
+                f"Target.gguf_file must be null for a model that `fit` makes, got {self.gguf_file!r}. "
+                "It is exported in safetensors."
             )
 
     @property

@@ -1,7 +1,8 @@
 """Generation with transformers, on the live model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
@@ -43,16 +44,14 @@ def continued_by_generate(
 ) -> list[list[int]]:
     """As `Backend.continuations`, through `generate` of transformers; similar lengths share a batch."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    rooms = [decoding.max_new_tokens for _ in prompts]
+    if decoding.context is not None:
+        rooms = [min(decoding.max_new_tokens, decoding.context - len(ids)) for ids in prompts]
     found: dict[int, list[int]] = {}
     own_settings = model.generation_config
     try:
-        for start in range(0, len(order), decoding.batch_size):
-            chosen = order[start : start + decoding.batch_size]
-            batch = [prompts[index] for index in chosen]
-            # Longest prompt comes last; the answer must still fit behind it.
-            room = decoding.max_new_tokens
-            if decoding.context is not None:
-                room = min(room, decoding.context - len(batch[-1]))
+        for chosen in _batches(order, rooms, decoding.batch_size):
+            batch, room = [prompts[index] for index in chosen], rooms[chosen[0]]
             settings = _settings(decoding, room)
             # Unset fields of the argument are filled from the model's own settings.
             model.generation_config = settings
@@ -60,6 +59,14 @@ def continued_by_generate(
     finally:
         model.generation_config = own_settings
     return [found[index] for index in range(len(prompts))]
+
+
+def _batches(order: Sequence[int], rooms: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Batches whose answers have the same room: a long prompt must not shorten its neighbors'."""
+    for _, alike in groupby(order, key=lambda index: rooms[index]):
+        chosen = list(alike)
+        for start in range(0, len(chosen), size):
+            yield chosen[start : start + size]
 
 
 def _generate(

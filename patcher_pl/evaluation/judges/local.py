@@ -11,6 +11,7 @@ from patcher_pl.evaluation.judges.replies import UnreadableReplyError, read_repl
 from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
 from patcher_pl.evaluation.thoughts import spoken_part
 from patcher_pl.machine import choose_device
+from patcher_pl.models.context import context_length
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.types import Message
 
@@ -86,7 +87,7 @@ class LocalJudge(Judge):
             return {}
         model, tokenizer = self._load()
         chat = self.language_model.chat
-        context = getattr(model.config, "max_position_embeddings", None)
+        context = context_length(model.config)
         fitting = [
             place
             for place, question in enumerate(questions)

@@ -36,7 +36,7 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer = build_tokenizer("qwen2")
-        self.language_model = SimpleNamespace(chat=ChatFormat())
+        self.language_model = SimpleNamespace(load_chat=ChatFormat)
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.safe: list[list[list[int]]] = []
         self.attack: list[list[list[int]]] = []
