@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # Lowest first. A package, or a module beside the packages, imports from lower floors and from itself.
 FLOORS = (
     "contents errors files memory private_directory progress quiet randomness shipped types validation",
-    "devices losses mailbox optim reports supervision threads",
+    "configurations devices losses mailbox optim reports supervision threads",
     "data jobs",
     "comparison models",
     "attackers evaluation",
