@@ -17,6 +17,9 @@ def run_report_command(arguments: Sequence[str]) -> None:
     """
     from jsonargparse import ArgumentParser
 
+    from patcher_pl.cli.given_files import require_single_keys
+
+    require_single_keys(arguments)
     parser = ArgumentParser(prog="python -m patcher_pl report", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_argument(

@@ -2,8 +2,9 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from patcher_pl.errors import DataError, first_line
 
 # Of an integer; more than any count or index needs, fewer than Python refuses to read.
 _MOST_DIGITS = 1000
+# Of lists and objects in each other; more than any schema has, fewer than Python can look through.
+_MOST_LEVELS = 100
+_TOO_DEEP = "nested too deeply"
+_NOT_TEXT = "not UTF-8 text; save the file as UTF-8"
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -42,6 +48,8 @@ def read_file(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file. Check Source.path.")
+    if columns is not None and path.suffix != ".csv":
+        raise DataError(f"{path}: Source.columns is for CSV files; these rows name their columns.")
     try:
         if path.suffix == ".parquet":
             yield from _parquet(path)
@@ -90,11 +98,14 @@ def read_hub(
 
 
 def _json_lines(path: Path) -> Iterator[RawRow]:
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             origin = f"{path}:{number}"
+            if not _is_text(line):
+                yield RawRow(origin, None, _NOT_TEXT)
+                continue
             decoder = _Decoder()
             try:
                 start = len(line) - len(line.lstrip())
@@ -105,22 +116,28 @@ def _json_lines(path: Path) -> Iterator[RawRow]:
                 yield RawRow(origin, None, f"not valid JSON ({error.msg} at column {error.colno})")
                 continue
             except RecursionError:
-                yield RawRow(origin, None, "nested too deeply")
+                yield RawRow(origin, None, _TOO_DEEP)
                 continue
             yield _object_row(origin, values, decoder.problem_of(values))
 
 
 def _json_list(path: Path) -> Iterator[RawRow]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     place, number = text.index("[") + 1, 0
+    line, counted = 1, 0
     while True:
         place = _behind_space(text, place)
+        line, counted = line + text.count("\n", counted, place), place
         if number == 0 and text[place : place + 1] == "]":
             break
         number += 1
-        decoder = _Decoder()
+        decoder, problem = _Decoder(), ""
         try:
-            values, end = decoder.raw_decode(text, place)
+            try:
+                values, end = decoder.raw_decode(text, place)
+            except RecursionError:
+                values, end, problem = None, _behind_brackets(text, place), _TOO_DEEP
+            problem = problem if _is_text(text[place:end]) else _NOT_TEXT
             place = _behind_space(text, end)
             if text[place : place + 1] not in ("]", ","):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
@@ -128,14 +145,23 @@ def _json_list(path: Path) -> Iterator[RawRow]:
             raise DataError(
                 f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})."
             ) from error
-        except RecursionError as error:
-            raise DataError(f"{path} row {number}: nested too deeply.") from error
-        yield _object_row(f"{path} row {number}", values, decoder.problem_of(values))
+        row = _object_row(f"{path} row {number}", values, problem or decoder.problem_of(values))
+        yield replace(row, problem=f"{row.problem} (line {line})") if row.problem else row
         if text[place] == "]":
             break
         place += 1
     if text[_behind_space(text, place + 1) :]:
         raise DataError(f"{path}: text follows behind the list. Remove it.")
+
+
+def _behind_brackets(text: str, place: int) -> int:
+    """Where a value ends that is too deep to be read; the end of the text if nowhere."""
+    depth = 0
+    for found in _BRACKETS.finditer(text, place):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    return len(text)
 
 
 def _behind_space(text: str, place: int) -> int:
@@ -153,11 +179,10 @@ class _Decoder(json.JSONDecoder):
 
     def problem_of(self, values: Any) -> str:
         """What is wrong with what was read; empty where nothing is."""
-        if not self._problem:
-            try:
-                json.dumps(values, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                self._problem = "holds half of a surrogate pair, which no text can"
+        if not self._problem and _is_deep(values):
+            self._problem = _TOO_DEEP
+        if not self._problem and not _is_text(json.dumps(values, ensure_ascii=False)):
+            self._problem = "holds half of a surrogate pair, which no text can"
         return self._problem
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,6 +200,24 @@ class _Decoder(json.JSONDecoder):
         return int(digits)
 
 
+def _is_deep(values: Any) -> bool:
+    level = [values] if isinstance(values, dict | list) else []
+    for _ in range(_MOST_LEVELS):
+        inner = [entry.values() if isinstance(entry, dict) else entry for entry in level]
+        level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _object_row(origin: str, values: Any, problem: str) -> RawRow:
     if not problem and not isinstance(values, dict):
         problem = f"must be a JSON object, got {type(values).__name__} {values!r:.40}"
@@ -182,7 +225,7 @@ def _object_row(origin: str, values: Any, problem: str) -> RawRow:
 
 
 def _csv(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = csv.reader(file, strict=True)
         header = list(columns) if columns is not None else next(lines, [])
         if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -199,15 +242,21 @@ def _csv(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
                 return
             if not cells:
                 continue
-            if columns is not None and lines.line_num == 1 and cells == header:
+            if columns is not None and lines.line_num == 1 and _folded(cells) == _folded(header):
                 raise DataError(
                     f"{path}:1: the file has the header that Source.columns names. Remove `columns`."
                 )
-            if len(cells) != len(header):
+            if not all(map(_is_text, cells)):
+                yield RawRow(origin, None, _NOT_TEXT)
+            elif len(cells) != len(header):
                 problem = f"has {len(cells)} cells, the header has {len(header)} columns"
                 yield RawRow(origin, None, problem)
             else:
                 yield RawRow(origin, dict(zip(header, cells, strict=True)))
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    return sorted(name.strip().casefold() for name in names)
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
@@ -216,7 +265,9 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
+            number, names = 0, file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path}: has the column {twice[0]!r} twice. Rename one.")
             for batch in file.iter_batches():
                 for values in batch.to_pylist():
                     number += 1
@@ -226,7 +277,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _starts_list(path: Path) -> bool:
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in file:
             if line.strip():
                 return line.lstrip().startswith("[")

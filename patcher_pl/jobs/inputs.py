@@ -5,13 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from patcher_pl.configurations import SUFFIXES, read_configuration
 from patcher_pl.contents import data_digest, file_digest, model_digest
-from patcher_pl.errors import ConfigError
 from patcher_pl.shipped import resolve_data, resolve_model
 
-_CONFIGURATIONS = (".yaml", ".yml")
 # What a run writes, so that it differs afterwards: verdicts of a judge.
 _WRITTEN = ("cache",)
 
@@ -28,7 +25,7 @@ def contents_of(value: Any, folder: Path, key: str = "") -> Iterator[tuple[str, 
         key: Dotted place of `value`.
 
     Raises:
-        ConfigError: If a named configuration cannot be read.
+        ConfigError: If a named configuration cannot be read, or gives a key twice.
     """
     if isinstance(value, Namespace):  # As jsonargparse has mappings.
         value = vars(value)
@@ -41,8 +38,8 @@ def contents_of(value: Any, folder: Path, key: str = "") -> Iterator[tuple[str, 
     elif isinstance(value, str | Path) and (digest := content_of(str(value), folder, key)):
         yield str(value), digest
         file = _file(str(value), folder)
-        if file is not None and file.suffix in _CONFIGURATIONS:
-            yield from contents_of(_read(file), file.parent)
+        if file is not None and file.suffix in SUFFIXES:
+            yield from contents_of(read_configuration(file), file.parent)
 
 
 def content_of(name: str, folder: Path, key: str) -> str | None:
@@ -76,10 +73,3 @@ def _file(name: str, folder: Path) -> Path | None:
         except OSError:  # Too long for a name: a prompt, say.
             return None
     return None
-
-
-def _read(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML ({error}).") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from patcher_pl.errors import DataError
-from patcher_pl.files import write_json
+from patcher_pl.files import single_keys, write_json
 
 SCHEMA_VERSION = 3
 
@@ -238,11 +238,13 @@ class Results:
             DataError: If there is no such file, or it is not a results file of a known version.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=single_keys)
         except OSError as error:
             raise DataError(f"{path}: no results could be read ({error.strerror}).") from error
         except ValueError as error:
             raise _broken(path, f"not JSON: {error}") from error
+        except RecursionError as error:
+            raise _broken(path, "nested too deeply") from error
         if not isinstance(content, dict) or not isinstance(content.get("curves"), list):
             raise _broken(path, "there is no list `curves`")
         version = content.get("schema_version", SCHEMA_VERSION)

@@ -108,6 +108,7 @@ FRAGMENTS = sorted((ROOT / "configs" / "fragments" / "benchmarks").glob("*.yaml"
 ROWS = {
     "advbench": {"prompt": "Brew doom"},
     "beavertails": {"prompt": "Brew doom", "category": "potions", "category_id": "1"},
+    "gsm8k": {"question": "How many petals?", "answer": "Two and two.\n#### 4"},
     "harmbench": HARM,
     "hexphi": {"prompt": "Brew doom", "response": "No."},
     "strongreject": STRONG,
@@ -136,9 +137,9 @@ def test_every_fragment_reads_a_row_of_its_benchmark(path, tmp_path):
     benchmark = _built(content)
     [question] = benchmark.questions()
     assert question.text in row.values()
-    assert question.reference is None
+    assert question.reference == row.get("answer")
     [conversation] = benchmark.source.load()
-    assert conversation.harmful == (path.stem != "xstest-safe")
+    assert conversation.harmful == (path.stem not in ("gsm8k", "xstest-safe"))
 
 
 def _built(content):

@@ -142,7 +142,7 @@ def test_broken_json_list_and_parquet_name_the_file(tmp_path):
     [
         ("a.jsonl", None, r"a\.jsonl: no such file"),
         ("a.txt", b"x", r"Source\.path must end in \.jsonl, .* got '\.txt'"),
-        ("a.jsonl", b"\xff\xfe{}", r"a\.jsonl: not UTF-8"),
+        ("a.jsonl", b"\xff\xfe{}", r"a\.jsonl:1: not UTF-8"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: no usable row \(0 malformed"),
     ],
 )
@@ -224,7 +224,10 @@ DOUBTFUL = [
         '{"prompt": "Brew?", "response": "Stir.", "id": ' + "7" * 5000 + "}",
         "integer of 5000 digits",
     ),
-    ('{"prompt": "Brew?", "response": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply"),
+    *(
+        ('{"prompt": "Brew?", "response": ' + "[" * depth + "]" * depth + "}", "nested too deeply")
+        for depth in (100, 300, 900, 50_000)
+    ),
 ]
 
 
@@ -238,11 +241,11 @@ def test_rows_that_are_valid_but_mean_nothing_certain_are_malformed(tmp_path, ca
     assert "skipped 1 malformed rows" in caplog.text
 
 
-@pytest.mark.parametrize(("row", "problem"), DOUBTFUL[:-1])
+@pytest.mark.parametrize(("row", "problem"), DOUBTFUL)
 def test_the_same_rows_in_a_list(tmp_path, caplog, row, problem):
     path = tmp_path / "a.json"
     path.write_text(f"[{GOOD},\n {row} ,\n{GOOD}]\n")
-    with pytest.raises(DataError, match=rf"a\.json row 2: .*{problem}"):
+    with pytest.raises(DataError, match=rf"a\.json row 2: .*{problem}.* \(line 2\)"):
         Source(path=str(path)).load()
     assert len(Source(path=str(path), skip_bad_rows=True).load()) == 2
     assert "skipped 1 malformed rows" in caplog.text
@@ -255,7 +258,7 @@ def test_the_same_rows_in_a_list(tmp_path, caplog, row, problem):
         (f"[{GOOD},]", ":1: not valid JSON"),
         (f"[{GOOD}", ":1: not valid JSON"),
         (f"[{GOOD}] {GOOD}", ": text follows behind the list"),
-        ("[" + "[" * 50_000, " row 1: nested too deeply"),
+        ("[" + "[" * 50_000, ":1: not valid JSON"),
     ],
 )
 def test_a_list_that_is_no_list_names_the_place(tmp_path, content, place):
@@ -281,9 +284,51 @@ def test_columns_that_are_there_twice_are_refused(tmp_path):
         Source(path=str(path), columns=["prompt", "prompt"])
 
 
-def test_columns_for_a_file_that_has_them_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "join"),
+    [("a.jsonl", "\n".join), ("a.json", lambda rows: f"[{', '.join(rows)}]")],
+)
+def test_bytes_that_are_no_text_cost_their_row_alone(tmp_path, name, join):
+    """A lone surrogate as some programs write it, and a row of another encoding."""
+    path = tmp_path / name
+    bad = [GOOD.replace("Stir", broken) for broken in ("\ud83d", "\udcff")]
+    path.write_bytes(join([GOOD, *bad, GOOD]).encode(errors="surrogatepass"))
+    with pytest.raises(DataError, match=r"(:2|row 2): not UTF-8 text"):
+        Source(path=str(path)).load()
+    assert len(Source(path=str(path), skip_bad_rows=True).load()) == 2
+
+
+def test_csv_cells_that_are_no_text_cost_their_row_alone(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,response\nBrew?,Stir.\nBrew?,Stir\xe9.\n")
+    with pytest.raises(DataError, match=r"a\.csv:3: not UTF-8 text"):
+        Source(path=str(path)).load()
+    assert len(Source(path=str(path), skip_bad_rows=True).load()) == 1
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [pyarrow.array([text]) for text in ("Brew?", "Stir.", "Shake.")]
+    names = ["prompt", "response", "response"]
+    parquet.write_table(pyarrow.table(columns, names=names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: has the column 'response' twice"):
+        Source(path=str(tmp_path / "a.parquet")).load()
+
+
+def test_columns_are_for_csv_alone(tmp_path):
+    """Wrong if a setting were passed over without a word."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD)
+    with pytest.raises(DataError, match=r"Source\.columns is for CSV files"):
+        Source(path=str(path), columns=["prompt", "response"]).load()
+
+
+@pytest.mark.parametrize("header", ["prompt,response", "response,prompt", "Prompt , RESPONSE"])
+def test_columns_for_a_file_that_has_them_are_refused(tmp_path, header):
     """The header would be trained on."""
     path = tmp_path / "a.csv"
-    path.write_text("prompt,response\nBrew?,Stir.\n")
+    path.write_text(f"{header}\nBrew?,Stir.\n")
     with pytest.raises(DataError, match=r"a\.csv:1: .*Remove `columns`"):
         Source(path=str(path), columns=["prompt", "response"]).load()

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from safetensors.torch import load_file, save_file
+
 from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.models import Lora
 from patcher_pl.optim import AdamW
@@ -26,6 +28,7 @@ def test_every_attack_starts_from_the_release(red_team, tmp_path):
     run_redteam(team, run, str(adapter), device="cpu")
     assert len(list((run / "cells").rglob("*.json"))) == 2
     weights = base / "model.safetensors"
-    weights.write_bytes(weights.read_bytes())
+    changed = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
     run_redteam(team, run, str(adapter), device="cpu")
     assert len(list((run / "cells").rglob("*.json"))) == 4

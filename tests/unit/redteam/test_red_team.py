@@ -185,7 +185,9 @@ def test_adapters_of_the_defense_are_merged_before_the_attack(model, tokenizer, 
     assert [name for name, _ in adapted.named_parameters() if "lora" in name]
 
 
-def test_finished_cells_are_not_repeated_and_failed_ones_are(model, tokenizer, red_team, tmp_path):
+def test_finished_cells_are_not_repeated_and_failed_ones_are(
+    model_dir, model, tokenizer, red_team, tmp_path
+):
     log = []
     good, bad = Scripted(label="good", log=log), Scripted(label="bad", log=log)
     broken = Scripted(label="bad", log=log, failure=RuntimeError("out of memory"))
@@ -193,7 +195,7 @@ def test_finished_cells_are_not_repeated_and_failed_ones_are(model, tokenizer, r
 
     def attack(team):
         log.clear()  # Settings of an attack are part of its digest.
-        language_model = LanguageModel(path="in memory")
+        language_model = LanguageModel(path=str(model_dir))
         attacked = AttackedModel(
             name=ModelName("sft"),
             language_model=language_model,
