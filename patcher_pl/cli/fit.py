@@ -65,7 +65,7 @@ def _fit_alone(cli: PatcherCLI) -> None:
     run_directory = RunDirectory(options.run_dir)
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
     if not rehearsal:
-        cli.record.settings = cli.settings(with_contents=first)
+        cli.record.settings = cli.run_settings(with_contents=first)
     overlap = _shared_data(cli) if first else []
     if not rehearsal and first:
         if options.ckpt_path is not None:

@@ -242,7 +242,7 @@ class PatcherCLI(LightningCLI):
         """
         write_text(path, self._repeatable())
 
-    def settings(self, *, with_contents: bool) -> dict[str, Any]:
+    def run_settings(self, *, with_contents: bool) -> dict[str, Any]:
         """What `save_config` writes, by dotted names, see `flat_settings`."""
         return flat_settings(yaml.safe_load(self._repeatable()), with_contents=with_contents)
 
