@@ -104,8 +104,8 @@ def read_entry(path: Path, name: str) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint of either kind."""
-    if path.is_dir():
+    """Deletes a checkpoint of either kind, or a link to one."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

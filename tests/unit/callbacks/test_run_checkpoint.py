@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patcher_pl.callbacks import AtomicCheckpointIO, RunCheckpoint
-from patcher_pl.callbacks.checkpoint_files import MANIFEST
+from patcher_pl.callbacks.checkpoint_files import MANIFEST, remove
 from patcher_pl.callbacks.run_checkpoint import find_last, point_last_at
 from patcher_pl.errors import CheckpointError
 from tests.commands import cli, sft_settings, write_inputs, write_yaml
@@ -124,6 +124,16 @@ def test_the_pointer_moves_from_folder_to_folder(tmp_path):
         point_last_at(tmp_path / f"step-{step:08d}.ckpt")
         assert (tmp_path / "last.ckpt").resolve().name == f"step-{step:08d}.ckpt"
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_link_that_a_killed_run_left_is_swept_up(tmp_path):
+    """Wrong if it stayed because it leads to a folder."""
+    write_checkpoints(tmp_path)
+    leftover = tmp_path / ".last.ckpt.0123.tmp"
+    leftover.symlink_to("step-00000003.ckpt")
+    remove(leftover)
+    assert not leftover.is_symlink()
+    assert (tmp_path / "step-00000003.ckpt" / "part").exists()
 
 
 def test_a_torn_checkpoint_costs_a_run_nothing_but_the_steps_since(inputs, tmp_path):
