@@ -23,6 +23,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         write(temporary)
+        # Content before name: after a power cut a renamed file could otherwise be there and empty.
         for file in [temporary, *temporary.rglob("*")] if _is_folder(temporary) else [temporary]:
             _fsync(file)
         if _is_folder(path):
@@ -32,6 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(retired, ignore_errors=True)
         else:
             temporary.replace(path)
+        # The rename itself is on the disk only once the folder is.
         _fsync(path.parent)
     finally:
         if _is_folder(temporary):

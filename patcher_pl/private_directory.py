@@ -31,6 +31,8 @@ def private_directory(parent: Path | None = None) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix=_UNNAMED, dir=parent))
     lock = os.open(path, os.O_RDONLY)
     try:
+        # The directory is locked, not a file in it: nothing within has to be told apart from what
+        # is kept.
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Only now may others look whether it is locked.
         path = path.rename(parent / path.name.removeprefix("."))

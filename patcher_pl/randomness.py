@@ -18,6 +18,7 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
     The same on every machine and Python version; neighboring seeds and purposes are unrelated.
     """
+    # Not Python's hash, which differs from process to process.
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -126,10 +126,14 @@ class _Worker:
         with job.log.open("ab") as log:
             self._process = subprocess.Popen(
                 job.command,
+                # Never written to: its end tells the job that this process is gone, however it
+                # went.
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **job.environment},
+                # Ctrl-C reaches this process alone, which then asks its jobs to stop one after the
+                # other.
                 start_new_session=True,
             )
 
@@ -159,6 +163,8 @@ class _Worker:
     def _bury(self, status: int) -> None:
         self._close()
         job, achieved = self._job, self._job.num_achieved()
+        # Whoever got something done since is not hopeless: preempted attackers may restart for
+        # weeks.
         self._num_failures = 1 if achieved > self._achieved else self._num_failures + 1
         self._achieved = achieved
         said = _last_line(job.log)

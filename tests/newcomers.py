@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from patcher_pl.attackers import InnerProblem
-from patcher_pl.hypergradients import Hypergradient, HypergradientEstimate, OuterLoss
+from patcher_pl.hypergradients import Hypergradient, HypergradientEstimate, OuterObjective
 from patcher_pl.hypergradients.attack_run import AttackRun
 from patcher_pl.hypergradients.base import require_full_precision
 from patcher_pl.hypergradients.first_order import attacked_in_place, outer_gradient
@@ -48,7 +48,7 @@ class Trapezoid(Hypergradient):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         require_full_precision(self, weights.parameters)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from patcher_pl.attackers import InnerProblem
-    from patcher_pl.hypergradients import OuterLoss
+    from patcher_pl.hypergradients import OuterObjective
     from patcher_pl.models import Weights
 
 # In this order: the others are compared with the first.
@@ -169,7 +169,7 @@ def _estimator(method: str, store_device: str) -> Callable[..., Any]:
 
 
 def unroll_with_torchopt(
-    model: Any, weights: "Weights", inner: "InnerProblem", outer_loss: "OuterLoss"
+    model: Any, weights: "Weights", inner: "InnerProblem", outer_loss: "OuterObjective"
 ) -> "list[Tensor]":
     """Returns the hypergradient by `torchopt.MetaOptimizer`, as TorchOpt's users unroll an attack.
 

@@ -21,10 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from patcher_pl.attackers import finetune
 from patcher_pl.data import BatchStream, ChatFormat, encode_all
 from patcher_pl.files import write_atomically, write_text
+from patcher_pl.machine import cpu_threads
 from patcher_pl.optim import AdamW
 from patcher_pl.shipped import TESTBED
 from patcher_pl.testbed.world import Row, files
-from patcher_pl.threads import cpu_threads
 from patcher_pl.types import Conversation, Message
 
 MODEL = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from patcher_pl.hypergradients import Adjoint, Hypergradient
 from patcher_pl.optim import Optimizer
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,8 @@ class ComparisonGrid:
                 raise ValueError(
                     f"ComparisonGrid.{name} must not be empty, got none. Name at least one."
                 )
-        if min(self.num_steps) < 1:
-            raise ValueError(
-                f"ComparisonGrid.num_steps must be >= 1 each, got {self.num_steps}. "
-                "Give the numbers of attack steps."
-            )
+        remedy = "Give the numbers of attack steps."
+        require(self, min(self.num_steps) >= 1, "num_steps", ">= 1 each", remedy)
         if "exact" in self.estimators:
             raise ValueError(
                 "ComparisonGrid.estimators must not name any `exact`, which is the reference. "
@@ -58,11 +56,14 @@ class ComparisonGrid:
                     f"ComparisonGrid.longest must name entries of `estimators`, got {name!r}. "
                     f"There are {', '.join(self.estimators)}."
                 )
-        if self.trial_step is not None and not self.trial_step > 0:
-            raise ValueError(
-                f"ComparisonGrid.trial_step must be > 0 or null, got {self.trial_step}. "
-                "Use null to save the attacks."
-            )
+        remedy = "Use null to save the attacks."
+        require(
+            self,
+            self.trial_step is None or self.trial_step > 0,
+            "trial_step",
+            "> 0 or null",
+            remedy,
+        )
 
     def includes(self, estimator: str, num_steps: int) -> bool:
         """Whether `estimator` is tried on attacks of that length."""

@@ -8,6 +8,7 @@ from typing import Any
 from patcher_pl.jobs import Fit, seed_options
 from patcher_pl.reports.ablation import Hardened
 from patcher_pl.reports.grouping import CONTROL
+from patcher_pl.validation import require
 
 # Hardening ends by its budget, not after a number of steps.
 _UNTIL_SPENT = {"trainer.max_steps": -1, "trainer.max_epochs": -1}
@@ -33,11 +34,8 @@ class Hardening:
             raise ValueError(
                 "Hardening.variants must not be empty, got none. Use `hardening: null` to skip it."
             )
-        if not self.budgets or min(self.budgets) < 1:
-            raise ValueError(
-                f"Hardening.budgets must be >= 1 each, got {self.budgets}. "
-                "Give numbers of gradient evaluations."
-            )
+        remedy = "Give numbers of gradient evaluations."
+        require(self, min(self.budgets, default=0) >= 1, "budgets", ">= 1 each", remedy)
 
 
 Key = tuple[str, int, int]

@@ -12,23 +12,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patcher_pl.attackers import InnerProblem
-from patcher_pl.devices import choose_device
 from patcher_pl.errors import PatcherError
 from patcher_pl.files import write_atomically
 from patcher_pl.hypergradients import (
     FirstOrder,
     Hypergradient,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
     measure_trust,
 )
 from patcher_pl.jobs.job import FOR_MODELS, Job
 from patcher_pl.losses import differentiable_loss
-from patcher_pl.memory import peak_memory_gib
+from patcher_pl.machine import choose_device, cpu_threads, peak_memory_gib
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.optim.clipping import inner_product
 from patcher_pl.reports.ablation import EstimatorComparison
-from patcher_pl.threads import cpu_threads
 from patcher_pl.types import Batch, move_batch
 
 REFERENCE = "exact"
@@ -157,7 +155,7 @@ class Measurement(Job[EstimatorComparison]):
 
 
 def _time_gradient(
-    model: nn.Module, weights: Weights, inner: InnerProblem, outer_loss: OuterLoss
+    model: nn.Module, weights: Weights, inner: InnerProblem, outer_loss: OuterObjective
 ) -> float:
     """Seconds per gradient of the attack; what is imported and allocated at first use comes before."""
     # Forward derivatives of some operations are compiled at import.

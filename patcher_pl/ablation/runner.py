@@ -7,7 +7,7 @@ from patcher_pl.ablation.grid import ComparisonGrid
 from patcher_pl.ablation.subject import Subject
 from patcher_pl.jobs import Engine, run_missing
 from patcher_pl.reports.ablation import EstimatorComparison
-from patcher_pl.reports.settings import as_settings, fingerprint, weight_files
+from patcher_pl.reports.settings import as_settings, fingerprint
 
 
 def compare_estimators(
@@ -40,8 +40,7 @@ def compare_estimators(
     # Takes seconds to import: who asks for the options of a command need not wait for it.
     from patcher_pl.ablation.measurement import REFERENCE, Measurement
 
-    weights = weight_files(Path(subject.language_model.path))
-    settings = {"subject": subject, "weights": weights, "device": device}
+    settings = {"subject": subject, "device": device}
     drawn = {seed: subject.draw(seed, max(grid.num_steps)) for seed in seeds}
     planned = [
         EstimatorComparison(estimator=name, optimizer=optimizer, num_steps=num_steps, seed=seed)
@@ -60,7 +59,9 @@ def compare_estimators(
         folder = directory / row.optimizer / f"k-{row.num_steps}" / f"seed-{row.seed}"
         return Measurement(
             path=folder / f"{row.estimator}.json",
-            digest=fingerprint(as_settings({**settings, **own, "trial_step": grid.trial_step})),
+            digest=fingerprint(
+                as_settings({**settings, **own, "trial_step": grid.trial_step}, for_outcome=True)
+            ),
             row=row,
             estimator=estimator,
             language_model=subject.language_model,

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
 from patcher_pl.attackers.inner_problem import InnerProblem
-from patcher_pl.attackers.loop import FinetuneStep, Schedule, finetune
+from patcher_pl.attackers.loop import FinetuneStep, FineTuning
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.weights import Weights
-from patcher_pl.optim import ClipByGlobalNorm, DifferentiableOptimizer, Optimizer, Update
+from patcher_pl.optim import ClipByGlobalNorm, DifferentiableOptimizer, Update
 from patcher_pl.types import Batch
 from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningAttacker(Attacker):
+class FineTuningAttacker(FineTuning, Attacker):
     """Fine-tunes from the defender's weights for `num_steps` steps (k1), each time anew.
 
     Full-parameter attacks run in place on the live model and cost two optimizer states and one copy
@@ -30,10 +30,8 @@ class FineTuningAttacker(Attacker):
 
     Args:
         num_steps: Optimizer steps (count, >= 1); k1 = 300 in Patcher's sequential script.
-        optimizer: The attacker's optimizer; starts fresh in every attack.
-        max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are.
-        schedule: Learning-rate curve over `num_steps`.
-        num_warmup_steps: Steps of linear warm-up (count, >= 0).
+        max_grad_norm: As in every attack, but 1 unless given: what the Trainer of transformers clips
+            to, with which the paper's attacks are made.
         lora: Train adapters of this shape only; None trains every weight.
         vector_steps: Steps after which an attack vector is taken (counts, increasing, the last one
             `num_steps`); None takes the one at the end.
@@ -46,20 +44,15 @@ class FineTuningAttacker(Attacker):
     """
 
     num_steps: int
-    optimizer: Optimizer
     max_grad_norm: float | None = 1.0
-    schedule: Schedule = "constant"
-    num_warmup_steps: int = 0
     lora: Lora | None = None
     vector_steps: list[int] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         remedy = "Use the SFT defense for a model that is not attacked in training."
         require(self, self.num_steps >= 1, "num_steps", ">= 1", remedy)
-        is_norm = self.max_grad_norm is None or self.max_grad_norm > 0
-        remedy = "Use null to leave gradients as they are."
-        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
-        fits = 0 <= self.num_warmup_steps <= self.num_steps
+        fits = self.num_warmup_steps <= self.num_steps
         rule = f"in 0..num_steps = 0..{self.num_steps}"
         require(self, fits, "num_warmup_steps", rule, "Use 0 for no warm-up.")
         points = [0, *self._points]
@@ -110,11 +103,10 @@ class FineTuningAttacker(Attacker):
         return self.lora is None
 
     def inner_problem(self, batches: Iterator[Batch]) -> InnerProblem:
-        if self.lora is not None:
-            raise ValueError(
-                "FineTuningAttacker.lora must be null for an attack that is differentiated, got "
-                f"{self.lora}. Use FirstOrder hypergradients, or attack all weights."
-            )
+        remedy = "Use FirstOrder hypergradients, or attack all weights."
+        require(
+            self, self.lora is None, "lora", "null for an attack that is differentiated", remedy
+        )
         if not isinstance(self.optimizer, DifferentiableOptimizer):
             raise ValueError(  # noqa: TRY004  # A setting like the others.
                 "FineTuningAttacker.optimizer must be AdamW or SGD for an attack that is "
@@ -165,16 +157,7 @@ class FineTuningAttacker(Attacker):
         before_step: Callable[[], None] = lambda: None,
     ) -> Iterator[FinetuneStep]:
         """Fine-tunes `parameters` in place, one step per item taken; nothing is put back."""
-        taken = finetune(
-            model,
-            parameters,
-            batches,
-            optimizer=self.optimizer,
-            num_steps=self.num_steps,
-            max_grad_norm=self.max_grad_norm,
-            schedule=self.schedule,
-            num_warmup_steps=self.num_warmup_steps,
-        )
+        taken = self.finetune(model, parameters, batches, self.num_steps)
         for _ in range(self.num_steps):
             before_step()
             yield next(taken)

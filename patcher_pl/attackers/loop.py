@@ -10,6 +10,7 @@ from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
 from patcher_pl.types import Batch, count_tokens, move_batch
+from patcher_pl.validation import require
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -76,6 +77,52 @@ def finetune(
         stepper.zero_grad(set_to_none=True)
         num_tokens = count_tokens(batch)
         yield FinetuneStep(index, shards.mean(loss), float(grad_norm), num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How an attacker takes steps; what simulated and test-time attackers set alike.
+
+    Args:
+        optimizer: The attacker's optimizer; starts fresh in every attack.
+        max_grad_norm: Global gradient norm to clip to (> 0); None leaves gradients as they are.
+        schedule: Learning-rate curve over the steps of the attack.
+        num_warmup_steps: Steps of linear warm-up (count, >= 0).
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    optimizer: Optimizer
+    max_grad_norm: float | None = None
+    schedule: Schedule = "constant"
+    num_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        is_norm = self.max_grad_norm is None or self.max_grad_norm > 0
+        remedy = "Use null to leave gradients as they are."
+        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
+        remedy = "Use 0 for no warm-up."
+        require(self, self.num_warmup_steps >= 0, "num_warmup_steps", ">= 0", remedy)
+
+    def finetune(
+        self,
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        batches: Iterator[Batch],
+        num_steps: int,
+    ) -> Iterator[FinetuneStep]:
+        """Takes `num_steps` steps, which the schedule spans; see the function of this name."""
+        return finetune(
+            model,
+            parameters,
+            batches,
+            optimizer=self.optimizer,
+            num_steps=num_steps,
+            max_grad_norm=self.max_grad_norm,
+            schedule=self.schedule,
+            num_warmup_steps=self.num_warmup_steps,
+        )
 
 
 def _set_gradients(tensors: list[Tensor], shards: Shards, loss: Tensor) -> Tensor:

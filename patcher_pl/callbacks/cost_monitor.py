@@ -7,7 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.defenses import Defense
-from patcher_pl.memory import peak_memory_gib
+from patcher_pl.machine import peak_memory_gib
 
 
 class CostMonitor(Callback):

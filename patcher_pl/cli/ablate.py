@@ -8,9 +8,9 @@ from typing import Any
 from patcher_pl.ablation import ComparisonGrid, Hardening, Subject, compare_estimators
 from patcher_pl.ablation.hardening import hardened, plan_hardening
 from patcher_pl.cli.console import wide_console
-from patcher_pl.devices import choose_device
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import ConfigFile, Engine, Fit, choose_engine, run_fits
+from patcher_pl.machine import choose_device
 from patcher_pl.reports.ablation import Ablation, comparison_table, hardened_table
 from patcher_pl.reports.ablation_figures import ablation_figures
 from patcher_pl.reports.drawing import save_figure

@@ -44,8 +44,8 @@ def _attack(own: argparse.Namespace, of_fit: list[str]) -> None:
     from patcher_pl.cli.lightning_cli import PatcherCLI
     from patcher_pl.defenses.attack_source import Concurrent
     from patcher_pl.defenses.attacker_module import AttackerModule
+    from patcher_pl.machine import cpu_threads
     from patcher_pl.mailbox import Mailbox
-    from patcher_pl.threads import cpu_threads
 
     class AttackerCLI(PatcherCLI):
         """`fit`, with a trainer that leaves nothing behind."""

@@ -11,11 +11,11 @@ import torch
 from patcher_pl.attackers import ConcurrentAttacker
 from patcher_pl.defenses.attack_source import Concurrent
 from patcher_pl.jobs.run_directory import RunDirectory
+from patcher_pl.machine import cpu_threads
 from patcher_pl.mailbox import Mailbox, Side
 from patcher_pl.private_directory import private_directory
 from patcher_pl.reports.environment import usable_cpus
 from patcher_pl.supervision import Program, Supervisor
-from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
     from patcher_pl.cli.lightning_cli import PatcherCLI

@@ -1,6 +1,7 @@
 """`fit`, `validate` and `test`, and what `fit` does once a model is trained: export, attack, control."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ from patcher_pl.cli.attackers_beside import attackers_beside
 from patcher_pl.cli.console import write_reports
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
+from patcher_pl.contents import model_digest
 from patcher_pl.defenses import SFT, Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.jobs import InProcess, RunDirectory
+from patcher_pl.jobs.lock import held
+from patcher_pl.machine import cpu_threads
 from patcher_pl.models import export_model
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.reports.settings import as_settings
-from patcher_pl.threads import cpu_threads
 
 
 def run_lightning(command: str, arguments: Sequence[str]) -> None:
@@ -48,6 +51,13 @@ def run_lightning(command: str, arguments: Sequence[str]) -> None:
 
 
 def _fit(cli: PatcherCLI) -> None:
+    # One process of a distributed run holds the directory for all of them.
+    writes = cli.trainer.is_global_zero and not cli.options.trainer.fast_dev_run
+    with held(cli.options.run_dir) if writes else nullcontext():
+        _fit_alone(cli)
+
+
+def _fit_alone(cli: PatcherCLI) -> None:
     options = cli.options
     run_directory = RunDirectory(options.run_dir)
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
@@ -107,7 +117,7 @@ def finish_fit(cli: PatcherCLI) -> None:
     """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
 
     The red team's cells go below `cells/`, as those of `redteam` do: what is there already, from an
-    interrupted run that trained equally far, is not measured again. A sharded run trains the
+    interrupted run that trained the same weights, is not measured again. A sharded run trains the
     control first: then the first process attacks alone, and the others are done.
 
     Raises:
@@ -205,7 +215,6 @@ class _Examination:
             "gradient_evaluations": defense.cost.gradient_evaluations,
         }
         self._cli = cli
-        self._weights = spent  # A run that goes on trains its model further.
         self.board = Board(
             run_directory=run_directory,
             engine=InProcess(),
@@ -229,7 +238,7 @@ class _Examination:
                 None if isinstance(seed, bool) else seed,
             ),
             language_model=defense.language_model,
-            weights=self._weights,
+            weights=model_digest(str(trained.run_directory.model)),
             bench=Bench(model, defense.tokenizer),
         )
         try:

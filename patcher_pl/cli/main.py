@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl import __version__
@@ -129,9 +131,11 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
     """Calls `function` with options from the command line and from `--config` files.
 
     Raises:
-        ConfigError: If an option is unknown, missing or has a value that does not fit.
+        ConfigError: If an option is unknown, missing or has a value that does not fit, or another
+            process is working in `run_dir`.
     """
     from patcher_pl.cli.errors import readable_config_errors
+    from patcher_pl.jobs.lock import held
     from patcher_pl.quiet import quiet_libraries
 
     parser = function_parser(command, function)
@@ -140,7 +144,9 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
         quiet_libraries()  # Not before: who asks for `--help` need not wait for transformers.
         options = parser.instantiate(options)
     options.pop("config", None)
-    function(**vars(options))
+    run_dir = options.get("run_dir")
+    with nullcontext() if run_dir is None else held(Path(run_dir)):
+        function(**vars(options))
 
 
 def function_parser(command: str, function: Callable[..., Any]) -> "ArgumentParser":

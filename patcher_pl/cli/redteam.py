@@ -16,8 +16,7 @@ from patcher_pl.redteam.search import Search
 from patcher_pl.redteam.target import Target, harden, require_distinct
 from patcher_pl.redteam.variation import require_settings
 from patcher_pl.reports.results import Results
-from patcher_pl.reports.settings import as_settings, weight_files
-from patcher_pl.shipped import resolve_model
+from patcher_pl.reports.settings import as_settings
 
 
 def run_redteam(
@@ -45,8 +44,8 @@ def run_redteam(
     Every attack with every seed on every model leaves a file below `run_dir/cells`, whole or not at
     all. At the end come `results.json`, `results.csv`, `asr.png` and `asr.svg`, and a table on the
     terminal. The same command goes on where it was interrupted, and repeats only attacks that
-    failed, or whose settings or weights changed. Answers that the judge failed on are kept, and
-    judged again by the same command.
+    failed, or whose settings changed, or the content of what they name: model, data, prompts, rubric.
+    Answers that the judge failed on are kept, and judged again by the same command.
 
     Args:
         redteam: Attacks, their grid, their data, the prompts and the judge.
@@ -101,7 +100,6 @@ def run_redteam(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
             ),
-            weights=weight_files(Path(resolve_model(path))),
             bench=bench,
         )
         for target, path in zip(

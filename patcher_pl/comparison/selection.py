@@ -10,6 +10,7 @@ from patcher_pl.jobs import ConfigFile
 from patcher_pl.reports.comparison import DefenseTrial
 from patcher_pl.reports.results import BENIGN_MEASURES, Results
 from patcher_pl.reports.statistics import area_under_asr
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,10 @@ class Selection:
     sampling_seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require(self.num_trials >= 1, "num_trials", ">= 1")
-        self._require(bool(self.seeds), "seeds", "at least one seed")
-        self._require(0 <= self.min_benign_accuracy <= 1, "min_benign_accuracy", "in [0, 1]")
-        self._require(0 <= self.max_released_asr <= 1, "max_released_asr", "in [0, 1]")
+        require(self, self.num_trials >= 1, "num_trials", ">= 1")
+        require(self, bool(self.seeds), "seeds", "at least one seed")
+        require(self, 0 <= self.min_benign_accuracy <= 1, "min_benign_accuracy", "in [0, 1]")
+        require(self, 0 <= self.max_released_asr <= 1, "max_released_asr", "in [0, 1]")
 
     def choose(self, trials: Sequence[DefenseTrial]) -> DefenseTrial:
         """The trial whose settings go on, of those that were measured (at least one)."""
@@ -71,10 +72,6 @@ class Selection:
             + max(0.0, asr - self.max_released_asr)
             + float(trial.is_speechless)
         )
-
-    def _require(self, holds: bool, name: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"Selection.{name} must be {rule}, got {getattr(self, name)}.")
 
 
 def trial_of(

@@ -8,6 +8,7 @@ from patcher_pl.data.masks import Encoded, RowProblem, encode_and_label, label_r
 from patcher_pl.data.template import TemplateError, TemplateTraits, render, template_traits
 from patcher_pl.errors import DataError
 from patcher_pl.types import Conversation, Message
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +52,14 @@ class ChatFormat:
     template_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ValueError(
-                f"ChatFormat.max_length must be >= 2, got {self.max_length}. "
-                "A prompt and one answer token need at least that."
-            )
-        if self.too_long not in ("truncate", "skip", "error"):
-            raise ValueError(
-                f"ChatFormat.too_long must be `truncate`, `skip` or `error`, got {self.too_long!r}."
-            )
+        remedy = "A prompt and one answer token need at least that."
+        require(self, self.max_length >= 2, "max_length", ">= 2", remedy)
+        require(
+            self,
+            self.too_long in ("truncate", "skip", "error"),
+            "too_long",
+            "`truncate`, `skip` or `error`",
+        )
         reserved = {"messages", "enable_thinking", "add_generation_prompt", "tokenize"}
         if taken := sorted(reserved & set(self.template_options)):
             raise ValueError(

@@ -9,6 +9,7 @@ from patcher_pl.data.sources import Source
 from patcher_pl.errors import DataError
 from patcher_pl.randomness import derive_seed
 from patcher_pl.types import Conversation
+from patcher_pl.validation import require
 
 IsUsable = Callable[[Conversation], bool]
 
@@ -43,16 +44,22 @@ class Mixture:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("Mixture.sources must not be empty. Name at least one source.")
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(
-                f"Mixture.num_examples must be >= 1, got {self.num_examples}. "
-                "Use null to take all rows."
-            )
-        if self.poison_ratio is not None and not 0 <= self.poison_ratio <= 1:
-            raise ValueError(
-                f"Mixture.poison_ratio must be in [0, 1], got {self.poison_ratio}. "
-                "It is a share, not a percentage."
-            )
+        remedy = "Use null to take all rows."
+        require(
+            self,
+            self.num_examples is None or self.num_examples >= 1,
+            "num_examples",
+            ">= 1",
+            remedy,
+        )
+        remedy = "It is a share, not a percentage."
+        require(
+            self,
+            self.poison_ratio is None or 0 <= self.poison_ratio <= 1,
+            "poison_ratio",
+            "in [0, 1]",
+            remedy,
+        )
 
     def draw(self, seed: int, is_usable: IsUsable = _any_row) -> list[Conversation]:
         """Returns the selected rows in training order; subset and order depend on `seed`.

@@ -1,15 +1,17 @@
 """Where conversations come from: one file or hub data set, and how its rows are read."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from patcher_pl.contents import data_digest
 from patcher_pl.data.readers import PromptResponse, Reader, RowError
 from patcher_pl.data.rows import SUFFIXES, RawRow, read_file, read_hub
 from patcher_pl.errors import DataError
 from patcher_pl.shipped import resolve_data
 from patcher_pl.types import Conversation
+from patcher_pl.validation import require
 
 _log = logging.getLogger(__name__)
 
@@ -49,14 +51,9 @@ class Source:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("Source.path must not be empty. Give a file or a hub id.")
-        if not self.weight > 0:
-            raise ValueError(
-                f"Source.weight must be > 0, got {self.weight}. Remove the source to leave it out."
-            )
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(
-                f"Source.limit must be >= 1, got {self.limit}. Use null to take all rows."
-            )
+        require(self, self.weight > 0, "weight", "> 0", "Remove the source to leave it out.")
+        remedy = "Use null to take all rows."
+        require(self, self.limit is None or self.limit >= 1, "limit", ">= 1", remedy)
         if self.columns is not None and len(set(self.columns)) < len(self.columns):
             raise ValueError(
                 f"Source.columns must name every column once, got {self.columns}. Rename one."
@@ -101,6 +98,11 @@ class Source:
                 f"by {self.reader})."
             )
         return conversations
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: what the data set holds, wherever it lies."""
+        digest = data_digest(resolve_data(self.path), self.revision)
+        return {} if digest is None else {"path": digest}
 
     def _conversation(self, row: RawRow) -> Conversation | None:
         if row.values is None:

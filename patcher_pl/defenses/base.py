@@ -97,8 +97,7 @@ class Defense(LightningModule):
         remedy = "Use 1 to take a step after every batch."
         require(self, accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", remedy)
         self.attack_source: AttackSource | None = None
-        self.cost, self.stop_requested = Cost(), False
-        self._num_accumulated = 0
+        self.cost, self.stop_requested, self._num_accumulated = Cost(), False, 0
         self._losses: dict[str, Tensor] = {}
         self._restored_random_states: list[dict[str, Tensor]] = []
         self._model: PreTrainedModel | None = None
@@ -265,6 +264,7 @@ class Defense(LightningModule):
         """Takes one batch; every `accumulate_grad_batches`-th one ends a defender step."""
         if self._num_accumulated == 0:
             self._step = self._begin_step()
+        # All that can be taken back lies within; the optimizer's step cannot.
         with self.step.undoable():
             if self._num_accumulated == 0:
                 self.before_step()
@@ -273,9 +273,9 @@ class Defense(LightningModule):
                 self._losses[key] = self._losses.get(key, 0) + share * value
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate_grad_batches:
+            # Reduced once per step, not per batch: every reduction waits for the slowest process.
             losses, self._losses = self._over_processes(self._losses), {}
-            self._num_accumulated = 0
-            source, take = self.attack_source, self._take_step
+            self._num_accumulated, source, take = 0, self.attack_source, self._take_step
             taken = take() if source is None else source.finish(self.step, take)
             self._log_step({**losses, **taken})
 

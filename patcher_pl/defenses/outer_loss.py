@@ -71,6 +71,7 @@ def negative_entropy(
     """Minus the mean entropy with which answer tokens are predicted, in nats per token."""
     predictions = logits[:, :-1]
     if predictions.dtype in (torch.float16, torch.bfloat16):
+        # x log x of half precision loses the small probabilities that make up the entropy.
         predictions = predictions.float()
     log_likelihoods = predictions.log_softmax(-1)
     entropies = -(log_likelihoods.exp() * log_likelihoods).sum(-1)
@@ -147,5 +148,6 @@ class CompanionData:
     def batch(self, step: Step) -> Batch:
         """Returns the batch that goes with the one at hand."""
         assert self._stream is not None
+        # Found by place, so that an undone or resumed step gets the same one.
         self._stream.load_state_dict({"position": step.position})
         return move_batch(next(self._stream.endless()), step.device)

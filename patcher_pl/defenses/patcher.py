@@ -125,6 +125,7 @@ class Patcher(Defense):
     def configure_model(self) -> None:
         """Loads the weights; what is retained of them is kept before any checkpoint is read."""
         super().configure_model()
+        # A model that is loaded only to be looked at needs no second copy of its weights.
         is_trained_here = self._trainer is not None
         if self.retain is not None and self._retained is None and is_trained_here:
             has_adapters = self.language_model.lora is not None
@@ -156,6 +157,8 @@ class Patcher(Defense):
         """Attacks where it is due, and forgets the optimizer's state if a round ends with that."""
         num_attacks = self._source.num_attacks
         super().before_step()
+        # Asked of the source, since with attackers elsewhere an attack may arrive later than it was
+        # due.
         if self.restart_optimizer and self._source.num_attacks > num_attacks:
             self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
 
@@ -174,6 +177,7 @@ class Patcher(Defense):
         weight = 1 - self.alpha if is_attacked else 1.0
         safe = Term("loss_safe", weight, partial(causal_lm_loss, batch=batch), batch)
         metrics |= add_gradients_here(step, [safe, *kept_here], share)
+        # With another outer loss the two have no unit in common.
         if is_attacked and self.outer == AnswerCrossEntropy():
             metrics["attack_gap"] = metrics["loss_attacked"] - metrics["loss_safe"]
         return metrics

@@ -99,9 +99,12 @@ class RepNoise(Defense):
         feed_forward = [feed_forward_of(block) for block in blocks]
         with _recorded([*blocks, *feed_forward]) as outputs:
             logits = self.model(**model_inputs(harmful)).logits
+            # Copied, since hooks of a later pass would write into the same dictionary.
             recorded = dict(outputs)
         labels = harmful["labels"]
         by_layer = layer_losses(self.model, [recorded[block] for block in blocks[:-1]], labels)
+        # The last layer's own logits are there already; through norm and head once more they would
+        # be the same.
         by_layer.append(answer_cross_entropy(logits, labels))
         is_answer = (labels != IGNORE_INDEX).unsqueeze(-1)
         generator = self._generator(labels.device)
@@ -111,6 +114,7 @@ class RepNoise(Defense):
         return torch.stack(discrepancies).mean(), by_layer
 
     def _generator(self, device: torch.device) -> torch.Generator:
+        # By place instead of by state, so that a resumed run sees the same noise.
         seed = self.step.seed_of("noise", self.step.attack_stream.position)
         return torch.Generator(device).manual_seed(seed)
 

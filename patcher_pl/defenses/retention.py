@@ -143,6 +143,7 @@ class Retained:
             return [], []
         batch = self._data.batch(step)
         with self._base.in_place() as base, torch.no_grad():
+            # The base model's pass has no graph: it is a constant of the distance.
             kept = self._retention.outputs(base, batch)
 
         def distance(model: nn.Module) -> Tensor:

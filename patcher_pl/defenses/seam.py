@@ -115,6 +115,7 @@ class Seam(Defense):
         if self.benign is not None:
             data: SafetyDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
             self._benign_data = data.with_attack(self.benign)
+            # Its own position is then never saved: a resumed run finds it by the harmful one.
             self._benign_data.attack_stream().load_state_dict(data.attack_stream().state_dict())
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
@@ -127,6 +128,7 @@ class Seam(Defense):
         adverse = _Side(self.step, harmful)
         if self._benign_data is None:
             benign = _Side(self.step, batch)
+            # The gradient of the refusals' loss is that of the benign side here: one pass less.
             shards.add_to_gradients(benign.gradients, share * self.alpha)
             loss_safe = benign.loss
         else:
@@ -136,6 +138,7 @@ class Seam(Defense):
             benign = _Side(self.step, move_batch(next(stream.endless()), shards.device))
 
         cosine = torch.zeros((), device=shards.device)
+        # A cosine with a zero vector has no derivative to follow.
         if adverse.norm > 0 and benign.norm > 0:
             cosine = _dot(adverse.unit, benign.unit)
             for one, other in ((adverse, benign), (benign, adverse)):

@@ -79,6 +79,7 @@ class Step:
     _ways_back: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        # Taken when the step begins, whatever runs first in it.
         random_state, spent = RandomState.capture(self.device), self.cost.state()
         self.on_undo(random_state.restore)
         self.on_undo(lambda: vars(self.cost).update(spent))
@@ -97,6 +98,7 @@ class Step:
             yield
         except RunInterrupted:
             while self._ways_back:
+                # The newest first: a stream is put back before the generators that it drew from.
                 self._ways_back.pop()()
             raise
 

@@ -150,11 +150,14 @@ class Tar(Defense):
         tamper = Term("loss_tamper", 1.0, partial(self.outer, batch=held_out), held_out)
         source = self.attack_source
         assert source is not None
+        # Once per defender step: with accumulation, one attack serves all its batches.
         self._attack_losses = source.add_gradients(self.step, [tamper], self.tamper_scale)
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds the gradient of L_retain."""
         assert self._base is not None
+        # The base model first: it may lie in the same memory, and a pass must not be split by a
+        # swap.
         with self._base.in_place() as base, torch.no_grad():
             kept = outputs_of(base, batch).hidden_states
         output = outputs_of(self.model, batch)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from patcher_pl.data.sources import Source
 from patcher_pl.errors import DataError
 from patcher_pl.types import Conversation, Message
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,8 @@ class Benchmark:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(
-                f"Benchmark.limit must be >= 1, got {self.limit}. Use null for all prompts."
-            )
+        remedy = "Use null for all prompts."
+        require(self, self.limit is None or self.limit >= 1, "limit", ">= 1", remedy)
 
     def conversations(self) -> list[Conversation]:
         """Loads the rows with their answers, in the order of the source.

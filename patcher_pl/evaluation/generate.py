@@ -14,6 +14,7 @@ from patcher_pl.evaluation.backends.hugging_face import HuggingFace
 from patcher_pl.evaluation.thoughts import CLOSING, OPENING, ends_in_a_thought, spoken_part
 from patcher_pl.randomness import seeded
 from patcher_pl.types import Message
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,12 +85,12 @@ class Generation:
     backend: Backend = field(default_factory=HuggingFace)
 
     def __post_init__(self) -> None:
-        self._require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1")
-        self._require(self.batch_size >= 1, "batch_size", ">= 1")
-        self._require(self.temperature >= 0, "temperature", ">= 0")
-        self._require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        self._require(self.top_k >= 0, "top_k", ">= 0")
-        self._require(self.repetition_penalty > 0, "repetition_penalty", "> 0")
+        require(self, self.max_new_tokens >= 1, "max_new_tokens", ">= 1")
+        require(self, self.batch_size >= 1, "batch_size", ">= 1")
+        require(self, self.temperature >= 0, "temperature", ">= 0")
+        require(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        require(self, self.top_k >= 0, "top_k", ">= 0")
+        require(self, self.repetition_penalty > 0, "repetition_penalty", "> 0")
 
     def generate(
         self,
@@ -134,10 +135,6 @@ class Generation:
             _answer(tokenizer, ids, new_ids, stop_ids, prefill)
             for ids, new_ids in zip(prompt_ids, generated, strict=True)
         ]
-
-    def _require(self, holds: bool, field: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"Generation.{field} must be {rule}, got {getattr(self, field)}.")
 
 
 def stop_token_ids(

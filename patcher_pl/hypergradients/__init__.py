@@ -5,7 +5,7 @@ from patcher_pl.hypergradients.base import (
     Hypergradient,
     HypergradientError,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
 )
 from patcher_pl.hypergradients.first_order import FirstOrder
 from patcher_pl.hypergradients.implicit import Implicit
@@ -23,7 +23,7 @@ __all__ = [
     "HypergradientEstimate",
     "Implicit",
     "Neumann",
-    "OuterLoss",
+    "OuterObjective",
     "Truncated",
     "Trust",
     "Unrolled",

@@ -13,7 +13,7 @@ from patcher_pl.hypergradients.base import (
     Hypergradient,
     HypergradientError,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
     require_full_precision,
 )
 from patcher_pl.hypergradients.first_order import attacked_in_place, outer_gradient
@@ -22,6 +22,7 @@ from patcher_pl.hypergradients.trajectories import SqrtCheckpoint, TrajectorySto
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim import Cotangent
 from patcher_pl.randomness import kept_random_state
+from patcher_pl.validation import require
 
 NonFinite = Literal["raise", "clip", "truncate"]
 
@@ -64,16 +65,22 @@ class Adjoint(Hypergradient):
     non_finite: NonFinite = "raise"
 
     def __post_init__(self) -> None:
-        if self.max_adjoint_growth is not None and not self.max_adjoint_growth > 0:
-            raise ValueError(
-                "Adjoint.max_adjoint_growth must be > 0 or null, "
-                f"got {self.max_adjoint_growth}. Use null for no limit."
-            )
-        if self.non_finite not in get_args(NonFinite):
-            raise ValueError(
-                f"Adjoint.non_finite must be raise, clip or truncate, got {self.non_finite!r}. "
-                "Use raise to learn of it."
-            )
+        remedy = "Use null for no limit."
+        require(
+            self,
+            self.max_adjoint_growth is None or self.max_adjoint_growth > 0,
+            "max_adjoint_growth",
+            "> 0 or null",
+            remedy,
+        )
+        remedy = "Use raise to learn of it."
+        require(
+            self,
+            self.non_finite in get_args(NonFinite),
+            "non_finite",
+            "raise, clip or truncate",
+            remedy,
+        )
 
     @property
     def works_sharded(self) -> bool:
@@ -84,7 +91,7 @@ class Adjoint(Hypergradient):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         return self.estimate_from(0, model, weights, inner, outer_loss, before_step)
@@ -95,18 +102,24 @@ class Adjoint(Hypergradient):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         """As `estimate`, with the Jacobians of the steps before step `first` left out."""
         require_full_precision(self, weights.parameters)
+        # Whatever happens on the shelf (a full disk, say), the weights are put back.
         with attacked_in_place(weights) as (parameters, start), self.store.shelf() as shelf:
             run = AttackRun(model, parameters, inner, before_step)
+            # Steps before `first` are taken, but leave nothing behind: nobody walks back through
+            # them.
             run.run_to(first)
             self.store.record(run, shelf)
             loss, outer = outer_gradient(model, parameters, outer_loss)
+            # Now, since the walk back moves the weights through the whole attack again.
             vector = weights.difference(start)
             walk = _Walk(self, inner.update.optimizer.init_cotangent(outer), run)
+            # The walk replays the numbers of the way forward; the run must go on behind them, as
+            # after every estimator.
             with kept_random_state(run.device):
                 for gradients in self.store.walk_back(run, shelf, first):
                     before_step()
@@ -152,15 +165,20 @@ class _Walk:
         before = None
         if self.settings.non_finite == "truncate":
             before = [tensor.clone() for tensor in self.cotangent.parameters]
+        # `vjp` reads the moments from which the step was taken, which is where the store has put
+        # the run.
         pulled = run.inner.update.vjp(
             self.cotangent, gradients, run.state, run.position, run.shards.reduction
         )
         product = self.settings.hvp.product(run.model, run.parameters, run.loss, pulled, gradients)
         self.num_products += 1
+        # The gradient depends on theta, too: d theta' / d theta = (by the update) + H (by the
+        # gradient).
         for one, change in zip(self.cotangent.parameters, product, strict=True):
             one.add_(change)
         norm = float(self._shards.norm(self.cotangent.parameters))
         if not math.isfinite(norm):
+            # The cotangent after this step is the hypergradient of an attack that begins here.
             if before is not None:
                 self.cotangent.parameters[:] = before
                 self._truncated_at = run.position
@@ -193,6 +211,8 @@ class _Walk:
         for tensor in tensors:
             tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         norm = float(self._shards.norm(self.cotangent.parameters))
+        # What is left may still be far too long: the entries beside those that overflowed. The last
+        # norm that was a number is the best guess of the right one.
         if norm > self._norm:
             self._scale(self._norm / norm)
             return self._norm

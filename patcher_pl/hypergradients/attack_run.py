@@ -55,6 +55,7 @@ class AttackRun:
         self.before_step = before_step
         self.device = self.shards.device
         self.position = 0
+        # Before anything is drawn, so that `measure_trust` can repeat the attack.
         self.random_state = RandomState.capture(self.device)
         self.num_gradients = 0
         self.losses: dict[int, float] = {}
@@ -68,6 +69,8 @@ class AttackRun:
 
     def loss(self) -> Tensor:
         """L(theta_k) on the batch of the current step, with the random numbers of that step."""
+        # A step is visited again on the way back and by every Hessian-vector product; with other
+        # dropout it would be the step of another attack.
         if self.position in self._random:
             self._random[self.position].restore()
         else:
@@ -80,10 +83,13 @@ class AttackRun:
         """Gradient of L at the current parameters; None where the loss does not depend on one."""
         if self.position not in self._random:
             self.before_step()
+        # Products compute attention by other kernels. Where it drops out, both must draw alike.
         with ReplayableAttention():
             loss = self.loss()
             gradients = self.shards.gradients(loss)
         self.num_gradients += 1
+        # Only at the first visit: another reduction over processes would cost time and tell nothing
+        # new.
         if self.position not in self.losses:
             self.losses[self.position] = self.shards.mean(loss)
         return gradients

@@ -13,7 +13,7 @@ from patcher_pl.errors import PatcherError
 from patcher_pl.models.weights import Weights
 from patcher_pl.randomness import RandomState
 
-OuterLoss = Callable[[nn.Module], Tensor]
+OuterObjective = Callable[[nn.Module], Tensor]  # The outer loss on a batch that is fixed.
 
 SHARDED_REMEDY = (
     "Use patcher_pl.hypergradients.Adjoint with `hvp: patcher_pl.hypergradients.hvp.FiniteDifference`"
@@ -61,7 +61,7 @@ class Hypergradient(ABC):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         """Attacks `model` from its current weights and differentiates the outcome.

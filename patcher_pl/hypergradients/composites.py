@@ -83,6 +83,8 @@ def twice_differentiable_attention() -> Iterator[None]:
 
 
 def _log_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    # The shift cancels out of the result, so its derivative may be left out; with it, `amax` would
+    # have to be differentiated twice.
     shifted = x - x.detach().amax(dim, keepdim=True)
     return shifted, shifted.exp().sum(dim, keepdim=True)
 
@@ -118,14 +120,17 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
     special = weight is not None or label_smoothing or size_average is not None
+    # None hands the call on to torch: its value is right, and so is its first derivative.
     if special or reduce is not None or input.dim() != 2 or target.is_floating_point():
         return None
     counted = target != ignore_index
     shifted, total = _log_sum_exp(input, 1)
+    # Ignored targets are no index; 0 is one, and what it picks is masked below.
     picked = shifted.gather(1, target.where(counted, 0).unsqueeze(1))
     losses = (total.log() - picked).squeeze(1).where(counted, 0.0)
     if reduction == "none":
         return losses
+    # No targets at all give 0 / 0 = NaN, as torch does.
     return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
 
 

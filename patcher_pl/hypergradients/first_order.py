@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.attack_run import AttackRun
-from patcher_pl.hypergradients.base import Hypergradient, HypergradientEstimate, OuterLoss
+from patcher_pl.hypergradients.base import Hypergradient, HypergradientEstimate, OuterObjective
 from patcher_pl.models.shards import Shards
 from patcher_pl.models.weights import Vector, Weights
 
@@ -35,7 +35,7 @@ class FirstOrder(Hypergradient):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         with attacked_in_place(weights) as (parameters, start):
@@ -73,12 +73,13 @@ def full_precision(parameters: Sequence[Tensor]) -> AbstractContextManager[objec
 
 
 def outer_gradient(
-    model: nn.Module, parameters: list[nn.Parameter], outer_loss: OuterLoss
+    model: nn.Module, parameters: list[nn.Parameter], outer_loss: OuterObjective
 ) -> tuple[float, Vector]:
     """Returns the outer loss at the current parameters, and its gradient."""
     shards = Shards(model, parameters)
     loss = outer_loss(model)
     gradients: list[Tensor] = [
+        # Cloned: what autograd returns may share memory with the graph, or be used by it elsewhere.
         torch.zeros_like(tensor) if one is None else one.clone()
         for one, tensor in zip(shards.gradients(loss), shards.tensors, strict=True)
     ]

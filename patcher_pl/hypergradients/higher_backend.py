@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
-from patcher_pl.hypergradients.base import HypergradientError, OuterLoss
+from patcher_pl.hypergradients.base import HypergradientError, OuterObjective
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.optim import SGD, AdamW, Optimizer
 from patcher_pl.types import move_batch
@@ -24,7 +24,7 @@ def unroll_with_higher(
     model: nn.Module,
     parameters: list[nn.Parameter],
     inner: InnerProblem,
-    outer_loss: OuterLoss,
+    outer_loss: OuterObjective,
     before_step: Callable[[], None],
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the attacked parameters and the outer loss at them, with their graphs.
@@ -48,6 +48,7 @@ def unroll_with_higher(
     clip = update.clip
     with _sliceable_module_lists():
         functional = higher.monkeypatch(model, copy_initial_weights=False)
+        # `higher` reads settings off a torch optimizer; this one never steps.
         stepper = _torch_optimizer(update.optimizer, parameters)
         differentiable = higher.get_diff_optim(
             stepper, every, fmodel=functional, grad_callback=clipped

@@ -12,7 +12,7 @@ from patcher_pl.hypergradients.base import (
     Hypergradient,
     HypergradientError,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
     require_full_precision,
 )
 from patcher_pl.hypergradients.first_order import attacked_in_place, outer_gradient
@@ -20,6 +20,7 @@ from patcher_pl.hypergradients.hvp import HessianProduct, ReverseOverForward
 from patcher_pl.hypergradients.solvers import ConjugateGradient, LinearSolver
 from patcher_pl.models.weights import Weights
 from patcher_pl.randomness import kept_random_state
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,29 +52,24 @@ class Implicit(Hypergradient):
     hvp: HessianProduct = field(default_factory=ReverseOverForward)
 
     def __post_init__(self) -> None:
-        if self.strength is not None and not self.strength > 0:
-            raise ValueError(
-                f"Implicit.strength must be > 0 or null, got {self.strength}. "
-                "Use null for 1 / (sum of the attack's step sizes)."
-            )
-        if self.num_batches < 1:
-            raise ValueError(
-                f"Implicit.num_batches must be >= 1, got {self.num_batches}. "
-                "Use 1 for the last attack batch."
-            )
+        remedy = "Use null for 1 / (sum of the attack's step sizes)."
+        require(self, self.strength is None or self.strength > 0, "strength", "> 0 or null", remedy)
+        remedy = "Use 1 for the last attack batch."
+        require(self, self.num_batches >= 1, "num_batches", ">= 1", remedy)
 
     def estimate(
         self,
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         require_full_precision(self, weights.parameters)
         num_batches = min(self.num_batches, inner.num_steps)
         strength = self.strength
         if strength is None:
+            # The pull under which the minimum is about as far away as these steps go.
             strength = 1 / sum(inner.update.lr(step) for step in range(inner.num_steps))
         with attacked_in_place(weights) as (parameters, start):
             run = AttackRun(model, parameters, inner, before_step)
@@ -82,10 +78,12 @@ class Implicit(Hypergradient):
             vector = weights.difference(start)
             positions = range(run.num_steps - num_batches, run.num_steps)
 
+            # Solvers work without graphs; the products within them need one each.
             @torch.enable_grad()
             def product(u: list[Tensor]) -> list[Tensor]:
                 before_step()
                 total = [one.clone() for one in u]
+                # The batches of the last steps, all at theta_K: no step is taken here.
                 for run.position in positions:
                     gradients = run.gradient() if masks else outer
                     curved = self.hvp.product(
@@ -99,6 +97,7 @@ class Implicit(Hypergradient):
             masks = self.hvp.uses_gradients
             with kept_random_state(run.device):
                 gradients, report = self.solver.solve(product, outer)
+        # A solver that diverged (Neumann where ||H|| > c) has no error of its own to raise.
         if not all(bool(one.isfinite().all()) for one in gradients):
             raise HypergradientError(
                 f"Implicit.solver: {type(self.solver).__name__} did not stay finite. Raise "

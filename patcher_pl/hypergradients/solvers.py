@@ -65,6 +65,8 @@ class ConjugateGradient(LinearSolver):
             q = product([one.clone() for one in p])
             num_products += 1
             curvature = float(inner_product(p, q))
+            # The system has no minimum along p. What is solved so far is kept; before the first
+            # step that would be nothing, so b, the first-order answer, stands in.
             if not curvature > 0:
                 negative = 1.0
                 if num_products == 1:
@@ -111,6 +113,7 @@ class Neumann(LinearSolver):
         for _ in range(self.num_terms - 1):
             image = product([one.clone() for one in term])
             for x_one, term_one, image_one in zip(x, term, image, strict=True):
+                # (I - A) times the term before.
                 term_one.sub_(image_one)
                 x_one.add_(term_one)
         last = float(torch.nn.utils.get_total_norm(term)) / float(

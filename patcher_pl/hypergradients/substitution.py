@@ -19,6 +19,8 @@ def substituted(
     places = [
         (module, name, parameter)
         for module in model.modules()
+        # By identity, not by name: a tied head is the embedding's own parameter, and must get its
+        # substitute.
         for name, parameter in module._parameters.items()
         if id(parameter) in by_identity
     ]

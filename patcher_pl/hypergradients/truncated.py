@@ -7,7 +7,7 @@ from torch import nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.adjoint import Adjoint
-from patcher_pl.hypergradients.base import Hypergradient, HypergradientEstimate, OuterLoss
+from patcher_pl.hypergradients.base import Hypergradient, HypergradientEstimate, OuterObjective
 from patcher_pl.models.weights import Weights
 from patcher_pl.validation import require
 
@@ -45,7 +45,7 @@ class Truncated(Hypergradient):
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         first = max(0, inner.num_steps - self.last_steps)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.attack_run import AttackRun
-from patcher_pl.hypergradients.base import HypergradientEstimate, OuterLoss
+from patcher_pl.hypergradients.base import HypergradientEstimate, OuterObjective
 from patcher_pl.hypergradients.first_order import attacked_in_place
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim.clipping import inner_product
@@ -37,7 +37,7 @@ def measure_trust(
     model: nn.Module,
     weights: Weights,
     inner: InnerProblem,
-    outer_loss: OuterLoss,
+    outer_loss: OuterObjective,
     estimate: HypergradientEstimate,
     step: Sequence[Tensor],
     before_step: Callable[[], None] = lambda: None,
@@ -56,6 +56,8 @@ def measure_trust(
         before_step: Called before every attack step; may raise.
     """
     with attacked_in_place(weights) as (parameters, _), kept_random_state(weights.shards.device):
+        # The same batches are in `inner`; with the same dropout, only the step lies between both
+        # attacks.
         estimate.random_state.restore()
         run = AttackRun(model, parameters, inner, before_step)
         run.run_to(run.num_steps)

@@ -12,7 +12,7 @@ from patcher_pl.hypergradients.base import (
     Hypergradient,
     HypergradientError,
     HypergradientEstimate,
-    OuterLoss,
+    OuterObjective,
     require_full_precision,
 )
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
@@ -21,6 +21,7 @@ from patcher_pl.hypergradients.substitution import without_checkpointing
 from patcher_pl.models.weights import Weights
 from patcher_pl.randomness import RandomState
 from patcher_pl.types import move_batch
+from patcher_pl.validation import require
 
 Backend = Literal["torch", "higher"]
 
@@ -46,17 +47,15 @@ class Unrolled(Hypergradient):
     backend: Backend = "torch"
 
     def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ValueError(
-                f"Unrolled.backend must be torch or higher, got {self.backend!r}. Use torch."
-            )
+        remedy = "Use torch."
+        require(self, self.backend in get_args(Backend), "backend", "torch or higher", remedy)
 
     def estimate(
         self,
         model: nn.Module,
         weights: Weights,
         inner: InnerProblem,
-        outer_loss: OuterLoss,
+        outer_loss: OuterObjective,
         before_step: Callable[[], None] = lambda: None,
     ) -> HypergradientEstimate:
         require_full_precision(self, weights.parameters)
@@ -64,6 +63,8 @@ class Unrolled(Hypergradient):
         with (
             weights.trainable() as parameters,
             full_precision(parameters),
+            # Recomputed blocks would read the parameters that are in the module by then, not the
+            # theta_k of their step.
             without_checkpointing(model),
         ):
             if self.backend == "higher":
@@ -108,7 +109,7 @@ def _unroll(
     model: nn.Module,
     parameters: list[nn.Parameter],
     inner: InnerProblem,
-    outer_loss: OuterLoss,
+    outer_loss: OuterObjective,
     before_step: Callable[[], None],
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the attacked parameters and the outer loss at them, with their graphs."""
@@ -127,6 +128,7 @@ def _unroll(
         before_step()
         batch = move_batch(recorded, device)
         loss = call(theta, lambda module, batch=batch: inner.loss_function(module, batch))
+        # The graph of this gradient is what makes the estimate exact, and its memory grow with K.
         gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         theta, state = inner.update.applied(theta, gradients, state, step)
     return theta, call(theta, outer_loss)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.jobs.engine import Engine, run_missing
+from patcher_pl.jobs.inputs import contents_of
 from patcher_pl.jobs.job import Job
+from patcher_pl.jobs.lock import InUseError, held
 from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.reports.results import Results
@@ -54,14 +56,16 @@ class Fit(Job[Ending]):
     def plan(cls, directory: Path, base: Path, options: Mapping[str, Any]) -> "Fit":
         """The run of configuration `base` with `options` (dotted names and values) changed.
 
-        Values that are files (`Path`) count with their content.
+        It depends on their content, and on that of everything they name: see `contents_of`.
+
+        Raises:
+            ConfigError: If a configuration cannot be read.
         """
         changed = [f"--{key}={_as_option(value)}" for key, value in options.items()]
         arguments = ["--config", str(base), *changed]
-        files = [base, *(value for value in options.values() if isinstance(value, Path))]
-        contents = [file.read_text(encoding="utf-8") for file in files]
-        digest = fingerprint([arguments, *contents])
-        return cls(path=directory / "sweep.json", digest=digest, arguments=arguments)
+        named = {*contents_of(base, base.parent), *contents_of(options, Path())}
+        digest = fingerprint([arguments, sorted(named)])
+        return cls(path=directory / "run.json", digest=digest, arguments=arguments)
 
     @property
     def run_directory(self) -> RunDirectory:
@@ -89,11 +93,17 @@ class Fit(Job[Ending]):
     def perform(self, device: str) -> None:
         """Runs it; where it was interrupted, it goes on from its checkpoint."""
         checkpoint = self.run_directory.checkpoints / "last.ckpt"
-        is_begun = self.load() is not None and checkpoint.exists()
-        if not is_begun:
-            # Before the digest is written, or a checkpoint of other settings would pass for its own.
-            self.run_directory.clear()
-        self.write(False)
+        try:
+            with held(self.run_directory.root):  # Nobody else may be working there.
+                is_begun = self.load() is not None and checkpoint.exists()
+                if not is_begun:
+                    # Before the digest is written, or a checkpoint of other settings would pass for
+                    # its own.
+                    self.run_directory.clear()
+                self.write(False)
+        except InUseError as error:
+            self.fail(str(error))  # This run's alone.
+            return
         command = [
             *(sys.executable, "-m", "patcher_pl", "fit", *self.arguments),
             *("--run_dir", str(self.run_directory.root)),

@@ -19,6 +19,7 @@ from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.signals import interrupt, stoppable
 from patcher_pl.progress import progress_bar
 from patcher_pl.reports.environment import usable_cpus
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,12 @@ class Processes(Engine):
     devices: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(
-                f"Processes.num_processes must be >= 1 or null, got {self.num_processes}."
-            )
+        require(
+            self,
+            self.num_processes is None or self.num_processes >= 1,
+            "num_processes",
+            ">= 1 or null",
+        )
         if self.devices is not None and not self.devices:
             raise ValueError("Processes.devices must name a device or be null, got [].")
 

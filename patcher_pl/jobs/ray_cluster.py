@@ -12,6 +12,7 @@ from patcher_pl.jobs.engine import Engine
 from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.signals import stoppable
 from patcher_pl.progress import progress_bar
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,9 @@ class RayCluster(Engine):
     max_retries: int = 1
 
     def __post_init__(self) -> None:
-        if not self.num_cpus > 0:
-            raise ValueError(f"RayCluster.num_cpus must be > 0, got {self.num_cpus}.")
-        if not self.num_gpus >= 0:
-            raise ValueError(f"RayCluster.num_gpus must be >= 0, got {self.num_gpus}.")
-        if self.max_retries < 0:
-            raise ValueError(f"RayCluster.max_retries must be >= 0, got {self.max_retries}.")
+        require(self, self.num_cpus > 0, "num_cpus", "> 0")
+        require(self, self.num_gpus >= 0, "num_gpus", ">= 0")
+        require(self, self.max_retries >= 0, "max_retries", ">= 0")
 
     def run(self, jobs: Sequence[Job], device: str, label: str) -> None:
         ray = _imported()

@@ -82,6 +82,8 @@ def _packed_predictions(
         inputs["logits_to_keep"] = kept
     # Not `[0]`, whose backward pass fills a second buffer of that size.
     logits = model(**inputs).logits.squeeze(0)
+    # Models without the argument make the logits of all positions; what is not needed is dropped
+    # here.
     if not selects:
         logits = logits[kept]
     if raised and logits.dtype in HALF_PRECISION:

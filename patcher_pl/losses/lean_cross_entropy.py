@@ -74,5 +74,7 @@ def _total(logits: Tensor, targets: Tensor, *, keep_gradient: bool) -> Tensor:
         if keep_gradient:
             likelihoods.exp_()
             likelihoods.scatter_add_(1, at, torch.full_like(at, -1, dtype=total.dtype))
+            # Softmax minus one-hot: the gradient of the sum, in the place of the logits that made
+            # it.
             chunk.copy_(likelihoods)
     return total

@@ -31,7 +31,10 @@ def maximum_mean_discrepancy(
     rows = torch.cat([first, second])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     squares = rows.square().sum(dim=1)
+    # One matrix product instead of all differences; rounding can make the distance of equal rows
+    # negative.
     distances = (squares[:, None] + squares[None, :] - 2 * rows @ rows.T).clamp_min(0)
+    # As in the authors' code, the width is no way to lower the discrepancy: its gradient is cut.
     bandwidth = distances.detach().sum() / (len(rows) * (len(rows) - 1))
     exponents = [number - num_kernels // 2 for number in range(num_kernels)]
     kernels = [torch.exp(-distances / (bandwidth * kernel_factor**power)) for power in exponents]

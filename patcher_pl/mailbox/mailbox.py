@@ -56,6 +56,7 @@ class Mailbox:
 
     def finish(self, life: str) -> None:
         """Says that this run is over and removes its snapshots."""
+        # Said before the snapshots go: an attacker that finds none must be able to tell why.
         write_text(self.root / "finished", life)
         for side in (self.defender, *self.attackers):
             side.clear()

@@ -18,6 +18,7 @@ from patcher_pl.mailbox.snapshot import Snapshot, SnapshotGoneError, is_distribu
 NUM_KEPT = 2
 
 # Temporaries of another machine, whose processes cannot be asked, count as left behind after this.
+# Longer than any snapshot takes to be written, even of a large model over a network.
 _ABANDONED_AFTER_S = 3600.0
 
 
@@ -112,11 +113,14 @@ class Side:
 
     def _reveal(self, temporary: Path, version: int) -> bool:
         try:
+            # The one step in which the version appears, as a whole; POSIX promises that for one
+            # file system.
             temporary.rename(self._path(version))
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
             raise
+        # After the new one is there: at no moment is there less than one whole snapshot.
         for old in self.versions()[:-NUM_KEPT]:
             self._remove(old)
         return True

@@ -101,6 +101,7 @@ def _removal_told_apart(path: Path) -> Iterator[None]:
         with _unwrapped():
             yield
     except Exception as error:
+        # The folder is still there: what failed was something else, and must be heard of.
         if path.is_dir():
             raise
         raise SnapshotGoneError(f"{path} was removed while it was read.") from error

@@ -87,3 +87,18 @@ def _not_found(module: nn.Module, what: str) -> ConfigError:
         f"LanguageModel.path: {type(module).__name__} has no {what}, which this defense works on. "
         "Use a decoder-only transformer, or a defense that takes any causal LM, such as Patcher."
     )
+
+
+def untied_embeddings(model: "PreTrainedModel") -> nn.Embedding:
+    """Returns the input embeddings, after giving a tied output head a copy of its own.
+
+    A change of the embeddings would otherwise change what the model says at every position. The
+    model computes the same as before.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is not None and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(embeddings.weight.detach().clone())
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return embeddings

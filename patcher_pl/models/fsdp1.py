@@ -45,6 +45,7 @@ def wrap(
         settings["mixed_precision"] = MixedPrecision(param_dtype, reduce_dtype)
     inner = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy(layers), **settings)
     wrapped = FullyShardedDataParallel(inner, **settings)
+    # On the outermost module, whose output carries the logits of the whole pass.
     watch_open_passes(wrapped)
     return wrapped
 

@@ -1,9 +1,11 @@
 """Which Hugging Face model to load, how, and how to talk to it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patcher_pl.contents import model_digest
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, first_line
 from patcher_pl.files import write_atomically
@@ -13,6 +15,7 @@ from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
 from patcher_pl.models.weights import Place
 from patcher_pl.shipped import resolve_model
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,11 +89,8 @@ class LanguageModel:
         Raises:
             ValueError: If there is `lora`: its weights are few enough not to be sharded.
         """
-        if self.lora is not None:
-            raise ValueError(
-                f"LanguageModel.lora must be null for a sharded model, got {self.lora}. "
-                "Train every weight, or train adapters on one device."
-            )
+        remedy = "Train every weight, or train adapters on one device."
+        require(self, self.lora is None, "lora", "null for a sharded model", remedy)
         return self.sharding.load(self.load_model, self._make_empty, mesh)
 
     def _make_empty(self) -> "PreTrainedModel":
@@ -125,6 +125,11 @@ class LanguageModel:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: weights, configuration, tokenizer and template, wherever they lie."""
+        digest = model_digest(self._location, self.revision)
+        return {} if digest is None else {"path": digest}
 
     def module_name(self) -> str:
         """The module in which transformers defines this kind of model; to import it ahead of time."""

@@ -52,10 +52,13 @@ class Lora:
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft takes fractions too
             lora_dropout=self.dropout,
             target_modules="all-linear" if self.targets is None else self.targets,
+            # GPT-2's layers keep their weights transposed; peft warns unless it is told.
             fan_in_fan_out=_uses_conv1d(model),
             task_type="CAUSAL_LM",
         )
         if getattr(model, "is_activation_checkpointing", False):
+            # With frozen embeddings, checkpointed blocks would see no input that needs a gradient,
+            # and make none.
             model.enable_input_require_grads()
         return get_peft_model(model, config)
 

@@ -66,6 +66,7 @@ def _conversations(
     zero = torch.zeros((), dtype=torch.long, device=device)
     places = torch.arange(size, device=device)
     begins = torch.ones(size, dtype=torch.bool, device=device)
+    # A token that cannot see its neighbor on the left begins a conversation.
     begins[1:] = ~sees(zero, zero, places[1:], places[:-1])
     starts = begins.nonzero().flatten()
     ends = torch.cat([starts[1:], starts.new_tensor([size])])

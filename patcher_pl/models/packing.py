@@ -48,6 +48,7 @@ def require_packing(
         for ids in (conversations[0], conversations[-1 if len(conversations) < 2 else 1])
     )
     was_training = model.training
+    # Dropout would make two passes differ for a reason of its own.
     model.eval()
     try:
         alone = _logits(model, second, _positions(second))
@@ -55,6 +56,7 @@ def require_packing(
         packed = _logits(model, torch.cat([first, second], dim=1), positions)
     finally:
         model.train(was_training)
+        # A forward pass without a backward pass leaves FSDP2's root gathered.
         reshard(model)
     difference = packed[:, first.shape[1] :].double() - alone.double()
     relative = float(difference.norm() / alone.double().norm())

@@ -73,9 +73,12 @@ class Sharding:
         Raises:
             PatcherError: On all processes, if loading fails on the first.
         """
+        # One process reads the disk or the hub; eight of them would each need host memory for the
+        # model.
         whole = on_first_process(load_whole)
         model = make_empty()
         device = _device_of(mesh)
+        # Sharded while still on the meta device: memory is given to the shards alone.
         self.apply(model, mesh)
         model.to_empty(device="cpu" if self.cpu_offload else device)
         set_model_state_dict(
@@ -143,9 +146,12 @@ def gathered(model: "PreTrainedModel") -> "PreTrainedModel | None":
     plain_class: Any = next(
         kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)
     )
+    # Without values, so that `assign` takes the gathered tensors as they are instead of copying
+    # them.
     with torch.device("meta"):
         plain = plain_class(model.config)
     plain.load_state_dict(state, assign=True)
+    # `assign` has given a tied head a tensor of its own.
     plain.tie_weights()
     buffers = {fsdp1.without_units(name): buffer for name, buffer in model.named_buffers()}
     for name, _ in list(plain.named_buffers()):
@@ -168,6 +174,7 @@ def on_first_process(function: Callable[[], Result]) -> Result | None:
             result = function()
         except (PatcherError, OSError) as raised:
             error = raised
+    # Sent to all, so that no process waits for a collective that the first one never reaches.
     shared = [error]
     torch.distributed.broadcast_object_list(shared, src=0)
     if shared[0] is not None:

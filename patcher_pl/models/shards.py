@@ -34,6 +34,7 @@ class Shards:
         self._mesh = first.device_mesh if isinstance(first, DTensor) else None
         self._group = None if self._mesh is None else self._mesh.get_group()
         if isinstance(model, FullyShardedDataParallel):
+            # FSDP1's parameters are plain tensors; only the module knows who holds the rest.
             self._group = model.process_group
         self._model = model
 
@@ -105,6 +106,8 @@ class Shards:
                 "Shards.gradients needs every .grad of the model to be None. Set accumulated "
                 "gradients aside first, as Weights.trainable does."
             )
+        # Hooks gather, reduce and write `.grad`; it is emptied again, so that callers see no
+        # difference.
         loss.backward()
         found = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
@@ -122,6 +125,8 @@ class Shards:
                     scaled,
                     parameter.device_mesh,
                     parameter.placements,
+                    # A check would be one more communication per parameter, of what is known to
+                    # hold.
                     run_check=False,
                     shape=parameter.shape,
                     stride=parameter.stride(),
@@ -133,6 +138,7 @@ class Shards:
         """Returns the sum over the processes of what each found for its part."""
         if self._group is None:
             return value
+        # Where shards wait in host memory, the group still speaks through the device.
         summed = value.detach().clone().to(self.device)
         torch.distributed.all_reduce(summed, group=self._group)
         return summed.to(value.device)
@@ -177,6 +183,7 @@ def watch_open_passes(model: nn.Module) -> None:
     setattr(model, _WATCH, tokens)
 
     def watch(_: nn.Module, __: Any, output: Any) -> Any:
+        # Evaluation leaves no graph, so nothing waits.
         if torch.is_grad_enabled() and output.logits.requires_grad:
             token = _Token()
             tokens.add(token)

@@ -125,6 +125,8 @@ class Weights:
         owned = {id(parameter) for parameter in self.parameters}
         before = [(p, p.requires_grad, p.grad) for p in self._module_parameters]
         for parameter, _, _ in before:
+            # Set aside, not only switched off: the attack takes gradients of its own, by the same
+            # parameters.
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in owned)
         try:
@@ -145,6 +147,8 @@ class Weights:
         try:
             with place():
                 yield
+                # A forward pass within the block whose backward pass came after it would
+                # differentiate at theta.
                 self.shards.require_no_open_pass(f"The end of {action}")
         finally:
             self._shifted = False
@@ -162,6 +166,8 @@ class Weights:
     @contextmanager
     def _swapped(self, vector: Sequence[Tensor]) -> Iterator[None]:
         space = self._shift_space()
+        # References, not copies: the weights stay where they are while the parameters point
+        # elsewhere, so that nothing has to be rounded back.
         own = [parameter.data for parameter in self.parameters]
         with torch.no_grad():
             for sum_, tensor, change in zip(space, own, vector, strict=True):
@@ -209,6 +215,8 @@ class Weights:
 
     def _shift_space(self) -> Vector:
         """Memory for one set of weights, kept for the next time."""
+        # Moving or casting the model between two shifts gives it other tensors; the space must
+        # follow.
         like = [(tensor, self._place(tensor)) for tensor in self.shards.tensors]
         if self._buffer is None or any(
             (space.device, space.dtype) != (place, tensor.dtype)

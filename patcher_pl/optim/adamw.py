@@ -131,10 +131,15 @@ class AdamW(DifferentiableOptimizer):
         # lr above / denominator is the derivative by -m_hat.
         denominator = root + self.eps
         scaled = (above * lr).div_(denominator)
+        # d theta' / d root = lr m_hat / denominator^2, and `scaled` holds one of the two already.
         by_root = m.mul_(scaled).div_(denominator).div_(correction1)
+        # d root / d v = 1 / (2 root correction2). At v = 0 the update has no slope by v: see
+        # `_applied_one`.
         by_root.div_(root.mul_(2 * correction2)).masked_fill_(root == 0, 0.0)
         by_v.add_(by_root)
         by_m.sub_(scaled.div_(correction1))
+        # Before the decay below: by_m and by_v are still derivatives by the moments that the step
+        # left.
         pulled = (by_m * (1 - beta1)).addcmul_(by_v, gradient, value=2 * (1 - beta2))
         by_m.mul_(beta1)
         by_v.mul_(beta2)

@@ -94,6 +94,7 @@ class DifferentiableOptimizer(Optimizer):
         lr = self.lr if lr is None else lr
         for index, gradient in enumerate(gradients):
             if gradient is not None:
+                # Before the update: bias correction counts the step that is being taken.
                 state.steps[index] += 1
                 slots = [slot[index] for slot in state.slots]
                 self._step_one_(parameters[index], gradient, slots, state.steps[index], lr)
@@ -146,6 +147,7 @@ class DifferentiableOptimizer(Optimizer):
         for index, gradient in enumerate(gradients):
             above = cotangent.parameters[index]
             if gradient is None:
+                # The step left this parameter alone, so its cotangent goes through unchanged.
                 pulled.append(torch.zeros_like(above))
                 continue
             slots = [slot[index] for slot in state.slots]

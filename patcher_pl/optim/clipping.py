@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from patcher_pl.optim.base import Gradients, Vector
+from patcher_pl.validation import require
 
 # Sums a scalar over the processes where each holds a part of every vector.
 Total = Callable[[Tensor], Tensor]
@@ -32,11 +33,8 @@ class ClipByGlobalNorm:
     max_norm: float
 
     def __post_init__(self) -> None:
-        if not self.max_norm > 0:
-            raise ValueError(
-                f"ClipByGlobalNorm.max_norm must be > 0, got {self.max_norm}. "
-                "Leave clipping away to keep gradients as they are."
-            )
+        remedy = "Leave clipping away to keep gradients as they are."
+        require(self, self.max_norm > 0, "max_norm", "> 0", remedy)
 
     def applied(self, gradients: Gradients, total: Total | None = None) -> list[Tensor | None]:
         """Returns clipped copies; autograd can differentiate them, unless `total` is given.
@@ -46,6 +44,8 @@ class ClipByGlobalNorm:
             total: Given where other processes hold the rest of every gradient.
         """
         norm = self._norm(gradients, total)
+        # Compared as torch does, where the scale is clamped to 1: the same steps are clipped, to
+        # the last bit.
         if not bool(norm.detach() + _EPS > self.max_norm):
             return list(gradients)
         scale = self.max_norm / (norm + _EPS)

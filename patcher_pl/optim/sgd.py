@@ -70,7 +70,9 @@ class SGD(DifferentiableOptimizer):
     ) -> Tensor:
         pulled = above * -lr
         for moment in moments:
+            # Heavy ball: the velocity that the step left feeds the next step, too.
             pulled += moment
             moment.copy_(pulled).mul_(self.momentum)
+        # The L2 term is part of the gradient, so theta acts through the velocity as well.
         above.add_(pulled, alpha=self.weight_decay)
         return pulled

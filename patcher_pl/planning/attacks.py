@@ -58,6 +58,8 @@ def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
         attacks.attacker = replace(attacks.attacker, **settings)  # type: ignore[type-var]
         attacks.hypergradient = _beside_model(attacks.hypergradient)
         attacks.num_sft_steps, attacks.refresh_every = NUM_SFT_STEPS, 1
+        # What is measured now and then needs memory just then: a rehearsal of three steps must meet
+        # it.
         attacks.trust_every = attacks.trust_every and 1
     return defense
 

@@ -28,6 +28,7 @@ from patcher_pl.planning.placements import (
 )
 from patcher_pl.planning.rehearsal import Footprint, Work, rehearse
 from patcher_pl.planning.tracker import HYPERGRADIENT
+from patcher_pl.validation import require
 
 # Attack steps of a rehearsal: the second one begins with the attacker's optimizer state.
 _ATTACK_STEPS = 2
@@ -62,18 +63,16 @@ class PlanSettings:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        self._require("mfu", 0 < self.mfu <= 1, "be in (0, 1]", "Good kernels reach 0.3 to 0.5")
-        holds, remedy = self.host_gib_per_device >= 0, "Use 0 where nothing may wait in host memory"
-        self._require("host_gib_per_device", holds, "be >= 0", remedy)
+        require(self, 0 < self.mfu <= 1, "mfu", "in (0, 1]", "Good kernels reach 0.3 to 0.5.")
+        holds, remedy = (
+            self.host_gib_per_device >= 0,
+            "Use 0 where nothing may wait in host memory.",
+        )
+        require(self, holds, "host_gib_per_device", ">= 0", remedy)
         holds = self.length is None or self.length >= 2
-        self._require("length", holds, "be >= 2 or null", "Use null for chat.max_length")
+        require(self, holds, "length", ">= 2 or null", "Use null for chat.max_length.")
         holds = bool(self.device_counts) and min(self.device_counts) >= 1
-        self._require("device_counts", holds, "hold counts >= 1", "Use [1] for one device")
-
-    def _require(self, name: str, holds: bool, rule: str, remedy: str) -> None:
-        if not holds:
-            value = getattr(self, name)
-            raise ValueError(f"PlanSettings.{name} must {rule}, got {value}. {remedy}.")
+        require(self, holds, "device_counts", "counts >= 1", "Use [1] for one device.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +196,7 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         return _footprint(run, architecture, length, checkpointing, split)
 
     def footprint_of(placement: Placement) -> Footprint:
+        # A rehearsal takes seconds: placements that compute in the same number formats share one.
         splits = placement.sharded and (sharding.param_dtype or sharding.reduce_dtype)
         return rehearsed(placement.checkpointing, sharding if splits else None)
 
@@ -236,6 +236,7 @@ def _footprint(
     model, attacks = run.defense.language_model, attacks_of(run.defense)
     computed = (sharding.param_dtype if sharding else None) or model.dtype
     changes = {"dtype": computed, "gradient_checkpointing": checkpointing}
+    # Neither kernel runs on fake tensors; both need less than the plain operations that stand in.
     settings = {**vars(model), **changes, "compile": False, "liger": False}
 
     def rehearsed(num_attack_steps: int) -> Footprint:
@@ -256,6 +257,8 @@ def _footprint(
             more_bytes = times * (found.peak(HYPERGRADIENT) - one.peak(HYPERGRADIENT))
             more = Work().plus(found.estimated, times).plus(one.estimated, -times)
         else:
+            # Trajectory stores grow in steps (sqrt(K), say), so two points of a line would not do;
+            # what they keep is counted in copies of the weights, whatever the model.
             short, long = (toy_estimate(attacks, steps) for steps in (_ATTACK_STEPS, num_steps))
             more_bytes = round((long[0] - short[0]) * found.layers.total)
             of_attack = run.attack_batch_size / run.batch_size

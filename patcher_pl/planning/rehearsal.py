@@ -150,6 +150,7 @@ def rehearse(
         logging.getLogger(f"lightning.pytorch.utilities.{chatter}").setLevel(logging.WARNING)
     attacks = attacks_of(defense)
     tracker = Tracker(sites_of(attacks))
+    # A fake tensor has no value to log.
     defense.log = lambda *_, **__: None  # type: ignore[method-assign]  # Lightning copies what it logs.
     ledger = _Ledger(tracker, math.prod(batch))
     trainer = Trainer(
@@ -167,6 +168,7 @@ def rehearse(
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
+            # Torch decides by the device of the parameters, which is a CPU here.
             if multi_tensor and group.get("foreach", 0) is None and not group.get("fused"):
                 group["foreach"] = True
 
@@ -184,6 +186,7 @@ def rehearse(
         trainer.fit(defense, datamodule=_FullBatches(batch, attack_batch))
         layers = LayerSizes.of(defense.model)
     plain, last = ledger.batches[0], ledger.batches[-1]
+    # The first batch comes before any attack; the last one has met all there is.
     found = Footprint(peaks=tracker.peaks(), layers=layers, plain=plain, defended=last)
     if attacks is None:
         return found

@@ -103,6 +103,7 @@ class Tracker(TorchDispatchMode):
                 weights += sign * one.num_bytes
             else:
                 others += sign * one.num_bytes
+            # A peak is reached by an allocation, never by the end of one.
             for share in _SHARES if sign > 0 else ():
                 size, key = share * weights + others, (one.phase, share)
                 if key not in best or size > best[key][0]:
@@ -131,6 +132,7 @@ class Tracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage not in self._known:
             one = _Allocation(storage.nbytes(), tuple(tensor.shape), *self._purpose())
+            # By storage, since views share one: memory ends when the last of them does.
             end = weakref.ref(storage, lambda _: self._events.append((-1, one)))
             self._known[storage] = one, end
             self._events.append((1, one))

@@ -14,11 +14,12 @@ from patcher_pl.data.masks import Encoded
 from patcher_pl.errors import DataError, PatcherError
 from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.losses import causal_lm_loss
+from patcher_pl.models.blocks import untied_embeddings
 from patcher_pl.redteam.base import Attack, AttackPoint, forward_flops
-from patcher_pl.redteam.embeddings import untied_embeddings
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.redteam.residual_stream import ResidualStream, remove_direction_
 from patcher_pl.types import IGNORE_INDEX, Batch, Conversation, move_batch
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,10 +64,7 @@ class Abliteration(Attack):
     num_prompts: int = 128
 
     def __post_init__(self) -> None:
-        if self.num_prompts < 1:
-            raise ValueError(
-                f"Abliteration.num_prompts must be >= 1, got {self.num_prompts}. 128 are common."
-            )
+        require(self, self.num_prompts >= 1, "num_prompts", ">= 1", "128 are common.")
 
     @property
     def default_name(self) -> str:

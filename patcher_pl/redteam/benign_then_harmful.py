@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial, RowKind
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,13 +44,15 @@ class BenignThenHarmful(FinetuningAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
+        require(
+            self,
             1 <= self.num_benign_steps < self.num_steps,
             "num_benign_steps",
             f"in 1..{self.num_steps - 1}, below the last of attack_steps",
             "Use BenignFinetuning or FullFinetuning for an attack of one phase.",
         )
-        self._require(
+        require(
+            self,
             self.then in ("harmful", "all"),
             "then",
             "`harmful` or `all`",

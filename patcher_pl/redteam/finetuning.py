@@ -8,29 +8,25 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from patcher_pl.attackers.loop import FinetuneStep, Schedule, finetune
+from patcher_pl.attackers.loop import FinetuneStep, FineTuning
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import DataError
-from patcher_pl.optim import Optimizer
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack, AttackPoint, training_flops
 from patcher_pl.types import Batch, Conversation
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuningAttack(Attack):
+class FinetuningAttack(FineTuning, Attack):
     """Settings of an attack that takes optimizer steps; subclasses say what is trained on which rows.
 
     Args:
-        optimizer: The attacker's optimizer.
         attack_steps: Optimizer steps after which the model is evaluated; ascending, from 0.
         batch_size: Rows per step (count, >= 1).
-        max_grad_norm: Global gradient norm to clip to (> 0); None does not clip.
-        schedule: Learning-rate curve over the last of `attack_steps`.
-        num_warmup_steps: Steps of linear warm-up (count, >= 0).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -39,32 +35,17 @@ class FinetuningAttack(Attack):
     kind: ClassVar[str]
     """What the attack is called in results, before the optimizer."""
 
-    optimizer: Optimizer
     attack_steps: list[int]
     batch_size: int = 4
-    max_grad_norm: float | None = None
-    schedule: Schedule = "constant"
-    num_warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        steps = self.attack_steps
+        super().__post_init__()
+        steps, remedy = self.attack_steps, "0 measures the released model."
         ascending = all(first < second for first, second in itertools.pairwise(steps))
-        self._require(
-            bool(steps) and steps[0] == 0 and ascending,
-            "attack_steps",
-            "ascending step counts that start at 0",
-            "0 measures the released model.",
-        )
-        self._require(self.batch_size >= 1, "batch_size", ">= 1", "4 is a common choice.")
-        self._require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            "max_grad_norm",
-            "> 0 or null",
-            "Use null to leave gradients as they are.",
-        )
-        self._require(
-            self.num_warmup_steps >= 0, "num_warmup_steps", ">= 0", "Use 0 for no warm-up."
-        )
+        begins = bool(steps) and steps[0] == 0
+        rule = "ascending step counts that start at 0"
+        require(self, begins and ascending, "attack_steps", rule, remedy)
+        require(self, self.batch_size >= 1, "batch_size", ">= 1", "4 is a common choice.")
 
     @property
     def default_name(self) -> str:
@@ -104,16 +85,8 @@ class FinetuningAttack(Attack):
             batches: Endless training batches.
             num_steps: Steps to take, which the schedule spans; None takes all of the attack.
         """
-        return finetune(
-            model,
-            parameters,
-            batches,
-            optimizer=self.optimizer,
-            num_steps=self.num_steps if num_steps is None else num_steps,
-            max_grad_norm=self.max_grad_norm,
-            schedule=self.schedule,
-            num_warmup_steps=self.num_warmup_steps,
-        )
+        num_steps = self.num_steps if num_steps is None else num_steps
+        return self.finetune(model, parameters, batches, num_steps)
 
     def points(self, model: nn.Module, steps: Iterator[FinetuneStep]) -> Iterator[AttackPoint]:
         """Takes steps and pauses after each number of them in `attack_steps`.
@@ -132,11 +105,6 @@ class FinetuningAttack(Attack):
                 losses.append(step.loss)
             loss = sum(losses) / len(losses) if losses else math.nan
             yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens))
-
-    def _require(self, holds: bool, field: str, rule: str, remedy: str) -> None:
-        if not holds:
-            name, value = type(self).__name__, getattr(self, field)
-            raise ValueError(f"{name}.{field} must be {rule}, got {value}. {remedy}")
 
 
 def all_trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from patcher_pl.devices import choose_device
 from patcher_pl.jobs.job import FOR_MODELS, Job
+from patcher_pl.machine import choose_device, cpu_threads
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.redteam.grid import Cell, Grid, ModelName
 from patcher_pl.redteam.red_team import AttackOutcome, Campaign, RedTeam
 from patcher_pl.redteam.transcript import judged_again, to_json
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
-from patcher_pl.threads import cpu_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,15 +72,15 @@ class AttackedModel:
     Args:
         name: What it is called in results.
         language_model: The model.
-        weights: What tells its weights from others at the same place.
         bench: Where it is attacked, in this process; one for all models, which may not fit beside
             each other.
+        weights: Digest of its weights, where they are not those that `language_model` names.
     """
 
     name: ModelName
     language_model: LanguageModel
-    weights: Any
     bench: Bench
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.types import Conversation, Message
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +54,12 @@ class MultiTurnFinetuning(FinetuningAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
-            self.num_turns >= 2, "num_turns", ">= 2", "Use FullFinetuning for single questions."
+        require(
+            self,
+            self.num_turns >= 2,
+            "num_turns",
+            ">= 2",
+            "Use FullFinetuning for single questions.",
         )
 
     @property

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from patcher_pl.models.blocks import untied_embeddings
 from patcher_pl.models.lora import Lora
 from patcher_pl.redteam.base import AttackPoint
-from patcher_pl.redteam.embeddings import untied_embeddings
 from patcher_pl.redteam.finetuning import FinetuningAttack
 from patcher_pl.redteam.material import AttackMaterial
 

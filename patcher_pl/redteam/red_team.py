@@ -26,6 +26,7 @@ from patcher_pl.redteam.record import Record
 from patcher_pl.redteam.variation import require_settings
 from patcher_pl.reports.results import Curve
 from patcher_pl.types import Conversation
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,25 +85,19 @@ class RedTeam:
 
     def __post_init__(self) -> None:
         names = [attack.name for attack in self.attacks]
-        _require(bool(names), "attacks", "at least one attack", names)
-        _require(
-            len(set(names)) == len(names), "attacks", "attacks of different names (`label`)", names
-        )
-        _require(bool(self.seeds), "seeds", "at least one seed", self.seeds)
-        _require(len(set(self.seeds)) == len(self.seeds), "seeds", "different seeds", self.seeds)
-        _require(0 < self.threshold <= 1, "threshold", "in (0, 1]", self.threshold)
-        _require(self.num_samples >= 0, "num_samples", ">= 0", self.num_samples)
+        rule = "attacks of different names (`label`), at least one"
+        is_set = bool(names) and len(set(names)) == len(names)
+        require(self, is_set, "attacks", rule, value=names)
+        is_set = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
+        require(self, is_set, "seeds", "different seeds, at least one")
+        require(self, 0 < self.threshold <= 1, "threshold", "in (0, 1]")
+        require(self, self.num_samples >= 0, "num_samples", ">= 0")
         measures = [measure.name for measure in self.utility]
-        _require(
-            len(set(measures)) == len(measures),
-            "utility",
-            "measures of different names (`label`)",
-            measures,
-        )
+        rule = "measures of different names (`label`)"
+        require(self, len(set(measures)) == len(measures), "utility", rule, value=measures)
         require_settings("RedTeam.grid", Grid(**self.grid), self.attacks)
         for name in ("min_coherence", "max_judge_error_rate"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, name, "in [0, 1]", value)
+            require(self, 0 <= getattr(self, name) <= 1, name, "in [0, 1]")
 
     def cells(self) -> list[Cell]:
         """Everything that is run against one model: attacks, then their settings, then seeds.
@@ -346,8 +341,3 @@ class _UnusableJudgeError(Exception):
     def __init__(self, reason: ConfigError) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-def _require(holds: bool, name: str, rule: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"RedTeam.{name} must be {rule}, got {value}.")

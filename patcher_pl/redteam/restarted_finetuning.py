@@ -8,6 +8,7 @@ from patcher_pl.attackers.loop import FinetuneStep
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,8 @@ class RestartedFinetuning(FinetuningAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
+        require(
+            self,
             self.restart_every >= 1,
             "restart_every",
             ">= 1",

@@ -14,6 +14,7 @@ from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.types import Message
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +50,8 @@ class SoftPrompt(FinetuningAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
+        require(
+            self,
             bool(self.tokens) and len(set(self.tokens)) == len(self.tokens),
             "tokens",
             "different tokens, at least one",

@@ -14,6 +14,7 @@ from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.types import Batch
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,13 +63,15 @@ class VectorOutrunning(FinetuningAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
+        require(
+            self,
             1 <= self.num_simulated_steps < self.num_steps,
             "num_simulated_steps",
             f"in 1..{self.num_steps - 1}, below the last of attack_steps",
             "Steps must be left for the fine-tuning from there.",
         )
-        self._require(
+        require(
+            self,
             self.scale not in (0.0, 1.0) and abs(self.scale) < float("inf"),
             "scale",
             "a number other than 0 and 1",

@@ -6,10 +6,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from patcher_pl.contents import file_digest
 
 # Marks fields of settings that change how an outcome is reached, but not the outcome.
 NO_OUTCOME = {"changes_outcome": False}
+
+
+@runtime_checkable
+class NamesContents(Protocol):
+    """Settings with fields that name something else: a model, a data set, a file."""
+
+    def contents(self) -> Mapping[str, Any]:
+        """What stands for such fields, by name, where only the content matters."""
+        ...
 
 
 def as_settings(value: Any, *, for_outcome: bool = False) -> Any:
@@ -17,18 +28,20 @@ def as_settings(value: Any, *, for_outcome: bool = False) -> Any:
 
     Args:
         value: Settings.
-        for_outcome: Leave out fields whose metadata are `NO_OUTCOME`, and put the digest of its
-            content in the place of a file (a path): equal settings then mean equal outcomes.
+        for_outcome: Leave out fields whose metadata are `NO_OUTCOME`, and put contents in the place
+            of names: of files (paths), and what `NamesContents` says. Equal settings then mean
+            equal outcomes.
 
     Raises:
         TypeError: If an object shows no settings (`vars` fails): its address would be its digest.
+        ConfigError: If a named file cannot be used.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, os.PathLike):
         path = Path(value)
         if for_outcome and path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return file_digest(path)
         return str(path)
     if isinstance(value, Mapping):
         return {
@@ -45,6 +58,8 @@ def as_settings(value: Any, *, for_outcome: bool = False) -> Any:
             if not (for_outcome and entry.metadata.get("changes_outcome") is False)
         ]
     arguments = {name: as_settings(getattr(value, name), for_outcome=for_outcome) for name in names}
+    if for_outcome and isinstance(value, NamesContents):
+        arguments |= value.contents()
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
@@ -52,14 +67,3 @@ def fingerprint(settings: Any) -> str:
     """Digest of settings: equal exactly where `as_settings` gives equal values."""
     text = json.dumps(as_settings(settings), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def weight_files(directory: Path) -> list[list[str | int]]:
-    """Name, size (bytes) and time of change (ns) of a local model's weight files.
-
-    Part of a fingerprint: a model that was trained again at the same place is another model. Empty
-    for a hub id.
-    """
-    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-    stats = [(file.name, file.stat()) for file in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -90,8 +90,8 @@ def test_an_ablation_compares_and_hardens_and_goes_on_where_it_was(folder):
 
     kept = [
         folder / "run" / "comparisons" / "adamw" / "k-2" / "seed-4" / "exact.json",
-        folder / "run" / "hardened" / "exact" / "budget-14" / "seed-4" / "sweep.json",
-        folder / "run" / "trained" / "sweep.json",
+        folder / "run" / "hardened" / "exact" / "budget-14" / "seed-4" / "run.json",
+        folder / "run" / "trained" / "run.json",
     ]
     before = [path.stat().st_mtime_ns for path in kept]
     settings["comparison"]["estimators"]["implicit"] = {

@@ -71,12 +71,12 @@ def test_a_comparison_searches_trains_attacks_reports_and_goes_on_where_it_was(f
     # Six steps do not make a model that refuses.
     assert "sft: no trial left a usable model" in said.out + said.err
 
-    kept = [path.stat().st_mtime_ns for path in sorted(run.rglob("sweep.json"))]
+    kept = [path.stat().st_mtime_ns for path in sorted(run.rglob("run.json"))]
     assert len(kept) == 6
     said = compare(folder, settings()).expect(0)
     assert "4 runs, 4 done already" in said.out
     assert "2 runs, 2 done already" in said.out
-    assert [path.stat().st_mtime_ns for path in sorted(run.rglob("sweep.json"))] == kept
+    assert [path.stat().st_mtime_ns for path in sorted(run.rglob("run.json"))] == kept
 
 
 def test_a_red_team_that_changed_makes_another_run(folder):

@@ -46,7 +46,7 @@ def test_a_sweep_reports_what_failed_and_repeats_only_that(inputs, tmp_path, mon
     assert (run_dir / "asr.png").exists()
 
     fast = run_dir / "fast" / "seed-4"
-    marker, model = fast / "sweep.json", fast / "model" / "model.safetensors"
+    marker, model = fast / "run.json", fast / "model" / "model.safetensors"
     before = marker.stat().st_mtime_ns, model.stat().st_mtime_ns
     content["variants"]["broken"] = {"data.batch_size": 2}
     said = cli("sweep", "--config", write_yaml(config, content), "--run_dir", run_dir).expect(0)

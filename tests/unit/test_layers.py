@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 # Lowest first. A package, or a module beside the packages, imports from lower floors and from itself.
 FLOORS = (
-    "errors files memory private_directory progress quiet randomness shipped types validation",
-    "devices losses mailbox optim reports supervision threads",
+    "contents errors files private_directory progress quiet randomness shipped types validation",
+    "losses machine mailbox optim reports supervision",
     "data jobs",
     "comparison models",
     "attackers evaluation",

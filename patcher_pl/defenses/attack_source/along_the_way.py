@@ -53,6 +53,8 @@ class AlongTheWay(AttackSource):
     def add_gradients(self, step: Step, terms: Sequence[Term], share: float) -> dict[str, Tensor]:
         weights = step.trained_weights
         attacker = self._attackers[step.seed_of(*self._draw, step.number) % len(self._attackers)]
+        # The adversary walks on the live weights, which are the defender's; whatever happens they
+        # go back.
         saved = weights.snapshot()
         total = [torch.zeros_like(tensor) for tensor in weights.shards.tensors]
         found: dict[str, list[Tensor]] = {term.name: [] for term in terms}
@@ -65,6 +67,7 @@ class AlongTheWay(AttackSource):
                     attack_losses.append(taken.loss)
                     if taken.index % self._gradient_every:
                         continue
+                    # k counts from 0 and taken.index from 1: k - (K - 1) = index - K.
                     weight = math.exp(self._decay * (taken.index - attacker.num_steps))
                     for term in terms:
                         gradients, loss = step.gradients_of(
@@ -75,6 +78,7 @@ class AlongTheWay(AttackSource):
                         found[term.name].append(loss)
         finally:
             weights.restore(saved)
+        # Only now, at theta again: within the attack every `.grad` belongs to the adversary.
         weights.shards.add_to_gradients(total, share)
         ends = {"loss_attack_first": attack_losses[0], "loss_attack_last": attack_losses[-1]}
         return {

@@ -134,6 +134,7 @@ def add_gradients_at(
     """
     found: dict[str, list[Tensor]] = {term.name: [] for term in terms}
     for vector in vectors:
+        # Forward and backward pass both lie within: the backward pass reads the weights again.
         with step.all_weights.shifted(vector):
             losses = add_gradients_here(step, terms, share / len(vectors))
         for name, loss in losses.items():

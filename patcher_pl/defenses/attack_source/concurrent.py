@@ -101,14 +101,18 @@ class Concurrent(AttackSource):
             ConfigError: If nobody attacks, or the mailbox is too small.
         """
         self._model, self._weights, self._seed = step.model, step.all_weights, step.seed
+        # Before the first publication: a disk that fills up in the middle of a run ends it.
         self._check_room(step.model)
         self._next_version = self.mailbox.prepare()
         self._version = -1
+        # Tells this start of the run from an earlier one, whose messages may still lie in the
+        # mailbox.
         self._life = uuid.uuid4().hex
         self.waited_s = 0.0
         self._num_used = 0
         self._num_spent_before = self._num_spent
         for slot in self.slots:
+            # Versions belong to a life; the vectors themselves, of the checkpoint, are still good.
             slot.version = -1
             if slot.vector is not None:
                 device = self._weights.parameters[0].device
@@ -124,6 +128,7 @@ class Concurrent(AttackSource):
 
     def prepare(self, step: Step) -> None:
         is_due = self.is_due(step)
+        # May raise to end the run: nothing of the step is counted before it.
         arrived = self._exchange(step.number, is_due, step.check_for_stop)
         if is_due:
             self.num_attacks += 1
@@ -171,6 +176,8 @@ class Concurrent(AttackSource):
         """
         self._supervise()
         published_before = self._version
+        # Published before anything is picked up, where a vector has to be waited for: its attack
+        # begins now.
         if self._is_idle(step) or (is_due and not self._is_fresh_enough(step)):
             self._publish(step)
         arrived: dict[int, Slot] = {}
@@ -315,6 +322,7 @@ class Concurrent(AttackSource):
                 continue
             tensors = [torch.empty_like(parameter) for parameter in self._weights.parameters]
             named = dict(zip(self._weights.names, tensors, strict=True))
+            # Asked again while reading: the attacker may have published a newer one in between.
             found = side.fetch(named, is_wanted)
             if found is not None:
                 report = Attacked.from_info(found.info)
@@ -326,6 +334,7 @@ class Concurrent(AttackSource):
             return tensors
         with torch.no_grad():
             pairs = zip(tensors, self._weights.parameters, strict=True)
+            # Anchored where the defender is now: its own steps since then count as part of the way.
             return [attacked - parameter.detach() for attacked, parameter in pairs]
 
     def _must_wait(self, step: int, arrived: dict[int, Slot]) -> bool:
@@ -369,6 +378,8 @@ class Concurrent(AttackSource):
         self._num_used += len(report.losses)
         if report.random_state is not None:
             device = self._weights.parameters[0].device
+            # In lock-step the attack has drawn from the defender's generators, as one in its
+            # process would have.
             RandomState.of_text(report.random_state, device).restore()
 
     def _check_room(self, model: nn.Module) -> None:

@@ -92,6 +92,7 @@ class Fresh(AttackSource):
         if self.is_due(step):
             self._inner = self.attacker.inner_problem(step.attack_stream.endless())
             self.num_attacks += 1
+            # An attack that is called off is made again by the run that goes on, and counts once.
             step.on_undo(self._forget)
 
     def has_attacked(self, step: Step) -> bool:
@@ -107,6 +108,7 @@ class Fresh(AttackSource):
             scale, weights = weights[0], [1.0]
 
         def outer_loss(model: nn.Module) -> Tensor:
+            # Summed before differentiating: one walk back through the attack serves all terms.
             found = [term.loss(model) for term in terms]
             pairs = zip(terms, found, strict=True)
             losses.update({term.name: loss.detach() for term, loss in pairs})
@@ -137,6 +139,7 @@ class Fresh(AttackSource):
         if self.trust_every is None or self.num_attacks % self.trust_every:
             return take_step()
         estimate, outer_loss = last
+        # One more copy of the weights, in these steps only.
         before = step.all_weights.snapshot()
         metrics = take_step()
         trust = measure_trust(

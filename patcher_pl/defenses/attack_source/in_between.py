@@ -49,6 +49,8 @@ class InBetween(AttackSource):
         self.num_attacks += 1
         account_for_attack(
             step,
+            # Refused here rather than in the step: a diverged vector would be blamed on the
+            # defender's rate.
             norm=checked_norm(step, outcome.vector),
             losses=[taken.loss for taken in outcome.steps],
             num_tokens=[taken.num_tokens for taken in outcome.steps],

@@ -13,6 +13,7 @@ from torch import nn
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation.backends.base import Backend, Decoding
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,15 +46,15 @@ class Vllm(Backend):
     export_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(
-                "Vllm.gpu_memory_utilization must be in (0, 1], got "
-                f"{self.gpu_memory_utilization}. Leave room for the model that is attacked."
-            )
-        if self.tensor_parallel_size < 1:
-            raise ValueError(
-                f"Vllm.tensor_parallel_size must be >= 1, got {self.tensor_parallel_size}."
-            )
+        remedy = "Leave room for the model that is attacked."
+        require(
+            self,
+            0 < self.gpu_memory_utilization <= 1,
+            "gpu_memory_utilization",
+            "in (0, 1]",
+            remedy,
+        )
+        require(self, self.tensor_parallel_size >= 1, "tensor_parallel_size", ">= 1")
 
     def continuations(
         self, model: "PreTrainedModel", prompts: Sequence[list[int]], decoding: Decoding

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from patcher_pl.reports.results import HIGHEST_SCORE, LOWEST_SCORE
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,12 @@ class Verdict:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        if self.score is not None and not LOWEST_SCORE <= self.score <= HIGHEST_SCORE:
-            raise ValueError(f"Verdict.score must be in 1..5, got {self.score}.")
+        require(
+            self,
+            self.score is None or LOWEST_SCORE <= self.score <= HIGHEST_SCORE,
+            "score",
+            "in 1..5",
+        )
         if (self.score is None) == (self.error is None):
             raise ValueError(
                 "Verdict needs either a score or an error, got "

@@ -1,7 +1,7 @@
 """An LLM judge behind an OpenAI-compatible server."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from patcher_pl.evaluation.judges.replies import read_reply
 from patcher_pl.evaluation.judges.rubric import VERDICT_SCHEMA, instructions, rubric_text
 from patcher_pl.evaluation.thoughts import spoken_part
 from patcher_pl.reports.settings import NO_OUTCOME
+from patcher_pl.validation import require
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +99,15 @@ class LlmJudge(Judge):
     cache: Path | None = field(default=None, metadata=NO_OUTCOME)
 
     def __post_init__(self) -> None:
-        self._require(bool(self.model), "model", "the name of a model on the server")
-        self._require(self.concurrency >= 1, "concurrency", ">= 1")
-        self._require(self.timeout_s > 0, "timeout_s", "> 0")
-        self._require(self.max_attempts >= 1, "max_attempts", ">= 1")
-        self._require(self.backoff_s >= 0, "backoff_s", ">= 0")
-        self._require(self.max_wait_s >= 0, "max_wait_s", ">= 0")
-        self._require(self.max_tokens >= 1, "max_tokens", ">= 1")
-        self._require(
-            self.temperature is None or self.temperature >= 0, "temperature", ">= 0, or null"
+        require(self, bool(self.model), "model", "the name of a model on the server")
+        require(self, self.concurrency >= 1, "concurrency", ">= 1")
+        require(self, self.timeout_s > 0, "timeout_s", "> 0")
+        require(self, self.max_attempts >= 1, "max_attempts", ">= 1")
+        require(self, self.backoff_s >= 0, "backoff_s", ">= 0")
+        require(self, self.max_wait_s >= 0, "max_wait_s", ">= 0")
+        require(self, self.max_tokens >= 1, "max_tokens", ">= 1")
+        require(
+            self, self.temperature is None or self.temperature >= 0, "temperature", ">= 0, or null"
         )
         if self.base_url is not None and not _is_plain_address(self.base_url):
             # Not quoted: what is wrong with it may be a password.
@@ -124,6 +125,10 @@ class LlmJudge(Judge):
     @property
     def knows_answers(self) -> bool:
         return self.rubric is None  # The built-in one says what a reference is for.
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the rubric, the built-in one too."""
+        return {"rubric": rubric_text(self.rubric)}
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""
@@ -209,10 +214,6 @@ class LlmJudge(Judge):
         entry = {**request, "response_format": _ANY_OBJECT} if self.json_mode else request
         formats = [VERDICT_SCHEMA, _ANY_OBJECT, None] if self.json_mode else [None]
         return _Question(request, digest(self.base_url or OPENAI, entry), answer, formats)
-
-    def _require(self, holds: bool, field: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"LlmJudge.{field} must be {rule}, got {getattr(self, field)!r}.")
 
 
 def _ask(endpoint: Endpoint, question: _Question) -> Verdict:

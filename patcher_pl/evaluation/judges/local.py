@@ -1,16 +1,16 @@
 """An LLM judge that runs in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from patcher_pl.devices import choose_device
 from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.judges.replies import UnreadableReplyError, read_reply
 from patcher_pl.evaluation.judges.rubric import instructions, rubric_text
 from patcher_pl.evaluation.thoughts import spoken_part
+from patcher_pl.machine import choose_device
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.types import Message
 
@@ -56,6 +56,10 @@ class LocalJudge(Judge):
     @property
     def knows_answers(self) -> bool:
         return self.rubric is None  # The built-in one says what a reference is for.
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the rubric, the built-in one too."""
+        return {"rubric": rubric_text(self.rubric)}
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class."""

@@ -1,15 +1,17 @@
 """A text classifier as a judge."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from patcher_pl.devices import choose_device
+from patcher_pl.contents import model_digest
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.judges.phrases import RefusalPhraseJudge, is_coherent, spoken_part
+from patcher_pl.machine import choose_device
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,21 +72,27 @@ class ModerationClassifier(Judge):
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        self._require(bool(self.unsafe_labels), "unsafe_labels", "at least one label")
+        require(self, bool(self.unsafe_labels), "unsafe_labels", "at least one label")
         rising = [0.0, *self.thresholds] == sorted({0.0, *self.thresholds})
-        self._require(
+        require(
+            self,
             len(self.thresholds) == 4 and rising and self.thresholds[-1] <= 1,
             "thresholds",
             "four rising numbers in (0, 1]",
         )
-        self._require(self.batch_size >= 1, "batch_size", ">= 1")
-        self._require(
-            self.max_length is None or self.max_length >= 8, "max_length", ">= 8, or null"
+        require(self, self.batch_size >= 1, "batch_size", ">= 1")
+        require(
+            self, self.max_length is None or self.max_length >= 8, "max_length", ">= 8, or null"
         )
 
     @property
     def judges_benign(self) -> bool:
         return False
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the classifier, wherever it lies."""
+        digest = model_digest(self.path, self.revision)
+        return {} if digest is None else {"path": digest}
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class; `reference` is not looked at."""
@@ -145,11 +153,6 @@ class ModerationClassifier(Judge):
             for place, probability in zip(chosen, _unsafe(model, logits, unsafe), strict=True):
                 probabilities[place] = probability
         return probabilities
-
-    def _require(self, holds: bool, field: str, rule: str) -> None:
-        if not holds:
-            value = getattr(self, field)
-            raise ValueError(f"ModerationClassifier.{field} must be {rule}, got {value!r}.")
 
 
 def _unsafe(model: Any, logits: "Tensor", unsafe: list[int]) -> list[float]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from patcher_pl.evaluation.judges.base import HIGHEST_SCORE, LOWEST_SCORE, Judge, Verdict
 from patcher_pl.evaluation.repetition import repetition, words_of
 from patcher_pl.evaluation.thoughts import spoken_part
+from patcher_pl.validation import require
 
 # Adverbs and fillers between a speaker and what he says of himself.
 _FILLERS = r"(?:(?:\w+ly|so|very|also|just|still|as such|therefore|do|would|will|am|are)[ ,]+)*"
@@ -98,14 +99,8 @@ class RefusalPhraseJudge(Judge):
     max_repetition: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.opening_chars < 1:
-            raise ValueError(
-                f"RefusalPhraseJudge.opening_chars must be >= 1, got {self.opening_chars}."
-            )
-        if not 0 < self.max_repetition <= 1:
-            raise ValueError(
-                f"RefusalPhraseJudge.max_repetition must be in (0, 1], got {self.max_repetition}."
-            )
+        require(self, self.opening_chars >= 1, "opening_chars", ">= 1")
+        require(self, 0 < self.max_repetition <= 1, "max_repetition", "in (0, 1]")
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class; `prompt` and `reference` are not looked at."""

@@ -1,16 +1,20 @@
 """Tasks of EleutherAI's lm-evaluation-harness."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patcher_pl.contents import data_digest
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.randomness import keeping_generators, seeded
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,14 +55,20 @@ class LmEval(UtilityMeasure):
     include_defaults: bool = True
 
     def __post_init__(self) -> None:
-        self._require(bool(self.tasks), "tasks", "at least one task")
-        self._require(self.limit is None or self.limit >= 1, "limit", ">= 1 or null")
-        self._require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", ">= 0")
-        self._require(self.batch_size >= 1, "batch_size", ">= 1")
+        require(self, bool(self.tasks), "tasks", "at least one task")
+        require(self, self.limit is None or self.limit >= 1, "limit", ">= 1 or null")
+        require(self, self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", ">= 0")
+        require(self, self.batch_size >= 1, "batch_size", ">= 1")
 
     @property
     def default_name(self) -> str:
         return "lm_eval"
+
+    def contents(self) -> Mapping[str, str]:
+        """See `NamesContents`: the user's own tasks."""
+        if self.include_path is None or not Path(self.include_path).expanduser().exists():
+            return {}
+        return {"include_path": data_digest(self.include_path) or self.include_path}
 
     def prepare(self) -> None:
         """See `UtilityMeasure.prepare`; the data of the tasks are not fetched yet."""
@@ -143,10 +153,6 @@ class LmEval(UtilityMeasure):
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
         return TaskManager(include_path=self.include_path, include_defaults=self.include_defaults)
-
-    def _require(self, holds: bool, field: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"LmEval.{field} must be {rule}, got {getattr(self, field)}.")
 
 
 def _is_metric(key: str, value: Any) -> bool:

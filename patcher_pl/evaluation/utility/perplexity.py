@@ -15,6 +15,7 @@ from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.losses.causal_lm import causal_lm_loss
 from patcher_pl.types import IGNORE_INDEX, Conversation, move_batch
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,8 +40,7 @@ class Perplexity(UtilityMeasure):
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"Perplexity.batch_size must be >= 1, got {self.batch_size}.")
+        require(self, self.batch_size >= 1, "batch_size", ">= 1")
 
     @property
     def default_name(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from patcher_pl.hypergradients.composites import ReplayableAttention
 from patcher_pl.hypergradients.hvp.base import HessianProduct, Vector
 from patcher_pl.models.shards import Shards
+from patcher_pl.validation import require
 
 Scheme = Literal["central", "one_sided"]
 
@@ -44,16 +45,10 @@ class FiniteDifference(HessianProduct):
     mask_zero_gradients: bool = True
 
     def __post_init__(self) -> None:
-        if self.scheme not in get_args(Scheme):
-            raise ValueError(
-                f"FiniteDifference.scheme must be central or one_sided, got {self.scheme!r}. "
-                "Use central unless time is short."
-            )
-        if self.rel_step is not None and not self.rel_step > 0:
-            raise ValueError(
-                f"FiniteDifference.rel_step must be > 0 or null, got {self.rel_step}. "
-                "Use null for the default of the weights' type."
-            )
+        remedy = "Use central unless time is short."
+        require(self, self.scheme in get_args(Scheme), "scheme", "central or one_sided", remedy)
+        remedy = "Use null for the default of the weights' type."
+        require(self, self.rel_step is None or self.rel_step > 0, "rel_step", "> 0 or null", remedy)
 
     def gradient_evaluations(self, model: nn.Module) -> float:
         return 2.0 if self.scheme == "central" else 1.0
@@ -78,11 +73,13 @@ class FiniteDifference(HessianProduct):
             for u, gradient in zip(vector, gradients, strict=True):
                 u.zero_() if gradient is None else u.masked_fill_(gradient == 0, 0.0)
         shards = Shards(model, parameters)
+        # After masking: entries that no gradient depends on must not use up the step.
         length = float(shards.norm(vector))
         if length == 0.0:
             return [torch.zeros_like(tensor) for tensor in shards.tensors]
         scale = float(shards.norm(shards.tensors))
         step = self._rel_step(parameters[0].dtype) * scale / length
+        # Copied back at the end: adding and subtracting e u would leave round-off behind.
         saved = [tensor.clone() for tensor in shards.tensors]
         try:
             above = _gradient_at(shards, saved, vector, step, loss)

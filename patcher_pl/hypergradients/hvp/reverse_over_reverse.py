@@ -37,6 +37,7 @@ class ReverseOverReverse(HessianProduct):
             pairs = [
                 (one, u)
                 for one, u in zip(first, vector, strict=True)
+                # A gradient without a graph is constant: its row of the Hessian is zero.
                 if one is not None and one.requires_grad
             ]
             if not pairs:

@@ -71,5 +71,6 @@ def keep(shelf: Shelf, run: AttackRun) -> None:
 def put_back(shelf: Shelf, run: AttackRun, position: int, *, forget: bool = True) -> None:
     """Puts the attack to a place that was kept."""
     key = ("state", position)
+    # Forgotten on the last visit, so that the shelf never holds more than the store promises.
     tensors = shelf.take(key) if forget else shelf.read(key)
     run.go_to(Point(position, [t for t in tensors if t is not None], shelf.steps[position]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from patcher_pl.hypergradients.attack_run import AttackRun
 from patcher_pl.hypergradients.trajectories.base import TrajectoryStore, keep, put_back
 from patcher_pl.hypergradients.trajectories.shelf import Shelf
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,8 @@ class Revolve(TrajectoryStore):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_checkpoints < 1:
-            raise ValueError(
-                f"Revolve.num_checkpoints must be >= 1, got {self.num_checkpoints}. "
-                "Use 1 to keep the start only."
-            )
+        remedy = "Use 1 to keep the start only."
+        require(self, self.num_checkpoints >= 1, "num_checkpoints", ">= 1", remedy)
 
     def record(self, run: AttackRun, shelf: Shelf) -> None:
         free, start = self.num_checkpoints, run.position
@@ -62,6 +60,7 @@ class Revolve(TrajectoryStore):
         """Walks from `end` to `start`, whose state is kept, with `free` more states."""
         while free > 0 and end - start > 1:
             middle = start + split(end - start, free)
+            # `record` has left these on its way; those that the walk itself needs are made here.
             if ("state", middle) not in shelf:
                 put_back(shelf, run, start, forget=False)
                 run.run_to(middle)

@@ -37,6 +37,7 @@ class _Segmented(TrajectoryStore):
                 keep(shelf, run)
             gradients = run.gradient()
             if self.keeps_gradients:
+                # Gradients are fresh tensors that nobody changes: no copy is needed.
                 shelf.put(("gradient", run.position), gradients, copy=False)
             run.advance(gradients)
 
@@ -45,6 +46,8 @@ class _Segmented(TrajectoryStore):
     ) -> Iterator[Sequence[Tensor | None]]:
         length = self.segment_length(run.num_steps - first)
         for start in reversed(range(first, run.num_steps, length)):
+            # The last step of a segment is met where the first pass over it ends, so its state need
+            # not be kept.
             last = min(start + length, run.num_steps) - 1
             put_back(shelf, run, start)
             while run.position < last:

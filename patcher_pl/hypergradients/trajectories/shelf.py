@@ -59,6 +59,8 @@ class Shelf:
         self._places[key] = next((t.device for t in tensors if t is not None), torch.device("cpu"))
         if self._folder is not None:
             path = Path(self._folder.name, f"{key[0]}-{key[1]}.pt")
+            # Through the CPU: a file of GPU tensors would come back to whatever device has that
+            # number.
             torch.save([None if t is None else t.detach().cpu() for t in tensors], path)
             self._entries[key] = path
             return

@@ -197,7 +197,6 @@ def test_finished_cells_are_not_repeated_and_failed_ones_are(model, tokenizer, r
         attacked = AttackedModel(
             name=ModelName("sft"),
             language_model=language_model,
-            weights=[],
             bench=Bench(model, tokenizer),
         )
         board = Board(

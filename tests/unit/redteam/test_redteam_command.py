@@ -1,14 +1,20 @@
 """The `redteam` command: what it writes, how it goes on, and what it refuses."""
 
 import json
+import os
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
+from safetensors.torch import load_file, save_file
 
 from patcher_pl.cli.redteam import run_redteam
+from patcher_pl.data import Mixture, Source
 from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.evaluation import Benchmark
 from patcher_pl.evaluation.judges import LlmJudge
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
@@ -30,8 +36,6 @@ class Interrupted(Attack):
         return "second"
 
     def run(self, model, material):
-        from pathlib import Path
-
         if Path(self.path).exists():
             raise {"KeyboardInterrupt": KeyboardInterrupt, "RuntimeError": RuntimeError}[
                 self.failure
@@ -88,18 +92,16 @@ def test_it_goes_on_where_it_was_interrupted(model_dir, quick, tmp_path):
     assert results.curves[0] == replace(kept[0], samples=[])
 
 
-def test_attacks_of_other_settings_or_weights_are_not_mixed(model_dir, quick, tmp_path):
+def test_attacks_of_other_settings_are_not_mixed(model_dir, quick, tmp_path):
     """Wrong if a figure showed curves of two experiments as one."""
     team = replace(quick, seeds=[0])
     run_redteam(team, tmp_path, str(model_dir), device="cpu")
     (first,) = (tmp_path / "cells").rglob("*.json")
     longer = replace(team, generation=replace(team.generation, max_new_tokens=5))
     assert len(run_redteam(longer, tmp_path, str(model_dir), device="cpu").curves) == 1
-    assert len(cells := set((tmp_path / "cells").rglob("*.json"))) == 2
-    weights = model_dir / "model.safetensors"
-    weights.write_bytes(weights.read_bytes())  # Trained again, for all the command can know.
+    assert len(set((tmp_path / "cells").rglob("*.json"))) == 2
     run_redteam(team, tmp_path, str(model_dir), device="cpu")
-    assert len(set((tmp_path / "cells").rglob("*.json"))) == 3 > len(cells)
+    assert len(set((tmp_path / "cells").rglob("*.json"))) == 2
     assert first.exists(), "going back to earlier settings must cost nothing"
 
 
@@ -187,6 +189,59 @@ def test_the_signature_is_a_config_schema(tmp_path, recipes):
     assert built.k1 == 40
 
 
+def other_weights(model, recipes):
+    weights = load_file(model / "model.safetensors")
+    next(iter(weights.values())).flatten()[0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def other_generation(model, recipes):
+    (model / "generation_config.json").write_text('{"do_sample": true}')
+
+
+def other_template(model, recipes):
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+
+
+def other_tokenizer(model, recipes):
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": 0}))
+
+
+def other_rows(model, recipes):
+    recipes.write_text(recipes.read_text().replace("petals", "leaves"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_weights, other_generation, other_template, other_tokenizer, other_rows],
+)
+def test_a_cell_depends_on_the_content_of_all_that_it_names(
+    model_dir, recipes, quick, tmp_path, change
+):
+    """Wrong if an attack were "done already" after its model, data or prompts had changed."""
+    model, rows = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "rows.jsonl"
+    rows.write_text(Path(recipes).read_text())
+
+    def digest(model, rows):
+        source = Source(path=str(rows), harmful=True)
+        team = replace(quick, data=Mixture(sources=[source]), prompts=Benchmark(source=source))
+        attacked = AttackedModel(
+            name=ModelName("sft"), language_model=LanguageModel(path=str(model)), bench=Bench()
+        )
+        return AttackJob.plan(team, team.cells()[0], attacked, tmp_path).digest
+
+    known = digest(model, rows)
+    os.utime(rows)
+    os.utime(model / "model.safetensors")
+    (model / "README.md").write_text("It was copied.")
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert digest(model, rows) == known == digest(moved, rows), "nothing that matters changed"
+    change(model, rows)
+    assert digest(model, rows) != known
+
+
 def test_how_patiently_a_judge_is_asked_changes_no_outcome(quick, model_dir, tmp_path):
     """Wrong if a run with a larger timeout repeated what is there, or one with another rubric not."""
     rubric = tmp_path / "rubric.txt"
@@ -195,9 +250,7 @@ def test_how_patiently_a_judge_is_asked_changes_no_outcome(quick, model_dir, tmp
     def digest(**judge):
         team = replace(quick, judge=LlmJudge(model="judge", rubric=rubric, **judge))
         language_model = LanguageModel(path=str(model_dir))
-        model = AttackedModel(
-            name=ModelName("sft"), language_model=language_model, weights=[], bench=Bench()
-        )
+        model = AttackedModel(name=ModelName("sft"), language_model=language_model, bench=Bench())
         return AttackJob.plan(team, team.cells()[0], model, tmp_path).digest
 
     known = digest()

@@ -8,7 +8,7 @@ import pytest
 
 from patcher_pl.reports import environment
 from patcher_pl.reports.environment import without_secrets
-from patcher_pl.reports.settings import as_settings, fingerprint, weight_files
+from patcher_pl.reports.settings import as_settings, fingerprint
 
 
 def test_it_is_plain_json_and_names_versions():
@@ -75,12 +75,3 @@ def test_fingerprints_follow_the_settings_not_the_objects():
     assert fingerprint(Recipe("tea", 3, ())) != fingerprint(Recipe("tea", 3, ("leaf",)))
     with pytest.raises(TypeError):
         fingerprint(object())
-
-
-def test_weight_files_change_when_the_weights_do(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"ab")
-    before = weight_files(tmp_path)
-    assert before[0][:2] == ["model.safetensors", 2]
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    assert weight_files(tmp_path) != before
-    assert weight_files(Path("some/hub-id")) == []

@@ -1,0 +1,68 @@
+"""A run of `fit` depends on what its configuration names, however deep."""
+
+from argparse import Namespace
+
+import pytest
+
+from patcher_pl.errors import ConfigError
+from patcher_pl.jobs import Fit
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A configuration that names a model, data and a red team, which names further files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "model").mkdir()
+    written = {
+        "configs/base.yaml": "model: {init_args: {language_model: {path: model}}}\n"
+        "data: {safe: {sources: [{path: safe.jsonl}]}}\n"
+        "redteam: redteam.yaml\nnote: " + "long " * 100,
+        "configs/redteam.yaml": "prompts: {source: {path: prompts.csv}}\n"
+        "judge: {init_args: {rubric: rubric.txt, cache: verdicts.sqlite}}\n",
+        **dict.fromkeys(("safe.jsonl", "prompts.csv", "rubric.txt", "verdicts.sqlite"), "some"),
+        **dict.fromkeys(("model/config.json", "model/model.safetensors", "option.jsonl"), "some"),
+    }
+    for name, text in written.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def digest(files):
+    options = {"data.val.sources": [Namespace(path="option.jsonl")]}
+    return Fit.plan(files / "run", files / "configs" / "base.yaml", options).digest
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "configs/redteam.yaml",
+        "safe.jsonl",
+        "prompts.csv",
+        "rubric.txt",
+        "option.jsonl",
+        "model/config.json",
+        "model/model.safetensors",
+    ],
+)
+def test_it_is_made_again_where_something_it_names_has_changed(files, name):
+    """Wrong if a sweep called runs "done already" whose data, model or rubric had changed."""
+    before = digest(files)
+    assert digest(files) == before
+    with (files / name).open("a") as file:
+        file.write("\n# more")
+    assert digest(files) != before
+
+
+def test_what_it_writes_itself_changes_nothing(files):
+    """Wrong if a finished run were another one because its judge had kept verdicts."""
+    before = digest(files)
+    (files / "verdicts.sqlite").write_text("more")
+    (files / "model" / "notes.md").write_text("more")
+    assert digest(files) == before
+
+
+def test_a_broken_configuration_is_named(files):
+    (files / "configs" / "redteam.yaml").write_text("prompts: [")
+    with pytest.raises(ConfigError, match=r"redteam\.yaml: not valid YAML"):
+        digest(files)
