@@ -23,12 +23,17 @@ def log_progress() -> None:
         package.propagate = False
 
 
-def wide_console(width: int) -> "Console":
-    """The terminal; of that width (columns) where it is a log file, which has none of its own."""
+def wide_console(width: int | None = None) -> "Console":
+    """The terminal; of that width (columns) where it is a log file, which has none of its own.
+
+    It prints text as it is: names and paths may hold what `rich` takes for markup (`[red]`), or for
+    the name of an emoji.
+    """
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+    plain = {"markup": False, "emoji": False}
+    console = Console(**plain)
+    return console if console.is_terminal else Console(width=width, **plain)
 
 
 def write_reports(curves: "Sequence[Curve]", run_dir: Path, title: str) -> None:

@@ -17,6 +17,7 @@ from patcher_pl.callbacks import (
     CostMonitor,
     GracefulStop,
     Progress,
+    ProgressLog,
     RobustnessProbe,
     RunCheckpoint,
     RunRecord,
@@ -192,6 +193,7 @@ class PatcherCLI(LightningCLI):
         trainer_config = {**options.trainer, **kwargs}
         checkpoint = RunCheckpoint(run_directory.checkpoints, options.checkpoint_every_n_steps)
         callbacks = [*(trainer_config.get("callbacks") or []), CostMonitor(), ConcurrencyMonitor()]
+        callbacks.append(ProgressLog())
         if is_main and options.max_gradient_evaluations is not None:
             callbacks.append(ComputeBudget(options.max_gradient_evaluations))
         if is_main and options.probe_every_n_steps is not None:

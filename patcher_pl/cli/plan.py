@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 from rich.table import Column, Table
 
+from patcher_pl.cli.console import wide_console
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.errors import ConfigError
@@ -15,6 +15,9 @@ from patcher_pl.files import write_json
 from patcher_pl.planning import Plan, PlanSettings, Run, make_plan
 from patcher_pl.planning.placements import Overhead
 from patcher_pl.planning.tracker import Part
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class PlanCLI(PatcherCLI):
@@ -74,14 +77,14 @@ def run_plan(arguments: Sequence[str]) -> None:
         cli = PlanCLI(arguments)
         settings = cli.settings
         plan = make_plan(cli.run, settings)
-    _print(plan, Console())
+    _print(plan, wide_console())
     if settings.json is not None:
         write_json(settings.json, plan.as_dict())
     if plan.refusal is not None:
         raise ConfigError(plan.refusal)
 
 
-def _print(plan: Plan, console: Console) -> None:
+def _print(plan: Plan, console: "Console") -> None:
     """Prints memory by part and phase, the placements that were looked at, work and time."""
     configured, gpu, work = plan.configured, plan.gpu, plan.work
     phases, everyone = configured.device, configured.placement.num_devices

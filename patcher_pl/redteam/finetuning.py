@@ -11,6 +11,7 @@ from torch import nn
 from patcher_pl.attackers.loop import FinetuneStep, FineTuning
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import DataError
+from patcher_pl.progress import progress_lines
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack, AttackPoint, training_flops
 from patcher_pl.types import Batch, Conversation
@@ -96,15 +97,17 @@ class FinetuningAttack(FineTuning, Attack):
             steps: At least as many as the last of `attack_steps`.
         """
         taken = num_tokens = 0
-        for point in self.attack_steps:
-            losses: list[float] = []
-            while taken < point:
-                step = next(steps)
-                taken += 1
-                num_tokens += step.num_tokens
-                losses.append(step.loss)
-            loss = sum(losses) / len(losses) if losses else math.nan
-            yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens))
+        with progress_lines(f"{self.name}, attack steps", self.num_steps) as lines:
+            for point in self.attack_steps:
+                losses: list[float] = []
+                while taken < point:
+                    step = next(steps)
+                    taken += 1
+                    num_tokens += step.num_tokens
+                    losses.append(step.loss)
+                    lines.update(taken, loss=step.loss, num_tokens=num_tokens)
+                loss = sum(losses) / len(losses) if losses else math.nan
+                yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens))
 
 
 def all_trainable(model: nn.Module) -> list[nn.Parameter]:

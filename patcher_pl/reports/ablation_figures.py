@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.reports.ablation import Ablation, Hardened, frame_of, measured
-from patcher_pl.reports.drawing import Styles, band_line, clear, legend, name_styles, panels
+from patcher_pl.reports.drawing import (
+    Styles,
+    band_line,
+    clear,
+    legend,
+    name_styles,
+    panels,
+    plain_text,
+)
 from patcher_pl.reports.grouping import Frame
 
 if TYPE_CHECKING:
@@ -43,7 +51,7 @@ def _by_optimizer(rows: Frame, value: str, label: str, styles: Styles) -> "Figur
     for axis, (optimizer, members) in zip(axes, groups, strict=True):
         _draw(axis, members, value, styles)
         axis.axhline(0, color="black", linewidth=0.8, alpha=0.5)
-        axis.set_title(optimizer, fontsize=10)
+        axis.set_title(plain_text(optimizer), fontsize=10)
     axes[0].set_ylabel(label)
     legend(figure, axes)
     return figure
@@ -83,7 +91,7 @@ def _robustness(hardened: Sequence[Hardened]) -> "Figure":
     figure, axes = _panels(len(attacks), width=5.4)
     for axis, (attack, members) in zip(axes, attacks, strict=True):
         for place, (variant, own) in enumerate(members.groupby("variant", sort=False)):
-            _draw_variant(axis, own, {"label": variant, **styles[variant]}, place)
+            _draw_variant(axis, own, {"label": plain_text(variant), **styles[variant]}, place)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_yticks(*_ticks(members["reach"][members["reach"] > 0]))
@@ -91,7 +99,7 @@ def _robustness(hardened: Sequence[Hardened]) -> "Figure":
         axis.minorticks_off()
         axis.set_xlabel("Training compute (gradient evaluations)")
         if len(attacks) > 1:
-            axis.set_title(attack, fontsize=10)
+            axis.set_title(plain_text(attack), fontsize=10)
         clear(axis)
     axes[0].set_ylabel("Attack steps to break")
     legend(figure, axes)
@@ -121,7 +129,7 @@ def _draw(axis: "Axes", rows: Frame, value: str, styles: Styles) -> None:
         found = members.groupby("num_steps")[value].agg(mean="mean", low="min", high="max")
         # Thinner on top of thicker: lines that coincide can all be seen.
         width = 1.2 + 0.45 * (len(estimators) - 1 - place)
-        named = {"label": estimator, "linewidth": width, **styles[estimator]}
+        named = {"label": plain_text(estimator), "linewidth": width, **styles[estimator]}
         band_line(axis, list(found.index), found, fill=0.1, **named)
     axis.set_xscale("log", base=2)
     axis.set_xticks(*_ticks(rows["num_steps"]))

@@ -186,7 +186,9 @@ def _empty_table(title: str | None, notes: Sequence[str]) -> "Table":
     from rich.text import Text
 
     return Table(
-        title=title,
+        title=None
+        if title is None
+        else Text(title, style="table.title"),  # No markup: names may look like it.
         caption=Text("\n".join(notes)),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
