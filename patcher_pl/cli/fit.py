@@ -212,7 +212,14 @@ class _Examination:
             engine=InProcess(),
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
-            settings=as_settings({"redteam": options.redteam, **spent}),
+            settings=as_settings(
+                {
+                    "redteam": options.redteam,
+                    **spent,
+                    # What of the defender's weights its first steps have moved.
+                    "weights_moved": defense.step_check.share,
+                }
+            ),
         )
 
     def examine(self, trained: _Trained) -> None:

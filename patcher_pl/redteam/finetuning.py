@@ -10,6 +10,7 @@ from torch import nn
 
 from patcher_pl.attackers.loop import FinetuneStep, Schedule, finetune
 from patcher_pl.optim import Optimizer
+from patcher_pl.optim.master_weights import MasterWeights
 from patcher_pl.redteam.base import Attack, AttackPoint, training_flops
 from patcher_pl.types import Batch
 
@@ -75,6 +76,7 @@ class FinetuningAttack(Attack):
         parameters: Iterable[nn.Parameter],
         batches: Iterator[Batch],
         num_steps: int | None = None,
+        masters: MasterWeights | None = None,
     ) -> Iterator[FinetuneStep]:
         """Fine-tunes with the settings of this attack and a fresh optimizer, one step per item.
 
@@ -83,6 +85,7 @@ class FinetuningAttack(Attack):
             parameters: What is trained.
             batches: Endless training batches.
             num_steps: Steps to take, which the schedule spans; None takes all of the attack.
+            masters: What earlier steps of the attack left, as in `finetune`.
         """
         return finetune(
             model,
@@ -93,6 +96,7 @@ class FinetuningAttack(Attack):
             max_grad_norm=self.max_grad_norm,
             schedule=self.schedule,
             num_warmup_steps=self.num_warmup_steps,
+            masters=masters,
         )
 
     def points(self, model: nn.Module, steps: Iterator[FinetuneStep]) -> Iterator[AttackPoint]:
@@ -103,6 +107,7 @@ class FinetuningAttack(Attack):
             steps: At least as many as the last of `attack_steps`.
         """
         taken = num_tokens = 0
+        moved: float | None = None
         for point in self.attack_steps:
             losses: list[float] = []
             while taken < point:
@@ -110,8 +115,9 @@ class FinetuningAttack(Attack):
                 taken += 1
                 num_tokens += step.num_tokens
                 losses.append(step.loss)
+                moved = step.moved if moved is None else moved
             loss = sum(losses) / len(losses) if losses else math.nan
-            yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens))
+            yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens), moved)
 
     def _require(self, holds: bool, field: str, rule: str, remedy: str) -> None:
         if not holds:

@@ -48,6 +48,7 @@ COLUMNS = [
     "repetition",
     "collapsed",
     "trusted",
+    "weights_moved",
 ]
 # How the papers write their methods, where a capital first letter is not it.
 _SPELLINGS = {

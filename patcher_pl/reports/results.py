@@ -80,9 +80,12 @@ class Curve:
             None where one was not taken.
         second_asr: Attack success rate by the second judge; empty without one.
         judge_agreement: Cohen's kappa of the two judges' verdicts "success" and "no success".
-        trusted: False where so many verdicts are missing that `asr` must not be relied on.
+        trusted: False where `asr` must not be relied on: too many verdicts are missing, or too few
+            weights moved.
         prompts_digest: Tells the harmful prompts from those of another benchmark; empty where it is
             not known.
+        weights_moved: Share of the attacked weights with a gradient that had moved after the first
+            steps; the steps of the others were lost to rounding. None where it is not known.
     """
 
     defense: str
@@ -115,6 +118,7 @@ class Curve:
     judge_agreement: list[float | None] = field(default_factory=list)
     trusted: bool = True
     prompts_digest: str = ""
+    weights_moved: float | None = None
 
     @property
     def key(self) -> CurveKey:
