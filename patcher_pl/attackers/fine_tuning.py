@@ -1,5 +1,6 @@
 """The simulated attacker that fine-tunes the live model in place."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -12,8 +13,11 @@ from patcher_pl.attackers.loop import FinetuneStep, FineTuning
 from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim import ClipByGlobalNorm, DifferentiableOptimizer, Update
+from patcher_pl.optim.moved import is_lost
 from patcher_pl.types import Batch
 from patcher_pl.validation import require
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,14 @@ class FineTuningAttacker(FineTuning, Attacker):
         taken = self.finetune(model, parameters, batches, self.num_steps)
         for _ in range(self.num_steps):
             before_step()
-            yield next(taken)
+            step = next(taken)
+            if is_lost(step.moved):
+                logger.warning(
+                    "Only %.0f %% of the attacked weights had moved after %d steps of %s: the others' "
+                    "steps were lost to rounding. Raise FineTuningAttacker.optimizer.lr.",
+                    *(100 * (step.moved or 0), step.index, type(self.optimizer).__name__),
+                )
+            yield step
 
     def _finetune(
         self,

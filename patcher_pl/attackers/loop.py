@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
+from patcher_pl.optim.master_weights import MasterWeights, trained_in_float32
+from patcher_pl.optim.moved import CHECKED_STEPS, MovedShare
 from patcher_pl.types import Batch, count_tokens, move_batch
 from patcher_pl.validation import require
 
@@ -24,12 +26,15 @@ class FinetuneStep:
         loss: Mean cross-entropy before the step (nats per answer token), of all processes.
         grad_norm: Global gradient norm before clipping.
         num_tokens: Tokens of the batch of this process, padding excluded.
+        moved: Share of the trained weights with a gradient that had moved since the start (0..1),
+            at the one step where it is looked at; None at others.
     """
 
     index: int
     loss: float
     grad_norm: float
     num_tokens: int
+    moved: float | None = None
 
 
 def finetune(
@@ -43,10 +48,12 @@ def finetune(
     schedule: Schedule = "constant",
     num_warmup_steps: int = 0,
     loss_function: LossFunction = causal_lm_loss,
+    masters: MasterWeights | None = None,
 ) -> Iterator[FinetuneStep]:
     """Fine-tunes `parameters` of `model` in place, one optimizer step per item taken.
 
-    The optimizer starts fresh. Gradients are left at None. Batches are moved to the device of the
+    The optimizer starts fresh; weights in half precision are trained by way of copies in float32,
+    in which no step is lost to rounding. Gradients are left at None. Batches are moved to the device of the
     parameters. Nothing else of the model is touched, so a caller may evaluate between two steps.
 
     Args:
@@ -59,10 +66,15 @@ def finetune(
         schedule: Learning-rate curve over `num_steps`, by its name in transformers.
         num_warmup_steps: Steps of linear warm-up (count, >= 0).
         loss_function: Loss that the attacker lowers; its gradient is taken once a step.
+        masters: Of `parameters`, to go on with what an earlier fine-tuning left in them; None makes
+            them.
     """
     shards = Shards(model, list(parameters))
-    tensors = shards.tensors
-    stepper = optimizer.build(tensors)
+    masters = masters or MasterWeights(shards.tensors)
+    tensors = masters.weights
+    stepper = trained_in_float32(masters, optimizer.build)
+    trained = [tensor for group in stepper.param_groups for tensor in group["params"]]
+    moved, checked = MovedShare(trained), min(num_steps, num_warmup_steps + CHECKED_STEPS)
     scheduler = _scheduler(stepper, schedule, num_warmup_steps, num_steps)
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     for index in range(1, num_steps + 1):
@@ -70,13 +82,17 @@ def finetune(
         loss = loss_function(model, batch)
         grad_norm = _set_gradients(tensors, shards, loss)
         nn.utils.clip_grads_with_norm_(tensors, limit, grad_norm)
+        if moved is not None:
+            moved.note([tensor.grad for tensor in tensors])
         with shards.changing():
             stepper.step()
         if scheduler is not None:
             scheduler.step()
         stepper.zero_grad(set_to_none=True)
-        num_tokens = count_tokens(batch)
-        yield FinetuneStep(index, shards.mean(loss), float(grad_norm), num_tokens)
+        num_tokens, share = count_tokens(batch), None
+        if moved is not None and index == checked:
+            share, moved = moved.share(), None
+        yield FinetuneStep(index, shards.mean(loss), float(grad_norm), num_tokens, share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +127,7 @@ class FineTuning:
         parameters: Iterable[nn.Parameter],
         batches: Iterator[Batch],
         num_steps: int,
+        masters: MasterWeights | None = None,
     ) -> Iterator[FinetuneStep]:
         """Takes `num_steps` steps, which the schedule spans; see the function of this name."""
         return finetune(
@@ -122,6 +139,7 @@ class FineTuning:
             max_grad_norm=self.max_grad_norm,
             schedule=self.schedule,
             num_warmup_steps=self.num_warmup_steps,
+            masters=masters,
         )
 
 

@@ -266,7 +266,15 @@ class _Examination:
             engine=InProcess(),
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
-            settings=as_settings({"redteam": options.redteam, **spent, **changed}),
+            settings=as_settings(
+                {
+                    "redteam": options.redteam,
+                    **spent,
+                    **changed,
+                    # What of the defender's weights its first steps have moved.
+                    "weights_moved": defense.step_check.share,
+                }
+            ),
             overlap=overlap,
             training_data=cli.datamodule.shares,
         )

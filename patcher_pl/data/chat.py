@@ -96,7 +96,7 @@ class ChatFormat:
         if self.too_long == "error":
             raise DataError(
                 f"{conversation.origin}: the conversation has {length} tokens, "
-                f"the limit is {self.max_length} (ChatFormat.max_length, or what the model reads). "
+                f"ChatFormat.max_length is {self.max_length} (or what the model reads). "
                 "Raise it, or set ChatFormat.too_long to `truncate` or `skip`."
             )
         last_start, _ = label_runs(encoded.labels)[-1]

@@ -84,8 +84,8 @@ def _counted(
     if not examples:
         raise DataError(
             f"No example is left to train on: {num_dropped} of {num_dropped} conversations "
-            f"are longer than {chat.max_length} tokens (ChatFormat.max_length, or what the model "
-            f"reads; too_long: {chat.too_long}). Raise max_length or shorten the data."
+            f"are longer than ChatFormat.max_length {chat.max_length} (or what the model reads; "
+            f"too_long: {chat.too_long}). Raise max_length or shorten the data."
         )
     num_truncated = sum(example.truncated for example in examples)
     if num_dropped or num_truncated:

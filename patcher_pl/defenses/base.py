@@ -10,9 +10,9 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from patcher_pl.defenses.attack_source import AttackSource
+from patcher_pl.defenses.optimizing import StepCheck, build_optimizer, build_scheduler
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
 from patcher_pl.defenses.step import Cost, Step
 from patcher_pl.defenses.strategies import (
@@ -98,6 +98,7 @@ class Defense(LightningModule):
         require(self, accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", remedy)
         self.attack_source: AttackSource | None = None
         self.cost, self.stop_requested, self._num_accumulated = Cost(), False, 0
+        self.step_check = StepCheck(type(self).__name__)
         self._losses: dict[str, Tensor] = {}
         self._restored_random_states: list[dict[str, Tensor]] = []
         self._model: PreTrainedModel | None = None
@@ -206,16 +207,11 @@ class Defense(LightningModule):
     def configure_optimizers(self) -> Any:
         """Builds optimizer and schedule over what is trainable."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self.build_optimizer(trainable)
+        owner = type(self).__name__
+        optimizer = build_optimizer(owner, self.model, trainable, self.build_optimizer)
         if self.build_scheduler is None:
             return optimizer
-        scheduler = self.build_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ConfigError(
-                f"{type(self).__name__}.scheduler must depend on the step alone, got "
-                "ReduceLROnPlateau. Use a schedule such as CosineAnnealingLR."
-            )
-        return [optimizer], [scheduler]
+        return [optimizer], [build_scheduler(owner, optimizer, self.build_scheduler)]
 
     def on_fit_start(self) -> None:
         """Refuses what this version cannot do right, before any compute is spent."""
@@ -315,7 +311,9 @@ class Defense(LightningModule):
                 "model.init_args.optimizer, or go on from an earlier checkpoint."
             )
         lr = optimizer.param_groups[0]["lr"]
+        self.step_check.before(self.trained_weights.parameters, optimizer)
         optimizer.step()
+        self.step_check.after()
         optimizer.zero_grad(set_to_none=True)
         schedulers = self.lr_schedulers()
         if schedulers is not None:
@@ -377,6 +375,7 @@ class Defense(LightningModule):
         checkpoint["defense"] = {
             "class": type(self).__name__,
             "cost": {**self.cost.state(), "tokens": self.total_tokens()},
+            "weights_moved": self.step_check.share,
             "fsdp1": uses_fsdp1(self.trainer),
             "random_states": collect_generators(self.device, self.trainer.world_size),
         }
@@ -392,6 +391,7 @@ class Defense(LightningModule):
         state = checkpoint.get("defense", {})
         require_readable(state, self)
         self.cost = Cost(**state["cost"])
+        self.step_check.restore(state.get("weights_moved"))
         if self.global_rank > 0:
             self.cost.tokens = 0  # The first process goes on with the sum.
         self._restored_random_states = state["random_states"]

@@ -1,5 +1,6 @@
 """Booster: makes a step on harmful data lower the harmful loss by less."""
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,8 +11,10 @@ from patcher_pl.defenses.base import Defense
 from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel
 from patcher_pl.randomness import RandomState, kept_random_state
-from patcher_pl.types import Batch
+from patcher_pl.types import HALF_PRECISION, Batch
 from patcher_pl.validation import require
+
+logger = logging.getLogger(__name__)
 
 
 class Booster(Defense):
@@ -61,6 +64,16 @@ class Booster(Defense):
         self.alpha = alpha
         require(self, lam >= 0, "lam", ">= 0", "Use SFT for a model without this term.")
         require(self, alpha > 0, "alpha", "> 0", "The authors use 0.1.")
+
+    def on_fit_start(self) -> None:
+        """Warns of half precision."""
+        super().on_fit_start()
+        if self.trained_weights.parameters[0].dtype in HALF_PRECISION:
+            logger.warning(
+                "Booster looks at the harmful loss a small step further, which in half precision is "
+                "mostly lost to rounding. Use `language_model.dtype: float32`, and `trainer.precision` "
+                "`32-true` or `bf16-mixed`."
+            )
 
     def add_gradients(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """Adds grad f(w) + lam [grad h(w) - grad h(w')]."""

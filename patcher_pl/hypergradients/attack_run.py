@@ -10,6 +10,7 @@ from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.composites import ReplayableAttention
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import OptimizerState
+from patcher_pl.optim.master_weights import MasterWeights
 from patcher_pl.randomness import RandomState
 from patcher_pl.types import move_batch
 
@@ -59,7 +60,9 @@ class AttackRun:
         self.random_state = RandomState.capture(self.device)
         self.num_gradients = 0
         self.losses: dict[int, float] = {}
-        self.state: OptimizerState = inner.update.optimizer.init(self.shards.tensors)
+        # Of weights in half precision, copies in float32 are attacked: steps would be lost.
+        self._masters = MasterWeights(self.shards.tensors)
+        self.state: OptimizerState = inner.update.optimizer.init(self._masters.tensors)
         self._random: dict[int, RandomState] = {}
 
     @property
@@ -104,9 +107,14 @@ class AttackRun:
     def advance(self, gradients: Sequence[Tensor | None]) -> None:
         """Takes the current step with the given gradients."""
         with self.shards.changing() as tensors:
+            masters = self._masters
+            if masters.copies:
+                masters.follow()
+                tensors, gradients = masters.tensors, masters.gradients(gradients)
             self.inner.update.step_(
                 tensors, gradients, self.state, self.position, self.shards.reduction
             )
+            masters.write_back()
         self.position += 1
 
     def run_to(self, position: int) -> None:

@@ -177,6 +177,7 @@ def rehearse(
         part = Part.DEFENDER_OPTIMIZER if is_defenders else Part.ATTACKER_OPTIMIZER
         for state in optimizer.state.values():
             tracker.label([value for value in state.values() if isinstance(value, Tensor)], part)
+        tracker.label(getattr(optimizer, "copies", []), part)  # In float32, of half precision.
 
     with (
         register_optimizer_step_pre_hook(before_step),

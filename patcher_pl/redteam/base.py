@@ -23,12 +23,15 @@ class AttackPoint:
         num_tokens: Tokens that the attack has sent through the model so far, padding excluded.
         loss: Mean training loss since the last point (nats per answer token); NaN before a step.
         flops: Floating-point operations so far, see `training_flops`.
+        moved: Share of the trained weights with a gradient that had moved after the attack's first
+            steps (0..1); None where that is not known, or nothing is trained.
     """
 
     steps: int
     num_tokens: int
     loss: float
     flops: float = 0.0
+    moved: float | None = None
 
 
 def training_flops(model: Any, num_tokens: int) -> float:

@@ -14,7 +14,6 @@ from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.grid import Cell, varied_cells
 from patcher_pl.redteam.job import AttackedModel, AttackJob
 from patcher_pl.redteam.red_team import RedTeam
-from patcher_pl.redteam.room import require_room
 from patcher_pl.redteam.search import Search
 from patcher_pl.redteam.variation import Setting
 from patcher_pl.reports.environment import environment
@@ -65,7 +64,7 @@ class Board:
             DataError: If a prompt is too long for a model.
         """
         for model in models:
-            require_room(redteam, model.language_model)
+            model.bench.require_room(redteam, model.language_model)
         cells = redteam.cells()
         return self._run([self._job(redteam, model, cell) for model in models for cell in cells])
 

@@ -11,6 +11,7 @@ from torch import nn
 from patcher_pl.attackers.loop import FinetuneStep, FineTuning
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import DataError
+from patcher_pl.optim.master_weights import MasterWeights
 from patcher_pl.progress import progress_lines
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack, AttackPoint, training_flops
@@ -77,6 +78,7 @@ class FinetuningAttack(FineTuning, Attack):
         parameters: Iterable[nn.Parameter],
         batches: Iterator[Batch],
         num_steps: int | None = None,
+        masters: MasterWeights | None = None,
     ) -> Iterator[FinetuneStep]:
         """Fine-tunes with the settings of this attack and a fresh optimizer, one step per item.
 
@@ -85,9 +87,10 @@ class FinetuningAttack(FineTuning, Attack):
             parameters: What is trained.
             batches: Endless training batches.
             num_steps: Steps to take, which the schedule spans; None takes all of the attack.
+            masters: What earlier steps of the attack left, as in `finetune`.
         """
         num_steps = self.num_steps if num_steps is None else num_steps
-        return self.finetune(model, parameters, batches, num_steps)
+        return self.finetune(model, parameters, batches, num_steps, masters)
 
     def points(self, model: nn.Module, steps: Iterator[FinetuneStep]) -> Iterator[AttackPoint]:
         """Takes steps and pauses after each number of them in `attack_steps`.
@@ -97,6 +100,7 @@ class FinetuningAttack(FineTuning, Attack):
             steps: At least as many as the last of `attack_steps`.
         """
         taken = num_tokens = 0
+        moved: float | None = None
         with progress_lines(f"{self.name}, attack steps", self.num_steps) as lines:
             for point in self.attack_steps:
                 losses: list[float] = []
@@ -105,9 +109,10 @@ class FinetuningAttack(FineTuning, Attack):
                     taken += 1
                     num_tokens += step.num_tokens
                     losses.append(step.loss)
+                    moved = step.moved if moved is None else moved
                     lines.update(taken, loss=step.loss, num_tokens=num_tokens)
                 loss = sum(losses) / len(losses) if losses else math.nan
-                yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens))
+                yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens), moved)
 
 
 def all_trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from patcher_pl.jobs.job import FOR_MODELS, Job
 from patcher_pl.machine import choose_device, cpu_threads
+from patcher_pl.models.context import context_length
 from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.redteam.grid import Cell, Grid, ModelName
 from patcher_pl.redteam.red_team import AttackOutcome, Campaign, RedTeam
+from patcher_pl.redteam.room import require_room
 from patcher_pl.redteam.transcript import judged_again, to_json
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
@@ -46,6 +48,11 @@ class Bench:
         assert self._given == (None, None), "only this process has the model"
         return Bench, ()
 
+    def require_room(self, team: RedTeam, language_model: LanguageModel) -> None:
+        """As the function of that name, for the model on the table or else the one that is named."""
+        model, tokenizer = self._given
+        require_room(team, language_model, None if model is None else model.config, tokenizer)
+
     def prepared(self, job: "AttackJob", device: str) -> "tuple[PreTrainedModel, Campaign]":
         """The released model on its device, and who attacks it."""
         # Attacks and seeds are the cell's business; questions and judge are the campaign's.
@@ -60,7 +67,8 @@ class Bench:
                 model = language_model.load_model().to(place)  # type: ignore[arg-type]
                 tokenizer = language_model.load_tokenizer()
             self._model = model
-            self._campaign = team.campaign(tokenizer, language_model.load_chat())
+            chat = language_model.chat.within(context_length(model.config))
+            self._campaign = team.campaign(tokenizer, chat)
             self._key = key
         return self._model, self._campaign
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from patcher_pl.evaluation.aggregate import Evaluation, steps_to_break
 from patcher_pl.evaluation.benchmark import Question
+from patcher_pl.optim.moved import is_lost
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Asked, Examination
 from patcher_pl.reports.results import (
@@ -101,12 +102,18 @@ class Record:
     def concerns(self) -> list[str]:
         """What a reader must know before relying on the attack success rates; one line each."""
         lines = []
-        if not self._trusted:
+        if any(self._lacks_verdicts(found.harmful) for found in self._found):
             steps, failed, asked = self._worst([found.harmful for found in self._found])
             lines.append(
                 f"the judge failed on {failed} of {asked} answers to harmful prompts after {steps} "
                 f"steps, more than RedTeam.max_judge_error_rate {self.max_judge_error_rate} allows: "
                 "do not trust these attack success rates"
+            )
+        if is_lost(self._moved):
+            lines.append(
+                f"only {self._moved:.0%} of the attacked weights had moved after the first steps: the "
+                "others' steps were lost to rounding, so do not trust that the defense holds. Raise the "
+                "attack's lr, or load the model in float32"
             )
         seconds = [found.second for found in self._found if found.second is not None]
         if seconds and any(self._lacks_verdicts(second) for second in seconds):
@@ -203,6 +210,7 @@ class Record:
             else None,
             cut_off=[finite(found.harmful.cut_off) for found in self._found],
             benign_cut_off=self._benign("cut_off"),
+            weights_moved=self._moved,
             prompts_digest=fingerprint(
                 [[turn.content for turn in question.messages] for question in self.questions]
             ),
@@ -221,7 +229,12 @@ class Record:
 
     @property
     def _trusted(self) -> bool:
-        return not any(self._lacks_verdicts(found.harmful) for found in self._found)
+        lacking = any(self._lacks_verdicts(found.harmful) for found in self._found)
+        return not lacking and not is_lost(self._moved)
+
+    @property
+    def _moved(self) -> float | None:
+        return next((point.moved for point in self._points if point.moved is not None), None)
 
     @property
     def _usefulness(self) -> dict[str, list[float | None]]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from patcher_pl.attackers.loop import FinetuneStep
+from patcher_pl.models.shards import Shards
+from patcher_pl.optim.master_weights import MasterWeights
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
 from patcher_pl.redteam.material import AttackMaterial
@@ -64,5 +66,7 @@ class RestartedFinetuning(FinetuningAttack):
     ) -> Iterator[FinetuneStep]:
         batches = material.batches(self.batch_size, material.select("all"), self.asking)
         parameters = all_trainable(model)
+        # Of the optimizer, not of the weights: in half precision they would lose their last steps.
+        masters = MasterWeights(Shards(model, parameters).tensors)
         while True:
-            yield from self.steps(model, parameters, batches, self.restart_every)
+            yield from self.steps(model, parameters, batches, self.restart_every, masters)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from patcher_pl.errors import DataError
 from patcher_pl.evaluation.benchmark import Question
@@ -10,10 +11,18 @@ from patcher_pl.models.language_model import LanguageModel
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.red_team import RedTeam
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
-def require_room(team: RedTeam, language_model: LanguageModel) -> None:
+def require_room(
+    team: RedTeam,
+    language_model: LanguageModel,
+    config: "PretrainedConfig | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
     """Sees to it that every prompt, in the words of every attack, leaves room for an answer.
 
     How many answers have less room than `Generation.max_new_tokens` is logged.
@@ -21,16 +30,18 @@ def require_room(team: RedTeam, language_model: LanguageModel) -> None:
     Args:
         team: Its prompts, harmful and benign, and attacks with their settings.
         language_model: What is asked; its weights are not loaded.
+        config: Its architecture; None loads it.
+        tokenizer: Its tokenizer; None loads it.
 
     Raises:
         DataError: If a prompt leaves no room, or the chat template refuses it; or if prompts cannot
             be read.
         ConfigError: If the model cannot be found.
     """
-    context = context_length(language_model.load_config())
+    context = context_length(config or language_model.load_config())
     if context is None:
         return
-    tokenizer, chat = language_model.load_tokenizer(), language_model.chat
+    tokenizer, chat = tokenizer or language_model.load_tokenizer(), language_model.chat
     max_new_tokens, num_short, num_prompts = team.generation.max_new_tokens, 0, 0
     for who, wording, prefill, questions in _asked(team):
         lengths = [

@@ -29,6 +29,7 @@ _MOST_COLUMNS = 4
 # More lines are drawn thinner, and their bands fainter.
 _FEW_LINES = 4
 _COLLAPSED = "collapsed"
+_UNTRUSTED = "not to be relied on"
 
 
 def asr_figure(
@@ -39,7 +40,8 @@ def asr_figure(
     One line per defense and k1: the mean over seeds, with a band from the smallest to the largest
     seed. The control is grey, values of k1 run from light to dark, and other defenses have a color
     each; markers tell lines apart in black and white. A dashed line marks the threshold of
-    "broken", a cross a measurement where a seed's model had collapsed. Curves without a measurement
+    "broken", a cross a measurement where a seed's model had collapsed,
+    question marks curves that are not to be relied on. Curves without a measurement
     or its cost are left out. More than three panels are wrapped into rows.
 
     Args:
@@ -94,7 +96,7 @@ def _panels(count: int, label: str) -> tuple["Figure", list["Axes"]]:
 def _legend(
     figure: "Figure", axes: Sequence["Axes"], groups: Sequence[Group], bands: Bands
 ) -> None:
-    names = [*dict.fromkeys(plain_text(group.label) for group in groups), _COLLAPSED]
+    names = [*dict.fromkeys(plain_text(group.label) for group in groups), _COLLAPSED, _UNTRUSTED]
     is_wrapped = len(axes) > _MOST_IN_A_ROW
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": 5} if is_wrapped else {}
     note = _seed_note(groups, bands, separator="; " if is_wrapped else ";\n")
@@ -140,6 +142,10 @@ def _draw_panel(
                 clip_on=False,
                 zorder=4,
             )
+        if not all(curve.trusted for curve in group.curves):
+            place = {"color": "black", "clip_on": False, "zorder": 4}
+            shown = {"label": _UNTRUSTED, "linestyle": "none", "marker": "$?$", "markersize": 8}
+            axis.plot(list(costs), list(rates["mean"]), **place, **shown)
     axis.set_ylim(0, 1)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     if ticks and cost == "steps":

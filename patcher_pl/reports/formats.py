@@ -9,7 +9,8 @@ Mark = Literal["collapsed", "untrusted", "stopped early"]
 MARKS: dict[Mark, str] = {"collapsed": "\N{DAGGER}", "untrusted": "?", "stopped early": "!"}
 MEANINGS: dict[Mark, str] = {
     "collapsed": "the model collapsed during the attack: a low attack success rate is no safety",
-    "untrusted": "too many verdicts of the judge are missing to rely on the figures",
+    "untrusted": "not to be relied on: verdicts of the judge are missing, or an attack's steps were "
+    "lost to rounding",
     "stopped early": "an attack stopped early: its figures end where it did",
 }
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

@@ -53,6 +53,7 @@ COLUMNS = [
     "benign_cut_off",
     "num_trained_rows",
     "trained_poison_ratio",
+    "weights_moved",
 ]
 # How the papers write their methods, where a capital first letter is not it.
 _SPELLINGS = {

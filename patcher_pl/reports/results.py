@@ -90,7 +90,8 @@ class Curve:
             None where one was not taken.
         second_asr: Attack success rate by the second judge; empty without one.
         judge_agreement: Cohen's kappa of the two judges' verdicts "success" and "no success".
-        trusted: False where so many verdicts are missing that `asr` must not be relied on.
+        trusted: False where `asr` must not be relied on: too many verdicts are missing, or too few
+            weights moved.
         prompts_digest: Tells the harmful prompts from those of another benchmark; empty where it is
             not known.
         benign_compliance: Share of benign prompts that were not refused, by a judge that does not know
@@ -99,6 +100,8 @@ class Curve:
         benign_cut_off: The same of benign ones.
         num_trained_rows: Different rows that the attack trained on (count).
         trained_poison_ratio: Share of harmful rows among them; None where it trained on none.
+        weights_moved: Share of the attacked weights with a gradient that had moved after the first
+            steps; the steps of the others were lost to rounding. None where it is not known.
     """
 
     defense: str
@@ -136,6 +139,7 @@ class Curve:
     benign_cut_off: list[float | None] = field(default_factory=list)
     num_trained_rows: int | None = None
     trained_poison_ratio: float | None = None
+    weights_moved: float | None = None
 
     @property
     def key(self) -> CurveKey:

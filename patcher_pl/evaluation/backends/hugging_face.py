@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from patcher_pl.evaluation.backends.base import Backend, Decoding
 from patcher_pl.evaluation.backends.padding import left_padded
+from patcher_pl.evaluation.backends.token_choice import diverged, silence
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -81,7 +83,7 @@ def _generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         generation_config=settings,
-        logits_processor=_penalties(decoding, attention_mask),
+        logits_processor=_processors(decoding, attention_mask),
     )
     return sequences[:, input_ids.shape[1] :].tolist()
 
@@ -106,18 +108,26 @@ def _settings(decoding: Decoding, room: int) -> "GenerationConfig":
     )
 
 
-def _penalties(decoding: Decoding, attention_mask: Int[Tensor, "batch time"]) -> Any:
-    if decoding.repetition_penalty == 1:
-        return None
+def _processors(decoding: Decoding, attention_mask: Int[Tensor, "batch time"]) -> Any:
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+    token = silence(decoding)
+
+    def silent_where_diverged(_: Tensor, scores: Tensor) -> Tensor:
+        broken = diverged(scores)[:, None]
+        quiet = torch.full_like(scores, -torch.inf)
+        quiet[:, token] = 0
+        return torch.where(broken, quiet, scores)
+
+    processors: Any = LogitsProcessorList([silent_where_diverged])
+    if decoding.repetition_penalty == 1:
+        return processors
     # Handed over here because the setting of the same name counts padding, often the stop token, as
     # said before: an answer would depend on the prompts that share its batch.
     num_padding = (attention_mask == 0).sum(dim=1)
     penalty = float(decoding.repetition_penalty)
-    return LogitsProcessorList(
-        [RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=num_padding)]
-    )
+    processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=num_padding))
+    return processors
 
 
 def _without_adapter_wrapper(model: Any) -> "PreTrainedModel":

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patcher_pl.evaluation.backends.base import Decoding
@@ -23,23 +23,37 @@ class TokenChoice:
         self.needs_history = decoding.repetition_penalty != 1
         self._sample = decoding.temperature > 0
         self._rules = _rules(decoding)
+        self._silence = silence(decoding)
 
     def __call__(
         self, history: Int[Tensor, "rows time"] | None, logits: Float[Tensor, "rows vocab"]
     ) -> Int[Tensor, " rows"]:
-        """Returns the next token of every row.
+        """Returns the next token of every row; `silence` where the model has diverged.
 
         Args:
             history: The tokens of every row so far in any order, repeated at will; read if
                 `needs_history`.
             logits: Of the next token.
         """
+        broken = diverged(logits)
         if not self._sample and not self.needs_history:
-            return logits.argmax(dim=-1)
+            return logits.argmax(dim=-1).masked_fill(broken, self._silence)
         scores = self._rules(history, logits.float())  # type: ignore[arg-type]
         if not self._sample:
-            return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+            return scores.argmax(dim=-1).masked_fill(broken, self._silence)
+        chances = scores.softmax(dim=-1).masked_fill(broken[:, None], 1.0)  # Drawn, then dropped.
+        drawn = torch.multinomial(chances, num_samples=1)[:, 0]
+        return drawn.masked_fill(broken, self._silence)
+
+
+def diverged(logits: Float[Tensor, "rows vocab"]) -> Bool[Tensor, " rows"]:
+    """Whether a row says nothing: NaN or infinity among its logits, as after a diverged attack."""
+    return ~logits.amax(dim=-1).isfinite()
+
+
+def silence(decoding: Decoding) -> int:
+    """The token that ends the answer of a diverged model: it has none to give."""
+    return decoding.stop_ids[0] if decoding.stop_ids else decoding.pad_id
 
 
 def _rules(decoding: Decoding) -> "LogitsProcessorList":

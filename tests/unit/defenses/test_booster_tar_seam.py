@@ -132,6 +132,11 @@ def test_the_base_model_is_not_trained_saved_or_shown(llama, rows):
         assert_same(snapshot(base), load(llama).state_dict())
 
 
+def test_steps_that_are_lost_to_rounding_are_warned_of(llama, rows, caplog):
+    fit(make(Booster, llama), rows.module(), 1, precision="bf16-true")
+    assert "is mostly lost to rounding" in caplog.text
+
+
 def test_half_precision_is_warned_of(llama, rows, caplog):
     fit(make(Seam, llama), rows.module(), 1, precision="bf16-mixed")
     assert "differences of gradients" in caplog.text

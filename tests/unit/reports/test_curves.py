@@ -159,6 +159,16 @@ def test_a_collapsed_model_is_crossed_out(curve):
     assert list(cross.get_ydata()) == [0.1, 0]
 
 
+def test_a_curve_that_is_not_to_be_relied_on_is_marked(curve):
+    """Wrong if an attack whose steps were lost to rounding looked like a defense that held."""
+    figure = asr_figure([curve("sft", None, [0, 0.1, 0, 0, 0], 20, trusted=False)])
+    marks = _lines(figure)["not to be relied on"]
+    assert list(marks.get_xdata()) == [0, 20, 40, 80, 160]
+    assert marks.get_marker() == "$?$"
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["SFT", "not to be relied on"]
+
+
 def test_bands_may_be_intervals(curve):
     figure = asr_figure([curve("sft", None, [0.5], 0, num_prompts=10)], bands="interval")
     (band,) = figure.axes[0].collections
