@@ -117,7 +117,7 @@ def test_the_adversary_draws_its_rate_by_step(llama, rows, monkeypatch):
         drawn.append(optimizer.lr)
         return real(*arguments, optimizer=optimizer, **options)
 
-    monkeypatch.setattr("patcher_pl.attackers.fine_tuning.finetune", noting)
+    monkeypatch.setattr("patcher_pl.attackers.loop.finetune", noting)
     for _ in range(2):
         fit(make(Tar, llama), rows.module(), 12)
     assert drawn[:12] == drawn[12:]

@@ -22,11 +22,11 @@ POINTS = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.1), vector_steps=[1,
     ("attacker", "options", "message"),
     [
         (POINTS, {"hypergradient": Adjoint()}, r"attacker\.vector_steps must be null .*\[1, 2\]"),
-        (POINTS, {"combine_points": "sum"}, r"combine_points must be one of average, .* got sum"),
+        (POINTS, {"combine_points": "sum"}, r"combine_points must be one of average, .* got 'sum'"),
         (
             ConcurrentAttacker(population=[Member(attacker=ATTACKER)]),
             {"combine_points": "in_turn"},
-            r"combine_points must be average with a ConcurrentAttacker.*got in_turn.*attacker\.combine",
+            r"combine_points must be average with a ConcurrentAttacker.*got 'in_turn'.*attacker\.combine",
         ),
     ],
 )
