@@ -5,7 +5,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -30,6 +30,8 @@ class InUseError(ConfigError):
 def held(directory: Path) -> Iterator[None]:
     """Keeps `directory`, which is created when missing, for this process until the block ends.
 
+    One that was created here and is empty at the end is removed again.
+
     The lock is a file that names process and machine, created exclusively, which holds on every file
     system that machines share (NFS, Lustre, ...); `flock` does not on some of them. A lock that a
     process of this machine left when it died is taken over at once, one from another machine after
@@ -39,6 +41,7 @@ def held(directory: Path) -> Iterator[None]:
         InUseError: If another process has it.
         OSError: If the lock cannot be written.
     """
+    is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     lock = directory / LOCK
     lease = SoftFileLease(lock, lease_duration=_LEASE_S, heartbeat_interval=_RENEWED_EVERY_S)
@@ -50,6 +53,9 @@ def held(directory: Path) -> Iterator[None]:
         yield
     finally:
         lease.release()
+        if is_new:
+            with suppress(OSError):  # It holds something.
+                directory.rmdir()
 
 
 def _outlast(lease: SoftFileLease, lock: Path) -> None:

@@ -230,6 +230,6 @@ def test_prompts_that_attackers_train_on_are_found_before_training(inputs, tmp_p
     """Wrong if that ended a run after hours of training."""
     redteam = redteam_settings(inputs) | {"overlap": "error"}
     config = write_yaml(tmp_path / "config.yaml", sft_settings(inputs) | {"redteam": redteam})
-    message = complain("fit", config, tmp_path / "run")
-    assert "3 of 3 harmful prompts are among the rows that attackers train on" in message
+    said = cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(2)
+    assert "3 of 3 harmful prompts are among the rows that attackers train on" in said.err
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -104,7 +104,9 @@ def test_commands_refuse_a_directory_that_is_in_use(tmp_path):
     assert (tmp_path / "run" / "results.json").exists()
     assert ran == []
     run_function("sweep", command, ["--run_dir", str(tmp_path / "run")])
-    assert ran == [str(tmp_path / "run")]
+    run_function("sweep", command, ["--run_dir", str(tmp_path / "other")])
+    assert ran == [str(tmp_path / "run"), str(tmp_path / "other")]
+    assert not (tmp_path / "other").exists(), "a command that did nothing leaves nothing"
 
 
 def test_a_run_of_a_sweep_leaves_alone_what_another_fit_is_working_in(tmp_path):
