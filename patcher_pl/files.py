@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary neighbor of `path` (file, folder or link), then renames it into place.
 
     An existing file is replaced, an existing folder is swapped out and removed. When `write` fails
-    (a full disk, say), what stood at `path` before is untouched.
+    (a full disk, say), what stood at `path` before is untouched. Who may read the files is for the
+    user's umask to say, whatever `write` made of it.
 
     Raises:
         OSError: What the operating system refused, after the temporary neighbor is removed.
@@ -23,6 +25,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         write(temporary)
+        _let_umask_decide(temporary)
         # Content before name: after a power cut a renamed file could otherwise be there and empty.
         for file in [temporary, *temporary.rglob("*")] if _is_folder(temporary) else [temporary]:
             _fsync(file)
@@ -40,6 +43,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _let_umask_decide(path: Path) -> None:
+    # safetensors, for one, writes files that nobody else can read.
+    probe = path.with_name(f"{path.name}.mode")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in path.rglob("*") if _is_folder(path) else [path]:
+        is_plain = file.is_file() and not file.is_symlink()
+        if is_plain and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 def _is_folder(path: Path) -> bool:

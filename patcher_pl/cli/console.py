@@ -31,9 +31,10 @@ def wide_console(width: int | None = None) -> "Console":
     """
     from rich.console import Console
 
-    plain = {"markup": False, "emoji": False}
-    console = Console(**plain)
-    return console if console.is_terminal else Console(width=width, **plain)
+    console = Console(markup=False, emoji=False)
+    if console.is_terminal:
+        return console
+    return Console(width=width, markup=False, emoji=False)
 
 
 def write_reports(curves: "Sequence[Curve]", run_dir: Path, title: str) -> None:
