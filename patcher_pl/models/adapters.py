@@ -128,7 +128,7 @@ def _refuse_whole_weights(location: str) -> None:
 
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     file = cached_file(
         checkpoint.location,
@@ -142,7 +142,7 @@ def _has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 def _weights_file(adapter: Checkpoint) -> str:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         file = cached_file(adapter.location, _WEIGHTS, revision=adapter.revision)
@@ -184,7 +184,7 @@ def _merge(model: "PreTrainedModel", adapter: Checkpoint) -> Any:
             f"({config.peft_type}, task_type {config.task_type}). Give a merged model instead."
         )
     rows = _num_embeddings(adapter)
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+    if rows is not None and rows != model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows)
     config.base_model_name_or_path = model.name_or_path  # Found above, under whatever name.
     try:
