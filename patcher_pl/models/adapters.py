@@ -184,8 +184,7 @@ def _merge(model: "PreTrainedModel", adapter: Checkpoint) -> Any:
             f"({config.peft_type}, task_type {config.task_type}). Give a merged model instead."
         )
     rows = _num_embeddings(adapter)
-    embeddings: Any = model.get_input_embeddings()
-    if rows is not None and rows != embeddings.weight.shape[0]:
+    if rows is not None and rows != model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows)
     config.base_model_name_or_path = model.name_or_path  # Found above, under whatever name.
     try:

@@ -7,7 +7,9 @@ moments of Adam freeze in the same way. In float32 the steps add up until they s
 Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740, section 3.1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,18 @@ from torch import Tensor
 from patcher_pl.types import HALF_PRECISION
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+_without_copies = ContextVar("_without_copies", default=False)
+
+
+@contextmanager
+def without_copies() -> Iterator[None]:
+    """Inside, weights in half precision stand for whole ones that are kept elsewhere, as FSDP does."""
+    token = _without_copies.set(True)
+    try:
+        yield
+    finally:
+        _without_copies.reset(token)
 
 
 class MasterWeights:
@@ -142,6 +156,6 @@ def trained_in_float32(masters: MasterWeights, build: Build) -> torch.optim.Opti
 
 
 def _wide(weight: Tensor) -> Tensor:
-    if weight.dtype not in HALF_PRECISION:
+    if weight.dtype not in HALF_PRECISION or _without_copies.get():
         return weight
     return weight.detach().to(torch.float32).requires_grad_(weight.requires_grad)

@@ -1,6 +1,7 @@
 """Plans a run: what it needs as configured, what else could be done, and a verdict."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Unrolled
 from patcher_pl.models import Sharding
 from patcher_pl.models.context import context_length
+from patcher_pl.optim.master_weights import without_copies
 from patcher_pl.planning.architecture import UnloadedModel, find_architecture
 from patcher_pl.planning.attacks import attacks_of, is_first_order, toy_estimate, with_short_attacks
 from patcher_pl.planning.hardware import Gpu, find_gpu
@@ -245,11 +247,13 @@ def _footprint(
     def rehearsed(num_attack_steps: int) -> Footprint:
         defense = with_short_attacks(run.defense, num_attack_steps)
         defense.language_model = UnloadedModel(**settings, architecture=architecture)
-        return rehearse(
-            *(defense, (run.batch_size, length), (run.attack_batch_size, length)),
-            precision="32-true" if sharding else run.trainer.precision,
-            multi_tensor=run.trainer.accelerator != "cpu",
-        )
+        # Sharded weights are rehearsed in the format that they are gathered in.
+        with without_copies() if sharding else nullcontext():
+            return rehearse(
+                *(defense, (run.batch_size, length), (run.attack_batch_size, length)),
+                precision="32-true" if sharding else run.trainer.precision,
+                multi_tensor=run.trainer.accelerator != "cpu",
+            )
 
     num_steps = 0 if attacks is None else attacks.attacker.num_steps
     found = rehearsed(min(_ATTACK_STEPS, num_steps))

@@ -65,6 +65,15 @@ def test_every_copy_of_the_weights_is_counted(plan, weight_bytes):
     assert defend[Part.GRADIENTS] == pytest.approx(weight_bytes, rel=0.01)
 
 
+def test_weights_in_half_precision_are_trained_with_copies(config, tmp_path, weight_bytes):
+    """Wrong if the float32 copies, twice the size of the weights, were a surprise."""
+    half = planned(config(), tmp_path, "--model.init_args.language_model.dtype=bfloat16")
+    attack = parts(half, ATTACK)
+    assert attack[Part.PARAMETERS] == pytest.approx(weight_bytes / 2, rel=0.02)
+    for part in (Part.DEFENDER_OPTIMIZER, Part.ATTACKER_OPTIMIZER):
+        assert attack[part] == pytest.approx(3 * weight_bytes, rel=0.02), part
+
+
 def test_checkpointing_and_shorter_conversations_take_less(plan, config, tmp_path):
     off = "--model.init_args.language_model.gradient_checkpointing=false"
     short = planned(config(), tmp_path, off, "--length", 16)
