@@ -39,7 +39,7 @@ class LanguageModel:
             a PEFT adapter.
         chat: How conversations become tokens; training, attacks and generation share it.
         dtype: Number format of the weights. In bfloat16, what is trained has copies in float32 beside
-            it (12 bytes per weight with Adam, not 6), or its steps would be lost to rounding.
+            it (12 bytes per weight with Adam, not 4), or its steps would be lost to rounding.
         attn_implementation: Attention of transformers (`sdpa`, `eager`, `flash_attention_2`, ...), or
             `packed_sdpa`: `sdpa`, but conversations of packed batches one at a time. None takes the
             model's default.
