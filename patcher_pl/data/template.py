@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -77,12 +78,18 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             f"The tokenizer {tokenizer.name_or_path!r} has no chat template and no end-of-text "
             "token. Set `eos_token` or `chat_template` in its tokenizer_config.json."
         )
+    _say_that_there_is_none(tokenizer.name_or_path)
+    tokenizer.chat_template = DEFAULT_TEMPLATE
+
+
+@cache
+def _say_that_there_is_none(name: str) -> None:
+    """Once per process: a run loads the same tokenizer for data, model and red team."""
     logger.warning(
         "The tokenizer %r has no chat template: conversations are written as `User: ...` and "
         "`Assistant: ...`. Set `chat_template` in its tokenizer_config.json for another form.",
-        tokenizer.name_or_path,
+        name,
     )
-    tokenizer.chat_template = DEFAULT_TEMPLATE
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

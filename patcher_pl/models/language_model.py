@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patcher_pl.contents import model_digest
 from patcher_pl.data.chat import ChatFormat
+from patcher_pl.data.template import ensure_template
 from patcher_pl.errors import ConfigError, first_line
 from patcher_pl.files import write_atomically
 from patcher_pl.models import packed_attention
@@ -154,6 +155,7 @@ class LanguageModel:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         require_embeddings(self.path, tokenizer, self.load_config())
+        ensure_template(tokenizer)
         return tokenizer
 
     def contents(self) -> Mapping[str, str]:

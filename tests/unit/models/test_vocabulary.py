@@ -1,6 +1,7 @@
 """Tokenizers and embeddings that do not belong together."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -70,3 +71,11 @@ def test_an_embedding_that_is_not_as_large_as_its_config_says(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 7}))
     with pytest.raises(ConfigError, match=r"the model of .* could not be loaded"):
         LanguageModel(path=str(tmp_path)).load_model()
+
+
+def test_a_tokenizer_without_a_template_says_so_once_at_loading(gpt2, tmp_path, caplog):
+    """Wrong if whoever trained with our template learned of it from nothing, or from every line."""
+    path = shutil.copytree(gpt2, tmp_path / "model")
+    for _ in range(2):
+        assert LanguageModel(path=str(path)).load_tokenizer().chat_template
+    assert caplog.text.count("has no chat template") == 1
