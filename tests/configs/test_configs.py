@@ -249,6 +249,7 @@ def shortened_redteam(content, max_new_tokens=4):
     if "benign_prompts" in content:
         content["benign_prompts"]["limit"] = 2
     content["generation"] |= {"max_new_tokens": max_new_tokens}
+    content["data"]["num_examples"] = 40
     return content
 
 
@@ -276,9 +277,13 @@ def simulated(attacker):
     return [attacker] if population is None else [member["attacker"] for member in population]
 
 
+def mixtures_of(content):
+    found = [content["redteam"]["data"], *map(content["data"].get, ("safe", "attack", "val"))]
+    return [mixture for mixture in found if mixture]
+
+
 def sources_of(content):
-    mixtures = [content["redteam"]["data"], *map(content["data"].get, ("safe", "attack", "val"))]
-    yield from (source for mixture in mixtures if mixture for source in mixture["sources"])
+    yield from (source for mixture in mixtures_of(content) for source in mixture["sources"])
     for name in ("prompts", "benign_prompts"):
         if name in content["redteam"]:
             yield content["redteam"][name]["source"]
@@ -318,6 +323,9 @@ def test_an_experiment_runs_for_two_steps(path, tmp_path):
     content = shortened(path)
     if content["model"]["init_args"]["language_model"]["path"] != "testbed":
         content = made_local(content, tmp_path)
+    else:
+        for mixture in mixtures_of(content):
+            mixture["num_examples"] = 40  # Or all of them would be encoded before the first step.
     config = write_yaml(tmp_path / "config.yaml", content)
     cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(0)
     curves = Results.load(tmp_path / "run" / "results.json").curves
@@ -350,6 +358,7 @@ def test_every_attack_of_the_testbed_red_team_runs(tmp_path):
             options |= {"attack_steps": [0, 2], "batch_size": 2}
         for name in {"num_benign_steps", "num_simulated_steps"} & set(options):
             options[name] = 1
+    team["data"]["num_examples"] = 40
     team["prompts"]["limit"] = team["benign_prompts"]["limit"] = 2
     team["generation"]["max_new_tokens"] = 4
     team["utility"][0]["init_args"]["data"]["limit"] = 2

@@ -116,7 +116,7 @@ def test_truncation_never_leaves_an_example_without_its_answer():
 def test_long_rows_can_be_skipped_or_stop_the_run():
     tokenizer = build_tokenizer("qwen2")
     assert ChatFormat(max_length=30, too_long="skip").encode(tokenizer, LONG) is None
-    with pytest.raises(DataError, match=r"p\.jsonl:2: .* tokens, the limit is 30 \(ChatFormat\."):
+    with pytest.raises(DataError, match=r"p\.jsonl:2: .* tokens, ChatFormat\.max_length is 30"):
         ChatFormat(max_length=30, too_long="error").encode(tokenizer, LONG)
 
 
