@@ -66,6 +66,8 @@ def _fit_alone(cli: PatcherCLI) -> None:
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
     if not rehearsal:
         cli.record.settings = cli.run_settings(with_contents=first)
+    if options.redteam is not None:
+        require_room(options.redteam, cli.model.language_model)
     overlap = _shared_data(cli) if first else []
     if not rehearsal and first:
         if options.ckpt_path is not None:
@@ -73,8 +75,6 @@ def _fit_alone(cli: PatcherCLI) -> None:
         run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
     try:
-        if options.redteam is not None:
-            require_room(options.redteam, cli.model.language_model)
         with attackers_beside(cli, run_directory):
             fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
     except PatcherError:

@@ -150,6 +150,7 @@ def team(rows):
         prompts=Benchmark(source=data.sources[0], limit=1),
         judge=ExactJudge(),
         generation=Generation(max_new_tokens=2),
+        overlap="allow",
     )
 
 
