@@ -100,7 +100,10 @@ def _base_model(adapters: Path) -> str | None:
         base = json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return None  # No adapters, or such as loading them will complain about.
-    return base if isinstance(base, str) else None
+    if not isinstance(base, str):
+        return None
+    beside = adapters.parent / base  # Where loading looks, too, if the name leads nowhere else.
+    return str(beside) if beside.is_dir() and not Path(base).is_dir() else base
 
 
 @cache

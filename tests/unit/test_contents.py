@@ -65,3 +65,15 @@ def test_what_was_fetched_counts_by_its_commit(tmp_path, monkeypatch, kind):
     assert digest("potions/elsewhere") is None
     assert named(path="potions/elsewhere").contents() == {}
     assert digest("no name") is None
+
+
+def test_a_base_beside_its_adapter_counts(tmp_path):
+    """Wrong if another base under the same adapter passed for the same model."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    found = set()
+    for content in (b"one", b"another"):
+        (base / "model.safetensors").write_bytes(content)
+        found.add(model_digest(str(tmp_path)))
+    assert len(found) == 2
