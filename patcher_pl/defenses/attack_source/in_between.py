@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from patcher_pl.attackers import Attacker, Combine, combined
+from patcher_pl.attackers import Attacker, Carried, Combine, combined
 from patcher_pl.defenses.attack_source.base import (
     AttackSource,
     account_for_attack,
@@ -39,22 +39,31 @@ class InBetween(AttackSource):
     def prepare(self, step: Step) -> None:
         if not self.is_due(step):
             return
-        outcome = self.attacker.attack(
+        number = self.num_attacks
+        drawn = self.attacker.draw(step.seed, number)
+        start = None if drawn.begins_anew else self.carried.get(drawn.kind)
+        outcome = drawn.attacker.attack(
             step.model,
             step.all_weights,
-            step.attack_stream.endless(),
+            step.attack_batches(drawn),
             before_step=step.check_for_stop,
+            start=start,
         )
         self.vectors = outcome.vectors
         self.num_attacks += 1
+        num_steps = outcome.num_steps_from(start)
+        if drawn.is_carried:
+            self.carried[drawn.kind] = Carried(outcome.vector, num_steps, outcome.moments)
         account_for_attack(
             step,
+            drawn,
             # Refused here rather than in the step: a diverged vector would be blamed on the
             # defender's rate.
             norm=checked_norm(step, outcome.vector),
             losses=[taken.loss for taken in outcome.steps],
             num_tokens=[taken.num_tokens for taken in outcome.steps],
-            number=self.num_attacks - 1,
+            steps_before=self.attacker.steps_before(step.seed, number),
+            num_steps_from_theta=num_steps,
         )
 
     def has_attacked(self, step: Step) -> bool:
