@@ -107,7 +107,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
     if not state:
         return None
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
+    }
 
 
 def _is_moment(value: Any) -> bool:

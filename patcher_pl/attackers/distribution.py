@@ -122,7 +122,9 @@ class Kind:
         path = _FIELDS.get(name, name)
         rule = "fields of `attacker`, `batch_size` or `poison_ratio`"
         is_known = name in _OF_DATA or has_field(self.attacker, path)
-        require(self, is_known, "space", rule, "Give a dotted field, as `optimizer.lr`.", value=name)
+        require(
+            self, is_known, "space", rule, "Give a dotted field, as `optimizer.lr`.", value=name
+        )
         if path not in _LOGARITHMIC:
             is_list = bool(values)
             require(self, is_list, f"space.{name}", "choices, at least one", value=values)

@@ -46,7 +46,9 @@ class Drawn:
         Raises:
             DataError: If there are none of a kind that it needs.
         """
-        num_harmful, num_others = shares_of(ratio, self.num_harmful, len(self.examples) - self.num_harmful)
+        num_harmful, num_others = shares_of(
+            ratio, self.num_harmful, len(self.examples) - self.num_harmful
+        )
         left = {True: num_harmful, False: num_others}
         kept = []
         for place, harmful in enumerate(self.harmful):

@@ -185,8 +185,12 @@ def account_for_attack(
         summary["steps_from_theta"] = num_steps_from_theta
     step.log({f"{tag}/{key}": value for key, value in summary.items()})
     if drawn.kind:
-        shown = {name: value for name, value in drawn.settings.items() if not isinstance(value, str)}
-        step.log({f"{tag}_{drawn.kind}/{key}": value for key, value in {**shown, **summary}.items()})
+        shown = {
+            name: value for name, value in drawn.settings.items() if not isinstance(value, str)
+        }
+        step.log(
+            {f"{tag}_{drawn.kind}/{key}": value for key, value in {**shown, **summary}.items()}
+        )
     for index, loss in enumerate(losses, start=steps_before + 1):
         step.log({f"{tag}/loss_by_attack_step": loss}, index)
 

@@ -47,7 +47,8 @@ def read_carried(checkpoint: dict[str, Any], weights: Weights, path: Any) -> dic
                 [
                     None
                     if counts is None
-                    else counts | {name: tensors[at] for name, tensors in vectors.items() if tensors}
+                    else counts
+                    | {name: tensors[at] for name, tensors in vectors.items() if tensors}
                     for at, counts in enumerate(entry["counts"])
                 ]
             )

@@ -49,7 +49,10 @@ def test_ranges_are_drawn_by_their_logarithm():
     ratios = [one.data.poison_ratio for one in found]
     assert 0.25 <= min(ratios) < 0.3
     assert 0.95 < max(ratios) <= 1.0
-    sizes, schedules = ({one.data.batch_size for one in found}, {one.attacker.schedule for one in found})
+    sizes, schedules = (
+        {one.data.batch_size for one in found},
+        {one.attacker.schedule for one in found},
+    )
     assert sizes == {4, 64}
     assert schedules == {"constant", "cosine"}
     # What is shown is what was taken.
