@@ -172,9 +172,13 @@ class Group:
 
 
 def group_curves(curves: Sequence[Curve]) -> list[Group]:
-    """Groups curves by attack and defense: the control first, then by name and k1."""
+    """Groups curves by attack and defense: the control first, then by name and k1.
+
+    Curves that ended because the model was broken are `completed`: means over seeds would otherwise
+    be those of the models that held.
+    """
     members: dict[tuple[str, str, int | None], list[Curve]] = {}
-    for curve in curves:
+    for curve in map(Curve.completed, curves):
         members.setdefault((curve.attack, curve.defense, curve.k1), []).append(curve)
     groups = [
         Group(defense, k1, attack, tuple(found)) for (attack, defense, k1), found in members.items()
