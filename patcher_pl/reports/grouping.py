@@ -94,6 +94,11 @@ class Group:
         return name if self.k1 is None else f"{name}, k1 = {self.k1}"
 
     @property
+    def budget(self) -> int | None:
+        """Gradient evaluations of its training, in a study of several budgets; None elsewhere."""
+        return self.curves[0].budget
+
+    @property
     def family(self) -> str:
         """Name of the attack without the settings that a grid varies; the attack where unknown."""
         return self.curves[0].family or self.attack

@@ -105,6 +105,8 @@ class Curve:
         skipped_steps: Further step counts of the attack, ascending, at which nothing was measured
             because the model was broken already (`RedTeam.stop_after_break`); empty where the attack
             went on to its end.
+        budget: Gradient evaluations that the model's training was allowed, in a study of several
+            budgets (`scale`); None elsewhere.
     """
 
     defense: str
@@ -144,6 +146,7 @@ class Curve:
     trained_poison_ratio: float | None = None
     weights_moved: float | None = None
     skipped_steps: list[int] = field(default_factory=list)
+    budget: int | None = None
 
     @property
     def key(self) -> CurveKey:

@@ -162,6 +162,8 @@ def compare_all(
         pairs = list(itertools.product(named, [group for group in members if group not in named]))
         if not pairs and baseline is None:
             pairs = list(itertools.combinations(members, 2))
+        # Of a study of several budgets, those that had the same one.
+        pairs = [(first, second) for first, second in pairs if first.budget == second.budget]
         found += [compare(first, second, over=over) for first, second in pairs]
     corrected = iter(holm([row.p_value for row in found if isinstance(row, PairedComparison)]))
     return [
