@@ -44,6 +44,8 @@ class Record:
     benign_measure: BenignMeasure = "benign_accuracy"
     trained: Mapping[str, bool] = field(default_factory=dict)
     """Whether each row that the attack was trained on is harmful, by its origin."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """See `Curve`."""
     _points: list[AttackPoint] = field(default_factory=list)
     _found: list[Examination] = field(default_factory=list)
     _samples: list[Sample] = field(default_factory=list)
@@ -98,6 +100,13 @@ class Record:
         for found in self._found:
             asked += [one for one in (found.harmful, found.benign, found.second) if one]
         return sum(evaluation.num_errors for evaluation in asked)
+
+    @property
+    def num_since_break(self) -> int | None:
+        """Measurements after the one that found the model broken; None where none did."""
+        rates = [finite(found.harmful.rate) for found in self._found]
+        place = steps_to_break(range(len(rates)), rates, self.threshold)
+        return None if place is None else len(rates) - 1 - place
 
     def concerns(self) -> list[str]:
         """What a reader must know before relying on the attack success rates; one line each."""
@@ -211,6 +220,7 @@ class Record:
             cut_off=[finite(found.harmful.cut_off) for found in self._found],
             benign_cut_off=self._benign("cut_off"),
             weights_moved=self._moved,
+            skipped_steps=self.skipped_steps,
             prompts_digest=fingerprint(
                 [[turn.content for turn in question.messages] for question in self.questions]
             ),

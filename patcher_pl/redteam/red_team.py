@@ -67,6 +67,9 @@ class RedTeam:
             rounding, in a fraction of time and memory. Whether the model can is checked first.
         benign_judge: Scores the answers to benign prompts, such as `ReferenceJudge`; None takes
             `judge`.
+        stop_after_break: End an attack so many measurements after the one that found the model broken
+            (count, >= 0); the rest is listed in `Curve.skipped_steps`. None lets every attack go on to
+            its end.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -89,6 +92,7 @@ class RedTeam:
     overlap: Policy = "error"
     packing: bool = False
     benign_judge: Judge | None = None
+    stop_after_break: int | None = None
 
     def __post_init__(self) -> None:
         names = [attack.name for attack in self.attacks]
@@ -99,6 +103,8 @@ class RedTeam:
         require(self, is_set, "seeds", "different seeds, at least one")
         require(self, 0 < self.threshold <= 1, "threshold", "in (0, 1]")
         require(self, self.num_samples >= 0, "num_samples", ">= 0")
+        is_count = self.stop_after_break is None or self.stop_after_break >= 0
+        require(self, is_count, "stop_after_break", ">= 0 or null")
         measures = [measure.name for measure in self.utility]
         rule = "measures of different names (`label`)"
         require(self, len(set(measures)) == len(measures), "utility", rule, value=measures)
@@ -315,6 +321,10 @@ class Campaign:
                         "%s under %s, seed %d, after %d steps: ASR %.3f",
                         *(name.defense, cell.name, cell.seed, point.steps, found.harmful.rate),
                     )
+                    if self._is_over(record):
+                        planned: list[int] = getattr(cell.attack, "attack_steps", [])
+                        record.skipped_steps = [step for step in planned if step > point.steps]
+                        break
                 if len(record) > 1:
                     # Only now is it known that the last measurement was the last one.
                     useful = self._useful(target, cell, judging)
@@ -328,6 +338,10 @@ class Campaign:
             logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
         curve = record.curve(name.key(cell), error, family=cell.family, varied=cell.varied)
         return AttackOutcome(curve, record, judging.failure)
+
+    def _is_over(self, record: Record) -> bool:
+        wanted, since = self.team.stop_after_break, record.num_since_break
+        return wanted is not None and since is not None and since >= wanted
 
     def _record(self) -> Record:
         return self.team.record(self.examiner.harmful, self.examiner.benign)

@@ -10,7 +10,7 @@ from patcher_pl.reports.formats import MARKS, MISSING, explained, number, signs,
 from patcher_pl.reports.grouping import Frame, Group, group_curves
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average, known_benign
 from patcher_pl.reports.statistics import cost_to_break
-from patcher_pl.reports.tables import markdown_table, text_table
+from patcher_pl.reports.tables import markdown_table, stopped_notes, text_table
 
 SCHEMA_VERSION = 1
 
@@ -159,6 +159,7 @@ def comparison_notes(curves: Sequence[Curve]) -> list[str]:
         "Median number of attack steps that broke the defense, and its range over seeds; the other "
         "figures are means over seeds and attacks before the attack, or ranges over seeds."
     ]
+    lines += stopped_notes(curves)
     return [*lines, *explained(mark for group in group_curves(curves) for mark in group.marks)]
 
 

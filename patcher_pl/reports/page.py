@@ -25,7 +25,7 @@ from patcher_pl.reports.page_tables import (
 from patcher_pl.reports.results import BENIGN_MEASURES, BenignMeasure, Curve
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.statistics import NotComparable, PairedComparison
-from patcher_pl.reports.tables import cut_off_notes, rows_of
+from patcher_pl.reports.tables import cut_off_notes, rows_of, stopped_notes
 from patcher_pl.reports.tradeoff import tradeoff_figure
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def render_page(
     compared = [comparison_table(comparisons), incomparable_table(comparisons)]
     return environment.get_template("report.html.j2").render(
         title=title,
-        notes=[*notes, *cut_off_notes(curves)],
+        notes=[*notes, *stopped_notes(curves), *cut_off_notes(curves)],
         num_curves=len(curves),
         defenses=labels(frame["group"]),
         attacks=matrix(frame, "attack"),

@@ -102,6 +102,11 @@ class Curve:
         trained_poison_ratio: Share of harmful rows among them; None where it trained on none.
         weights_moved: Share of the attacked weights with a gradient that had moved after the first
             steps; the steps of the others were lost to rounding. None where it is not known.
+        skipped_steps: Further step counts of the attack, ascending, at which nothing was measured
+            because the model was broken already (`RedTeam.stop_after_break`); empty where the attack
+            went on to its end.
+        budget: Gradient evaluations that the model's training was allowed, in a study of several
+            budgets (`scale`); None elsewhere.
     """
 
     defense: str
@@ -140,6 +145,8 @@ class Curve:
     num_trained_rows: int | None = None
     trained_poison_ratio: float | None = None
     weights_moved: float | None = None
+    skipped_steps: list[int] = field(default_factory=list)
+    budget: int | None = None
 
     @property
     def key(self) -> CurveKey:
@@ -163,6 +170,28 @@ class Curve:
             if values and steps in self.attack_steps
             else None
         )
+
+    def completed(self) -> "Curve":
+        """The curve with the last measurement in place of those that were skipped.
+
+        Whoever has broken a model may leave it at that. Tokens and FLOPs are what the attack would
+        have consumed, in proportion to its steps.
+        """
+        if not self.skipped_steps or self.attack_steps[-1] >= self.skipped_steps[-1]:
+            return self
+        num_missing, last = len(self.skipped_steps), self.attack_steps[-1]
+
+        def extended(values: list[Any]) -> list[Any]:
+            return values + values[-1:] * num_missing
+
+        lists = {name: extended(getattr(self, name)) for name in _measured_lists()}
+        for name, kind in (("attack_tokens", int), ("attack_flops", float)):
+            if last and (spent := getattr(self, name)):
+                grown = [kind(spent[-1] * steps / last) for steps in self.skipped_steps]
+                lists[name] = [*spent, *grown]
+        steps = [*self.attack_steps, *self.skipped_steps]
+        utility = {name: extended(values) for name, values in self.utility.items()}
+        return replace(self, **{**lists, "attack_steps": steps, "utility": utility})
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Curve":
@@ -316,15 +345,24 @@ def average(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def _measured_lists() -> list[str]:
+    """Fields of a curve with an entry per measurement."""
+    others = ("samples", "skipped_steps")
+    lists = [entry.name for entry in fields(Curve) if get_origin(entry.type) is list]
+    return [name for name in lists if name not in others]
+
+
 def _check_lists(entries: dict[str, Any]) -> None:
     """Holds every list against `attack_steps`, and turns NaN among rates into None."""
     steps = entries["attack_steps"]
     if list(steps) != sorted(steps):
         raise ValueError(f"attack_steps must ascend, got {steps}")
+    skipped = list(entries.get("skipped_steps", []))
+    if skipped != sorted(skipped) or (steps and skipped and skipped[0] <= steps[-1]):
+        raise ValueError(f"skipped_steps must ascend from {steps[-1:]}, got {skipped}")
     kinds = {entry.name: entry.type for entry in fields(Curve) if entry.name in entries}
-    lists = {name: entries[name] for name, kind in kinds.items() if get_origin(kind) is list}
+    lists = {name: entries[name] for name in _measured_lists() if name in entries}
     del lists["attack_steps"]
-    lists.pop("samples", None)
     lists |= {f"utility.{name}": values for name, values in entries.get("utility", {}).items()}
     for name, values in lists.items():
         if len(values) != len(steps) and (values or name == "asr"):

@@ -152,6 +152,17 @@ def cut_off_notes(curves: Sequence[Curve]) -> list[str]:
     ]
 
 
+def stopped_notes(curves: Sequence[Curve]) -> list[str]:
+    """That attacks ended once the model was broken; none where all went on."""
+    num_stopped = sum(bool(curve.skipped_steps) for curve in curves)
+    if not num_stopped:
+        return []
+    return [
+        f"{num_stopped} of {len(curves)} attacks ended once the model was broken; their last "
+        "measurement stands for later steps."
+    ]
+
+
 def _endings(groups: Sequence[Group], attacks: Sequence[str], title: str | None) -> "Table":
     """One line per attack and one column per defense: success at the end, and when it broke."""
     legend = (
@@ -257,6 +268,6 @@ def _notes(
         )
     if unscored := sum(sum(curve.judge_errors) for curve in curves):
         notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
-    notes += cut_off_notes(curves)
+    notes += [*stopped_notes(curves), *cut_off_notes(curves)]
     found = {mark for group in groups for mark in group.marks}
     return [*notes, *explained(mark for mark in _SIGNED if mark in found)]
