@@ -17,6 +17,7 @@ from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
 from patcher_pl.redteam.variation import Setting
 from patcher_pl.reports.environment import environment
+from patcher_pl.reports.grouping import with_released
 from patcher_pl.reports.results import Curve, Overlap, Results
 from patcher_pl.reports.settings import fingerprint
 
@@ -97,7 +98,7 @@ class Board:
     def save(self) -> Results:
         """Writes the curves of everything that was planned and has an outcome."""
         results = Results(
-            curves=_outcomes(list(self._planned.values())),
+            curves=with_released(_outcomes(list(self._planned.values()))),
             environment=environment(),
             settings=self.settings,
             fingerprint=fingerprint(self.settings),

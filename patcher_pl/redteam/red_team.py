@@ -27,7 +27,8 @@ from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.record import Record
 from patcher_pl.redteam.shared_data import Policy, shared_data, training_rows
 from patcher_pl.redteam.variation import require_settings
-from patcher_pl.reports.results import Curve, Overlap
+from patcher_pl.reports.results import MIN_BENIGN_KEPT, Curve, Overlap
+from patcher_pl.reports.settings import NO_OUTCOME
 from patcher_pl.types import Conversation
 from patcher_pl.validation import require
 
@@ -67,6 +68,8 @@ class RedTeam:
             rounding, in a fraction of time and memory. Whether the model can is checked first.
         benign_judge: Scores the answers to benign prompts, such as `ReferenceJudge`; None takes
             `judge`.
+        min_benign_kept: Share of the released benign accuracy or compliance that an attacked model
+            must keep to count as useful (in [0, 1]), in everything that is called bounded.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -89,6 +92,8 @@ class RedTeam:
     overlap: Policy = "error"
     packing: bool = False
     benign_judge: Judge | None = None
+    # What was measured stays the same, so that no attack is repeated for another bound.
+    min_benign_kept: float = field(default=MIN_BENIGN_KEPT, metadata=NO_OUTCOME)
 
     def __post_init__(self) -> None:
         names = [attack.name for attack in self.attacks]
@@ -103,7 +108,7 @@ class RedTeam:
         rule = "measures of different names (`label`)"
         require(self, len(set(measures)) == len(measures), "utility", rule, value=measures)
         require_settings("RedTeam.grid", Grid(**self.grid), self.attacks)
-        for name in ("min_coherence", "max_judge_error_rate"):
+        for name in ("min_coherence", "max_judge_error_rate", "min_benign_kept"):
             require(self, 0 <= getattr(self, name) <= 1, name, "in [0, 1]")
 
     def cells(self) -> list[Cell]:
@@ -162,6 +167,7 @@ class RedTeam:
             self.min_coherence,
             self.max_judge_error_rate,
             "benign_accuracy" if judge.knows_answers and is_known else "benign_compliance",
+            self.min_benign_kept,
         )
 
     def run(

@@ -85,7 +85,10 @@ def render_page(
         for axis in COST_AXES
         if axis != "steps" and any(getattr(curve, f"attack_{axis}") for curve in curves)
     ]
-    compared = [comparison_table(comparisons), incomparable_table(comparisons)]
+    compared = [
+        *(comparison_table(comparisons, is_bounded=is_bounded) for is_bounded in (False, True)),
+        incomparable_table(comparisons),
+    ]
     return environment.get_template("report.html.j2").render(
         title=title,
         notes=[*notes, *cut_off_notes(curves)],

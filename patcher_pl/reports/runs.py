@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patcher_pl.errors import DataError
+from patcher_pl.reports.grouping import with_released
 from patcher_pl.reports.results import Curve, CurveKey, Results, known_benign
 
 FILE_NAME = "results.json"
@@ -47,6 +48,10 @@ def merge_runs(runs: Sequence[Run]) -> tuple[list[Curve], list[str]]:
     same defense, attack and seeds, that defense is told apart by the runs' names.
     """
     found: dict[CurveKey, list[Curve]] = {}
+    runs = [
+        replace(run, results=replace(run.results, curves=with_released(run.results.curves)))
+        for run in runs
+    ]
     for run in runs:
         for curve in run.results.curves:
             found.setdefault(curve.key, []).append(curve)
