@@ -100,9 +100,7 @@ class Group:
     @property
     def label(self) -> str:
         """How the defense is called in a table or legend."""
-        method, space, run = self.defense.partition(" (")
-        name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + space + run
-        return name if self.k1 is None else f"{name}, k1 = {self.k1}"
+        return defense_label(self.defense, self.k1)
 
     @property
     def family(self) -> str:
@@ -209,6 +207,13 @@ class Group:
         shown = f"breaks at {break_span((steps, 0) for steps in broken)}"
         is_all = len(broken) == len(found)
         return shown if is_all else f"{shown} in {len(broken)} of {len(found)} seeds"
+
+
+def defense_label(defense: str, k1: int | None) -> str:
+    """How a defense is called in a table or legend."""
+    method, space, run = defense.partition(" (")
+    name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + space + run
+    return name if k1 is None else f"{name}, k1 = {k1}"
 
 
 def with_released(curves: Sequence[Curve]) -> list[Curve]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from patcher_pl.reports.formats import MISSING, amount, interval, number, signed, signs, span
-from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group, defense_label
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, Sample, average
 from patcher_pl.reports.runs import Run
+from patcher_pl.reports.searches import SearchOutcome
 from patcher_pl.reports.statistics import BreakCost, NotComparable, PairedComparison
 from patcher_pl.reports.tables import rows_of, text_table
 
@@ -84,6 +85,34 @@ def incomparable_table(rows: Sequence[PairedComparison | NotComparable]) -> Capt
     header = ["attack", "defense", "compared with", "reason"]
     caption = "Not compared, because it would not have been the same test:"
     return Captioned(caption, text_table(header, refused), 4) if refused else None
+
+
+def search_table(searches: Sequence[SearchOutcome]) -> Captioned | None:
+    """The strongest attacks that searches found, bounded and not; None without a search."""
+    header = ["defense", "measured", "strongest attack", "found by", "strength", "ASR"]
+    header += ["steps to break", "trials", "the last of which improved nothing"]
+    rows = [
+        [
+            *(defense_label(search.defense, search.k1), "bounded" if is_bounded else "unbounded"),
+            *(best.attack, best.source, number(best.value(is_bounded=is_bounded), ".3f")),
+            number(best.bounded_asr if is_bounded else best.asr),
+            _reached(best.bounded_steps_to_break if is_bounded else best.steps_to_break, search),
+            *(str(len(search.trials)), str(search.num_idle)),
+        ]
+        for search in searches
+        for is_bounded in (False, True)
+        if (best := search.strongest(is_bounded=is_bounded)) is not None
+    ]
+    caption = (
+        "The strongest attack that the search found, the grid included. Strength: area under the "
+        "best attack success so far, over log2(1 + steps), mean over seeds. Steps to break: median "
+        "over seeds. Bounded: measurements at which the model is known to be of no use are left out."
+    )
+    return Captioned(caption, text_table(header, rows), 4) if rows else None
+
+
+def _reached(steps: float | None, search: SearchOutcome) -> str:
+    return f"> {search.budget}" if steps is None else f"{steps:g}"
 
 
 def judge_table(frame: Frame) -> Captioned:

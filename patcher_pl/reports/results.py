@@ -12,6 +12,7 @@ from typing import Any, Literal, get_origin
 from patcher_pl.errors import DataError
 from patcher_pl.files import single_keys, write_json
 from patcher_pl.reports.bounds import Bounded, bounded
+from patcher_pl.reports.searches import SearchOutcome
 
 SCHEMA_VERSION = 3
 
@@ -251,6 +252,7 @@ class Results:
         fingerprint: Digest of those settings; curves of two files mix only where it agrees.
         overlap: What data sets of the run have in common, two by two; empty where it is not known.
         schema_version: Version of this layout.
+        searches: Searches for the strongest attack, one per model.
         training_data: Of a `fit`, what the defender (`safe`) and its simulated attacker (`attack`)
             drew: `num_rows`, `poison_ratio` (share of harmful ones) and `num_dropped` (too long).
     """
@@ -262,6 +264,7 @@ class Results:
     overlap: list[Overlap] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
     training_data: dict[str, dict[str, float]] = field(default_factory=dict)
+    searches: list[SearchOutcome] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Writes the results atomically; NaN becomes null."""
@@ -309,6 +312,10 @@ class Results:
             overlap = [Overlap(**entry) for entry in content.get("overlap") or []]
         except TypeError as error:
             raise _broken(path, f"overlap: {error}") from error
+        try:
+            searches = [SearchOutcome.from_json(entry) for entry in content.get("searches") or []]
+        except (TypeError, KeyError) as error:
+            raise _broken(path, f"searches: {error}") from error
         return cls(
             curves=curves,
             environment=content.get("environment") or {},
@@ -317,6 +324,7 @@ class Results:
             overlap=overlap,
             schema_version=version,
             training_data=content.get("training_data") or {},
+            searches=searches,
         )
 
 
