@@ -293,9 +293,6 @@ class TestSearch:
                 {"num_trials": 1, "min_improvement": 2},
                 r"Search\.min_improvement must be in \[0, 1\]",
             ),
-            (
-                r"Search\.objective must be `bounded` or null",
-            ),
             ({"num_trials": 1, "lr": [1.0]}, r"Search\.lr must be \[low, high\]"),
             ({"num_trials": 1, "num_steps": [9, 3]}, r"Search\.num_steps must be \[low, high\]"),
         ]:
