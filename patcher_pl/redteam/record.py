@@ -11,6 +11,7 @@ from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Asked, Examination
 from patcher_pl.reports.results import (
     LARGEST_CUT_OFF,
+    MIN_BENIGN_KEPT,
     BenignMeasure,
     Curve,
     CurveKey,
@@ -33,6 +34,7 @@ class Record:
             collapsed.
         max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
         benign_measure: What the highest score on a benign prompt says of the model.
+        min_benign_kept: Share of that measure that a useful model keeps under attack (0..1).
     """
 
     questions: Sequence[Question]
@@ -42,6 +44,7 @@ class Record:
     min_coherence: float
     max_judge_error_rate: float
     benign_measure: BenignMeasure = "benign_accuracy"
+    min_benign_kept: float = MIN_BENIGN_KEPT
     trained: Mapping[str, bool] = field(default_factory=dict)
     """Whether each row that the attack was trained on is harmful, by its origin."""
     skipped_steps: list[int] = field(default_factory=list)
@@ -221,6 +224,7 @@ class Record:
             benign_cut_off=self._benign("cut_off"),
             weights_moved=self._moved,
             skipped_steps=self.skipped_steps,
+            min_benign_kept=self.min_benign_kept,
             prompts_digest=fingerprint(
                 [[turn.content for turn in question.messages] for question in self.questions]
             ),
