@@ -187,10 +187,15 @@ def _answers(frame: Frame, num_samples: int) -> Iterator[dict[str, Any]]:
 
 def _origin(run: Run) -> dict[str, Any]:
     settings = hide_secrets(run.results.settings)
+    control = settings.get("control") or {}
     return {
         "name": run.name,
         "curves": len(run.results.curves),
         "environment": _flat(hide_secrets(run.results.environment)),
+        "control": [
+            (name, json.dumps(value, ensure_ascii=False))
+            for name, value in control.get("settings_of_its_own", {}).items()
+        ],
         "settings": json.dumps(settings, indent=2, ensure_ascii=False) if settings else "",
     }
 
