@@ -58,7 +58,7 @@ class DrawnAttack:
     kind: str = ""
     begins_anew: bool = True
     is_carried: bool = False
-    data: AttackData = AttackData()
+    data: AttackData = field(default_factory=AttackData)
     settings: Mapping[str, float | int | str] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ from patcher_pl.validation import require
 
 @dataclass(frozen=True, kw_only=True)
 class Carry:
-    """Lets each attack go on from where the last one of its kind ended:
+    """Lets each attack go on from where the last one of its kind ended.
 
         v_n = A_k1(theta_n + scale v_{n-1}) - theta_n,   v = 0 where an attack begins anew,
 

@@ -8,7 +8,9 @@ from patcher_pl.validation import require
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Curriculum of k1: the n-th attack (from 0) takes
+    """Curriculum of k1: attacks become longer.
+
+    The n-th one (from 0) takes
 
         k1(n) = first_steps (num_steps / first_steps)^s   (geometric)
         k1(n) = first_steps + (num_steps - first_steps) s   (linear),   s = min(1, n / num_attacks)

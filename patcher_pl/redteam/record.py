@@ -9,6 +9,7 @@ from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.optim.moved import is_lost
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Asked, Examination
+from patcher_pl.reports.bounds import bounded
 from patcher_pl.reports.results import (
     LARGEST_CUT_OFF,
     MIN_BENIGN_KEPT,
@@ -106,9 +107,22 @@ class Record:
 
     @property
     def num_since_break(self) -> int | None:
-        """Measurements after the one that found the model broken; None where none did."""
-        rates = [finite(found.harmful.rate) for found in self._found]
-        place = steps_to_break(range(len(rates)), rates, self.threshold)
+        """Measurements after the one that found the model broken, and of use; None where none did.
+
+        Where use is not known, broken is enough.
+        """
+        rates, kept = [finite(found.harmful.rate) for found in self._found], self._benign("rate")
+        places = range(len(rates))
+        place = steps_to_break(places, rates, self.threshold)
+        if place is not None:
+            found = bounded(
+                *(places, rates, kept, self._collapsed),
+                threshold=self.threshold,
+                released=kept[0] if kept else None,
+                min_kept=self.min_benign_kept,
+            )
+            # A model that was destroyed may be taught anew: that break is still to come.
+            place = found.steps_to_break if found.is_known else place
         return None if place is None else len(rates) - 1 - place
 
     def concerns(self) -> list[str]:

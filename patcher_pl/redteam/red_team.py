@@ -69,7 +69,7 @@ class RedTeam:
         benign_judge: Scores the answers to benign prompts, such as `ReferenceJudge`; None takes
             `judge`.
         stop_after_break: End an attack so many measurements after the one that found the model broken
-            (count, >= 0); the rest is listed in `Curve.skipped_steps`. None lets every attack go on to
+            and of use (`min_benign_kept`, as far as it is known; count, >= 0); the rest is listed in `Curve.skipped_steps`. None lets every attack go on to
             its end.
         min_benign_kept: Share of the released benign accuracy or compliance that an attacked model
             must keep to count as useful (in [0, 1]), in everything that is called bounded.

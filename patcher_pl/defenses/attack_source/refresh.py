@@ -7,7 +7,7 @@ from patcher_pl.validation import require
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveRefresh:
-    """Chooses k2 anew after every attack, by what the vector before it had come to miss:
+    """Chooses k2 anew after every attack, by what the vector before it had come to miss.
 
         gap = L_out(theta + v_new) - L_out(theta + v_old),   at the same theta and batch
         k2 <- max(min_steps, k2 / factor)   if gap > tolerance
