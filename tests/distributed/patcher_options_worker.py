@@ -2,14 +2,16 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.attackers import AttackDistribution, Carry, FineTuningAttacker, Growth, Kind
 from patcher_pl.defenses import Patcher
+from patcher_pl.defenses.attack_source import AdaptiveRefresh
 from patcher_pl.defenses.retention import KLToBase, RepresentationDistance
 from tests.distributed import runs
 from tests.distributed.fsdp1_worker import CPUStrategy
@@ -17,13 +19,39 @@ from tests.distributed.worker import assert_same_parts, whole
 from tests.tiny_runs import Rows, make_llama_exact
 
 RANK = int(os.environ.get("RANK", 0))
-KINDS = {"kl": KLToBase, "states": RepresentationDistance}
+RETAINED = {"kl": KLToBase, "states": RepresentationDistance}
+KINDS = (*RETAINED, "attacks")
+
+
+CARRIED = FineTuningAttacker(
+    num_steps=2,
+    optimizer=runs.ADAMW,
+    carry=Carry(restart_every=3, scale=1.5, keep_optimizer=True),
+)
+ATTACKS = AttackDistribution(
+    kinds=[
+        Kind(attacker=CARRIED, space={"lr": [1e-4, 1e-2]}),
+        Kind(
+            attacker=replace(
+                CARRIED, carry=None, num_steps=4, growth=Growth(first_steps=1, num_attacks=2)
+            ),
+            label="growing",
+        ),
+    ]
+)
 
 
 def make(folder: Path, kind: str, **options: Any) -> Patcher:
-    """Two attack points, what is retained at theta and after the attack; clipping, accumulation."""
+    """Two attack points and what is retained at theta and after the attack, or attacks that differ."""
+    if kind == "attacks":
+        return runs.make_patcher(
+            folder / "llama",
+            attacker=ATTACKS,
+            adaptive_refresh=AdaptiveRefresh(min_steps=1, max_steps=3),
+            **options,
+        )
     benign = Rows(folder / f"benign-{os.environ.get('RANK', 'alone')}", num_safe=9)
-    retain = KINDS[kind](data=benign.mixtures["safe"], weight=0.5, attacked_weight=0.25)
+    retain = RETAINED[kind](data=benign.mixtures["safe"], weight=0.5, attacked_weight=0.25)
     attacker = FineTuningAttacker(
         num_steps=2, optimizer=runs.ADAMW, max_grad_norm=0.5, vector_steps=[1, 2]
     )

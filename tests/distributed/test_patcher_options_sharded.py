@@ -32,6 +32,9 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
                 torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
             for name, values in history.items():
                 assert found[name] == pytest.approx(values, rel=1e-6, abs=1e-9), (strategy, name)
+            if kind not in worker.RETAINED:
+                assert max(history["attack/steps_from_theta"].values()) > 2
+                continue
             # One token seen later or earlier would do: the distances must be there to compare.
             assert max(history["train/retain_distance"].values()) > 1e-6
             assert max(history["train/retain_distance_attacked"].values()) > 1e-6
@@ -47,4 +50,4 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
         )
         for name, value in snapshot(resumed.model).items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9)
-        assert len(resumed.attack_source.vectors) == 2
+        assert len(resumed.attack_source.vectors) == (2 if kind in worker.RETAINED else 1)

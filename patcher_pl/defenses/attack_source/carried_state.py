@@ -60,19 +60,22 @@ def _moments_by_name(
     moments: Moments, weights: Weights
 ) -> tuple[dict[str, list[Tensor]], list[dict[str, Any] | None]]:
     """Tensors like the weights, one vector each (0 where a weight has none), and all else."""
+    tensors = weights.shards.tensors
     taken = [entry for entry in moments.entries if entry is not None]
     names = [key for key, value in taken[0].items() if _is_vector(value)] if taken else []
     vectors = {
         name: [
             torch.zeros_like(tensor) if entry is None else entry[name]
-            for entry, tensor in zip(moments.entries, weights.shards.tensors, strict=True)
+            for entry, tensor in zip(moments.entries, tensors, strict=True)
         ]
         for name in names
     }
-    counts = [
-        None if entry is None else {key: value for key, value in entry.items() if key not in names}
-        for entry in moments.entries
-    ]
+    counts: list[dict[str, Any] | None] = []
+    for entry, tensor in zip(moments.entries, tensors, strict=True):
+        # A weight that lies on other processes as a whole has stepped there, and counts are saved by
+        # one process for all.
+        known = taken[0] if entry is None and taken and not tensor.numel() else entry
+        counts.append(known and {key: value for key, value in known.items() if key not in names})
     return vectors, counts
 
 
