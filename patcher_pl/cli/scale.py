@@ -118,7 +118,8 @@ def run_scale(
     with study.estimates():
         for column in columns:
             study.run(column)
-            found = _report(study, as_settings(settings), run_dir)
+            _report(study, as_settings(settings), run_dir)
+    found = study.found(as_settings(settings))
     if found.reaches:
         page = run_dir / "report.html"
         run_report([RunDirectory(run_dir).results], out=page, title="Defenses over budgets")
@@ -260,20 +261,23 @@ class _Study:
             for curve in curves_of(self.models.get(column.budget, {}))
         ]
 
+    def found(self, settings: dict[str, Any]) -> ScalingStudy:
+        """What is known so far."""
+        return ScalingStudy.of(
+            self.curves(),
+            trials=self.trials,
+            costs={budget: costs(models) for budget, models in self.models.items()},
+            lost=self.lost,
+            environment=environment(),
+            settings=settings,
+        )
 
-def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> ScalingStudy:
-    curves = study.curves()
-    found = ScalingStudy.of(
-        curves,
-        trials=study.trials,
-        costs={budget: costs(models) for budget, models in study.models.items()},
-        lost=study.lost,
-        environment=environment(),
-        settings=settings,
-    )
+
+def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> None:
+    curves, found = study.curves(), study.found(settings)
     found.save(run_dir, curves)
     if not found.reaches:
-        return found
+        return
     done = [
         fit.results
         for models in study.models.values()
@@ -295,7 +299,6 @@ def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> ScalingSt
     console.print(rich_table("Slopes", slope_table(found.slopes), num_names=2))
     console.print("\n".join(found.notes(curves)), highlight=False)
     console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)
-    return found
 
 
 def _grouped(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.comparison import DefenseTrial, TrainingCost
 from patcher_pl.reports.formats import MISSING, interval, number, span
-from patcher_pl.reports.grouping import Frame, Group
+from patcher_pl.reports.grouping import Frame, Group, at_budget
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.statistics import (
     GEOMETRIC_MEAN,
@@ -128,7 +128,7 @@ class ScalingStudy:
 
 def named_by_budget(curves: Sequence[Curve]) -> list[Curve]:
     """The curves under names that tell a defense's budgets apart, for `results.json`."""
-    return [replace(curve, defense=f"{curve.defense} (budget {curve.budget})") for curve in curves]
+    return [replace(curve, defense=at_budget(curve.defense, curve.budget)) for curve in curves]
 
 
 def defense_label(defense: str) -> str:
@@ -156,7 +156,7 @@ def summary_table(found: Sequence[Level]) -> Frame:
     header += [name for family in families for name in (family, "ratio to control")]
     known = {(one.defense, one.budget, one.family): one for one in found}
     rows = []
-    for defense, budget in dict.fromkeys((one.defense, one.budget) for one in found):
+    for defense, budget in _places(found):
         own = [known.get((defense, budget, family)) for family in families]
         if any(own):
             cells = [cell for one in own for cell in (_steps(one), _ratio(one))]
@@ -173,7 +173,7 @@ def family_table(found: Sequence[Level]) -> Frame:
             *(defense_label(defense), str(budget)),
             *(_steps(known.get((defense, budget, family))) for family in families),
         ]
-        for defense, budget in dict.fromkeys((one.defense, one.budget) for one in found)
+        for defense, budget in _places(found)
     ]
     return text_table(["defense", "budget", *families], rows)
 
@@ -195,6 +195,13 @@ def slope_table(found: Sequence[Slope]) -> Frame:
 
 def _is_control(defense: str) -> bool:
     return Group(defense, None, "", ()).is_control
+
+
+def _places(found: Sequence[Level]) -> list[tuple[str, int]]:
+    """Defenses in the order in which they come, each with its budgets, the smallest first."""
+    defenses = list(dict.fromkeys(one.defense for one in found))
+    places = {(one.defense, one.budget) for one in found}
+    return sorted(places, key=lambda place: (defenses.index(place[0]), place[1]))
 
 
 def _steps(one: Level | None) -> str:

@@ -156,6 +156,10 @@ def test_results_tell_budgets_apart_and_reports_compare_equal_ones(study, tmp_pa
     assert len(groups) == 2 * 2 * 3
     assert all(len(group.curves) == 3 for group in groups)
     labels = {group.label: group.is_control for group in groups}
+    assert list(labels) == [
+        *(f"SFT (budget {budget})" for budget in (500, 2000, 8000)),
+        *(f"Mine (budget {budget})" for budget in (500, 2000, 8000)),
+    ]
     assert labels["SFT (budget 500)"]
     assert not labels["Mine (budget 8000)"]
     pairs = {(found.first, found.second) for found in compare_all(groups)}
