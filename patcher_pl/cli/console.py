@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from patcher_pl.reports.results import Curve
+    from patcher_pl.reports.searches import SearchOutcome
 
 
 def log_progress() -> None:
@@ -37,17 +38,31 @@ def wide_console(width: int | None = None) -> "Console":
     return Console(width=width, markup=False, emoji=False)
 
 
-def write_reports(curves: "Sequence[Curve]", run_dir: Path, title: str) -> None:
-    """Writes `results.csv`, `asr.png` and `asr.svg` into `run_dir` and prints the table."""
+def write_reports(
+    curves: "Sequence[Curve]",
+    run_dir: Path,
+    title: str,
+    searches: "Sequence[SearchOutcome]" = (),
+) -> None:
+    """Writes `results.csv`, `asr.png` and `asr.svg` into `run_dir` and prints the table.
+
+    Where there are searches for the strongest attack, `saturation.png` and `.svg` are written too.
+    """
     from patcher_pl.files import write_text
     from patcher_pl.reports.curves import asr_figure
-    from patcher_pl.reports.drawing import save_figure
+    from patcher_pl.reports.drawing import group_styles, save_figure
+    from patcher_pl.reports.grouping import group_curves
+    from patcher_pl.reports.saturation import saturation_figure
     from patcher_pl.reports.tables import to_csv, to_rich
 
     write_text(run_dir / "results.csv", to_csv(curves))
-    figure = asr_figure(curves)
-    save_figure(figure, run_dir / "asr.png")
-    save_figure(figure, run_dir / "asr.svg")
+    figures = {"asr": asr_figure(curves)}
+    if searches:
+        styles = group_styles(group_curves(curves))
+        figures["saturation"] = saturation_figure(searches, styles)
+    for name, figure in figures.items():
+        save_figure(figure, run_dir / f"{name}.png")
+        save_figure(figure, run_dir / f"{name}.svg")
     console = wide_console(120)
     console.print(to_rich(curves, title=title))
     console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)

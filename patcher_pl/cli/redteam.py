@@ -43,8 +43,8 @@ def run_redteam(
     """Attacks models with a red team and reports how their safety holds.
 
     Every attack with every seed on every model leaves a file below `run_dir/cells`, whole or not at
-    all. At the end come `results.json`, `results.csv`, `asr.png` and `asr.svg`, and a table on the
-    terminal. The same command goes on where it was interrupted, and repeats only attacks that
+    all. At the end come `results.json`, `results.csv`, `asr.png` and `asr.svg` (and of a search,
+    `saturation.png` and `.svg`), and a table on the terminal. The same command goes on where it was interrupted, and repeats only attacks that
     failed, or whose settings changed, or the content of what they name: model, data, prompts, rubric.
     Answers that the judge failed on are kept, and judged again by the same command.
 
@@ -129,9 +129,10 @@ def run_redteam(
     curves = board.attack(redteam, attacked)
     if search is not None:
         board.search(search, redteam, attacked, curves)
-    curves = board.save().curves
+    saved = board.save()
+    curves = saved.curves
     names = ", ".join(target.defense if model is None else str(model) for target in targets)
-    write_reports(curves, run_dir, title=f"Red team of {names}")
+    write_reports(curves, run_dir, title=f"Red team of {names}", searches=saved.searches)
     results = board.run_directory.results
     if all(curve.error is not None for curve in curves):
         raise PatcherError(f"Every attack failed; the first with {curves[0].error}. See {results}.")

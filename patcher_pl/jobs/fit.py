@@ -62,7 +62,7 @@ class Fit(Job[Ending]):
         Raises:
             ConfigError: If a configuration cannot be read.
         """
-        changed = [f"--{key}={_as_option(value)}" for key, value in options.items()]
+        changed = [f"--{key}={as_option(value)}" for key, value in options.items()]
         arguments = ["--config", str(base), *changed]
         named = {*contents_of(base, base.parent), *contents_of(options, Path())}
         digest = fingerprint([arguments, sorted(named)])
@@ -202,6 +202,7 @@ def seed_options(seed: int) -> dict[str, Any]:
     return {"seed_everything": seed, "redteam.seeds": [seed]}
 
 
-def _as_option(value: Any) -> str:
+def as_option(value: Any) -> str:
+    """A value of an option as the command line takes it."""
     # jsonargparse hands class_path mappings over as namespaces.
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=vars)

@@ -17,7 +17,9 @@ from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
 from patcher_pl.redteam.variation import Setting
 from patcher_pl.reports.environment import environment
+from patcher_pl.reports.grouping import with_released
 from patcher_pl.reports.results import Curve, Overlap, Results
+from patcher_pl.reports.searches import SearchOutcome, search_lines
 from patcher_pl.reports.settings import fingerprint
 
 
@@ -43,6 +45,7 @@ class Board:
     overlap: Sequence[Overlap] = ()
     training_data: dict[str, dict[str, float]] = field(default_factory=dict)
     _planned: dict[Path, AttackJob] = field(default_factory=dict)
+    _searches: list[SearchOutcome] = field(default_factory=list)
 
     def claim(self) -> None:
         """Sees to it that results of another command are not replaced.
@@ -77,32 +80,34 @@ class Board:
     ) -> None:
         """Searches for the strongest attack on every model.
 
-        Writes what was tried to `search.json`, by defense, the strongest first.
+        Writes what was tried to `search.json`, by defense, the strongest first; it is in the results,
+        too.
         """
         tried: dict[str, list[dict[str, Any]]] = {}
+        self._searches.clear()
         for model in models:
             known: dict[str, list[Curve]] = defaultdict(list)
-            for curve in grid:
+            for curve in with_released(grid):
                 if curve.key[:3] == model.name.model_key:
                     known[curve.attack].append(curve)
-            outcome = search.run(redteam, list(known.values()), partial(self._try, redteam, model))
-            name, best = model.name.defense, outcome[0]
-            tried[name] = [asdict(trial) for trial in outcome]
-            print(
-                f"Strongest attack on {name}: {best.attack} (strength {best.strength:.3f}, found by "
-                f"the {best.source})"
-            )
+            groups = list(known.values())
+            attempts = search.run(redteam, groups, partial(self._try, redteam, model, groups))
+            outcome = search.outcome(redteam, groups, attempts, model.name)
+            tried[model.name.defense] = [asdict(trial) for trial in attempts]
+            self._searches.append(outcome)
+            print("\n".join(search_lines(outcome)))
         write_json(self.run_directory.root / "search.json", tried)
 
     def save(self) -> Results:
         """Writes the curves of everything that was planned and has an outcome."""
         results = Results(
-            curves=_outcomes(list(self._planned.values())),
+            curves=with_released(_outcomes(list(self._planned.values()))),
             environment=environment(),
             settings=self.settings,
             fingerprint=fingerprint(self.settings),
             overlap=list(self.overlap),
             training_data=self.training_data,
+            searches=list(self._searches),
         )
         results.save(self.run_directory.results)
         return results
@@ -120,6 +125,7 @@ class Board:
         self,
         redteam: RedTeam,
         model: AttackedModel,
+        known: Sequence[Sequence[Curve]],
         chosen: Sequence[tuple[Attack, dict[str, Setting]]],
     ) -> list[list[Curve]]:
         groups: list[list[AttackJob]] = []
@@ -131,7 +137,9 @@ class Board:
                 cells = []
             groups.append([self._job(redteam, model, cell) for cell in cells])
         self._run([job for jobs in groups for job in jobs])
-        return [_outcomes(jobs) for jobs in groups]
+        # What the released model was good for is known of the grid.
+        grid = [curve for curves in known for curve in curves]
+        return [with_released([*grid, *_outcomes(jobs)])[len(grid) :] for jobs in groups]
 
     def _job(self, redteam: RedTeam, model: AttackedModel, cell: Cell) -> AttackJob:
         return AttackJob.plan(redteam, cell, model, self.run_directory.cells, self.num_threads)

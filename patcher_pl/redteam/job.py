@@ -196,7 +196,8 @@ class AttackJob(Job[Curve]):
         return is_whole and self._unjudged is None
 
     def parse(self, content: Mapping[str, Any]) -> Curve:
-        return Curve.from_json(content)
+        # The bound is no part of the digest: it changes what is made of a curve, not the curve.
+        return replace(Curve.from_json(content), min_benign_kept=self.team.min_benign_kept)
 
     def fail(self, reason: str) -> None:
         """Writes why there is no curve; what was measured before is lost with the process.

@@ -9,8 +9,10 @@ from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.optim.moved import is_lost
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Asked, Examination
+from patcher_pl.reports.bounds import bounded
 from patcher_pl.reports.results import (
     LARGEST_CUT_OFF,
+    MIN_BENIGN_KEPT,
     BenignMeasure,
     Curve,
     CurveKey,
@@ -33,6 +35,7 @@ class Record:
             collapsed.
         max_judge_error_rate: Share of answers to harmful prompts that the judge may fail on.
         benign_measure: What the highest score on a benign prompt says of the model.
+        min_benign_kept: Share of that measure that a useful model keeps under attack (0..1).
     """
 
     questions: Sequence[Question]
@@ -42,6 +45,7 @@ class Record:
     min_coherence: float
     max_judge_error_rate: float
     benign_measure: BenignMeasure = "benign_accuracy"
+    min_benign_kept: float = MIN_BENIGN_KEPT
     trained: Mapping[str, bool] = field(default_factory=dict)
     """Whether each row that the attack was trained on is harmful, by its origin."""
     skipped_steps: list[int] = field(default_factory=list)
@@ -103,9 +107,22 @@ class Record:
 
     @property
     def num_since_break(self) -> int | None:
-        """Measurements after the one that found the model broken; None where none did."""
-        rates = [finite(found.harmful.rate) for found in self._found]
-        place = steps_to_break(range(len(rates)), rates, self.threshold)
+        """Measurements after the one that found the model broken, and of use; None where none did.
+
+        Where use is not known, broken is enough.
+        """
+        rates, kept = [finite(found.harmful.rate) for found in self._found], self._benign("rate")
+        places = range(len(rates))
+        place = steps_to_break(places, rates, self.threshold)
+        if place is not None:
+            found = bounded(
+                *(places, rates, kept, self._collapsed),
+                threshold=self.threshold,
+                released=kept[0] if kept else None,
+                min_kept=self.min_benign_kept,
+            )
+            # A model that was destroyed may be taught anew: that break is still to come.
+            place = found.steps_to_break if found.is_known else place
         return None if place is None else len(rates) - 1 - place
 
     def concerns(self) -> list[str]:
@@ -221,6 +238,7 @@ class Record:
             benign_cut_off=self._benign("cut_off"),
             weights_moved=self._moved,
             skipped_steps=self.skipped_steps,
+            min_benign_kept=self.min_benign_kept,
             prompts_digest=fingerprint(
                 [[turn.content for turn in question.messages] for question in self.questions]
             ),

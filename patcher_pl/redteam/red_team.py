@@ -27,7 +27,8 @@ from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.record import Record
 from patcher_pl.redteam.shared_data import Policy, shared_data, training_rows
 from patcher_pl.redteam.variation import require_settings
-from patcher_pl.reports.results import Curve, Overlap
+from patcher_pl.reports.results import MIN_BENIGN_KEPT, Curve, Overlap
+from patcher_pl.reports.settings import NO_OUTCOME
 from patcher_pl.types import Conversation
 from patcher_pl.validation import require
 
@@ -68,8 +69,10 @@ class RedTeam:
         benign_judge: Scores the answers to benign prompts, such as `ReferenceJudge`; None takes
             `judge`.
         stop_after_break: End an attack so many measurements after the one that found the model broken
-            (count, >= 0); the rest is listed in `Curve.skipped_steps`. None lets every attack go on to
+            and of use (`min_benign_kept`, as far as it is known; count, >= 0); the rest is listed in `Curve.skipped_steps`. None lets every attack go on to
             its end.
+        min_benign_kept: Share of the released benign accuracy or compliance that an attacked model
+            must keep to count as useful (in [0, 1]), in everything that is called bounded.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -93,6 +96,8 @@ class RedTeam:
     packing: bool = False
     benign_judge: Judge | None = None
     stop_after_break: int | None = None
+    # What was measured stays the same, so that no attack is repeated for another bound.
+    min_benign_kept: float = field(default=MIN_BENIGN_KEPT, metadata=NO_OUTCOME)
 
     def __post_init__(self) -> None:
         names = [attack.name for attack in self.attacks]
@@ -109,7 +114,7 @@ class RedTeam:
         rule = "measures of different names (`label`)"
         require(self, len(set(measures)) == len(measures), "utility", rule, value=measures)
         require_settings("RedTeam.grid", Grid(**self.grid), self.attacks)
-        for name in ("min_coherence", "max_judge_error_rate"):
+        for name in ("min_coherence", "max_judge_error_rate", "min_benign_kept"):
             require(self, 0 <= getattr(self, name) <= 1, name, "in [0, 1]")
 
     def cells(self) -> list[Cell]:
@@ -168,6 +173,7 @@ class RedTeam:
             self.min_coherence,
             self.max_judge_error_rate,
             "benign_accuracy" if judge.knows_answers and is_known else "benign_compliance",
+            self.min_benign_kept,
         )
 
     def run(

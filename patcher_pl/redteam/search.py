@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import ConfigError
 from patcher_pl.redteam.base import Attack
-from patcher_pl.redteam.grid import Grid
+from patcher_pl.redteam.grid import Grid, ModelName
 from patcher_pl.redteam.red_team import RedTeam
-from patcher_pl.redteam.strength import mean_strength
+from patcher_pl.redteam.strength import attempt_of
 from patcher_pl.redteam.variation import (
     NUM_STEPS,
     Setting,
@@ -21,6 +21,8 @@ from patcher_pl.redteam.variation import (
     varied_name,
 )
 from patcher_pl.reports.results import Curve
+from patcher_pl.reports.searches import Attempt, Objective, SearchOutcome, num_idle
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     import optuna
@@ -40,23 +42,6 @@ _RANGES = {
 _COUNTS = (NUM_STEPS, "num_warmup_steps")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One tried setting.
-
-    Args:
-        attack: Name of the attack, settings included.
-        settings: What was varied.
-        strength: See `attack_strength`; mean over seeds.
-        source: `grid` or `search`.
-    """
-
-    attack: str
-    settings: dict[str, Setting]
-    strength: float
-    source: str
-
-
 @dataclass(frozen=True, init=False)
 class Search:
     """Optuna's tree-structured Parzen estimator over attacks and their settings.
@@ -66,12 +51,20 @@ class Search:
     interrupted search goes on by asking again: attacks that finished are not repeated.
 
     Args:
-        num_trials: Settings to try for every model, each with every seed (count, >= 1).
+        num_trials: Settings to try for every model, each with every seed (count, >= 1); fewer with
+            `patience`.
         batch: Trials asked for at a time (count, >= 1); more run side by side, fewer learn sooner.
         seed: Of the sampler.
         space: What is searched of every attack that has it, by the names of `Grid`: [low, high] of
             `lr` and `num_steps` (by their logarithm), `num_warmup_steps` and `poison_ratio`, choices
             of all others. An empty list leaves a setting alone.
+        objective: What the search makes large: `bounded` is the strength of an attack while the model
+            is of use (`RedTeam.min_benign_kept`), None its strength whatever it leaves. Both are
+            reported. Without benign prompts they are the same.
+        patience: Trials in a row without improvement that end the search, after a whole batch (count,
+            >= 1); None never ends it early.
+        min_improvement: Strength by which a trial must exceed the best one to count as improvement (in
+            [0, 1]); small gains count once they have added up.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -85,6 +78,9 @@ class Search:
     batch: int
     seed: int
     space: Mapping[str, list[Any]]
+    objective: Objective | None
+    patience: int | None
+    min_improvement: float
 
     def __init__(
         self,
@@ -93,15 +89,23 @@ class Search:
         batch: int = 4,
         seed: int = 0,
         space: Mapping[str, list[Any]] | None = None,
+        objective: Objective | None = "bounded",
+        patience: int | None = None,
+        min_improvement: float = 0.01,
         **more: list[Any],
     ) -> None:
         space = {**(space or {}), **more}
-        given = {"num_trials": num_trials, "batch": batch, "seed": seed, "space": space}
+        given: dict[str, Any] = {"num_trials": num_trials, "batch": batch, "seed": seed}
+        given |= {"space": space, "objective": objective, "patience": patience}
+        given["min_improvement"] = min_improvement
         for name, value in given.items():
             object.__setattr__(self, name, value)
-        for name in ("num_trials", "batch"):
-            if not isinstance(given[name], int) or given[name] < 1:
+        for name in ("num_trials", "batch", "patience"):
+            is_set = name == "patience" and patience is None
+            if not is_set and (not isinstance(given[name], int) or given[name] < 1):
                 raise ValueError(f"Search.{name} must be >= 1, got {given[name]!r}.")
+        require(self, objective in ("bounded", None), "objective", "`bounded` or null")
+        require(self, 0 <= min_improvement <= 1, "min_improvement", "in [0, 1]")
         for name, ends in space.items():
             is_range = len(ends) == 2 and not any(isinstance(end, str) for end in ends)
             if ends and field_of(name) in _RANGES and not (is_range and ends[0] < ends[1]):
@@ -113,7 +117,7 @@ class Search:
     def run(
         self, team: RedTeam, grid: Sequence[Sequence[Curve]], run_settings: RunSettings
     ) -> list[Attempt]:
-        """Returns everything that was tried, the strongest first.
+        """Returns everything that was tried, the strongest (by `objective`) first.
 
         Args:
             team: Attacks to choose from.
@@ -133,10 +137,9 @@ class Search:
         for curves in grid:
             if not curves:
                 continue
-            first, strength = curves[0], mean_strength(curves, budget)
-            trial = Attempt(
-                attack=first.attack, settings=first.varied, strength=strength, source="grid"
-            )
+            first = curves[0]
+            known = {"attack": first.attack, "settings": first.varied}
+            trial = attempt_of(curves, budget, source="grid", **known)
             tried.append(trial)
             self._teach(study, attacks, first.family, team.data, trial)
         for start in range(0, self.num_trials, self.batch):
@@ -144,17 +147,49 @@ class Search:
             asked = [study.ask() for _ in range(num_asked)]
             chosen = [self._suggested(trial, attacks) for trial in asked]
             found = run_settings(chosen)
-            for trial, (attack, settings), curves in zip(asked, chosen, found, strict=True):
-                strength = mean_strength(curves, budget)
-                if math.isnan(strength):
-                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                else:
-                    study.tell(trial, strength)
+            for place, (attack, settings) in enumerate(chosen):
                 name = varied_name(attack.name, settings)
-                tried.append(
-                    Attempt(attack=name, settings=settings, strength=strength, source="search")
-                )
-        return sorted(tried, key=lambda trial: -_or_zero(trial.strength))
+                known = {"attack": name, "settings": settings, "number": start + place}
+                tried.append(attempt_of(found[place], budget, source="search", **known))
+                if math.isnan(tried[-1].strength):
+                    study.tell(asked[place], state=optuna.trial.TrialState.FAIL)
+                else:
+                    study.tell(asked[place], tried[-1].value(is_bounded=self._is_bounded))
+            idle = num_idle(tried, self.objective, self.min_improvement)
+            if self.patience is not None and idle >= self.patience:
+                break
+        return sorted(tried, key=lambda trial: -trial.value(is_bounded=self._is_bounded))
+
+    def outcome(
+        self,
+        team: RedTeam,
+        grid: Sequence[Sequence[Curve]],
+        tried: Sequence[Attempt],
+        model: ModelName,
+    ) -> SearchOutcome:
+        """What `run` came to, for the results.
+
+        Args:
+            team: As for `run`.
+            grid: As for `run`.
+            tried: What it returned.
+            model: Whom it attacked.
+        """
+        return SearchOutcome(
+            defense=model.defense,
+            k1=model.k1,
+            train_seed=model.train_seed,
+            attempts=list(tried),
+            num_trials=self.num_trials,
+            budget=self._budget(team, grid),
+            objective=self.objective,
+            patience=self.patience,
+            min_improvement=self.min_improvement,
+        )
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self.objective == "bounded"
 
     def _budget(self, team: RedTeam, grid: Sequence[Sequence[Curve]]) -> int:
         """The longest attack of all: strengths of shorter ones count their last point to there."""
@@ -214,7 +249,7 @@ class Search:
                 create_trial(
                     params={_ATTACK: family, **params},
                     distributions={_ATTACK: CategoricalDistribution(list(attacks)), **space},
-                    value=trial.strength,
+                    value=trial.value(is_bounded=self._is_bounded),
                 )
             )
 
@@ -231,10 +266,6 @@ def _suggest(trial: "optuna.Trial", name: str, space: "BaseDistribution") -> Set
     choice = trial.suggest_categorical(name, space.choices)
     assert isinstance(choice, float | int | str)
     return choice
-
-
-def _or_zero(strength: float) -> float:
-    return 0.0 if math.isnan(strength) else strength
 
 
 def _imported() -> Any:

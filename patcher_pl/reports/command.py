@@ -63,11 +63,14 @@ def run_report(
             f"--baseline must be a defense of these runs, got {baseline!r}. "
             f"There are: {', '.join(labels(groups))}."
         )
+    comparisons = compare_all(groups, baseline)
+    if any(group.bounded_differs for group in groups):
+        comparisons += compare_all(groups, baseline, is_bounded=True)
     page = render_page(
         frame,
         curves,
         runs,
-        compare_all(groups, baseline),
+        comparisons,
         title=title,
         notes=notes,
         num_samples=num_samples,

@@ -10,7 +10,12 @@ from patcher_pl.reports.formats import MARKS, MISSING, explained, number, signs,
 from patcher_pl.reports.grouping import Frame, Group, group_curves
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average, known_benign
 from patcher_pl.reports.statistics import cost_to_break
-from patcher_pl.reports.tables import markdown_table, stopped_notes, text_table
+from patcher_pl.reports.tables import (
+    bounded_notes,
+    markdown_table,
+    stopped_notes,
+    text_table,
+)
 
 SCHEMA_VERSION = 1
 
@@ -87,9 +92,13 @@ class DefenseComparison:
     def save(self, run_dir: Path, curves: Sequence[Curve]) -> None:
         """Writes `comparison.json` and, of the compared models, `comparison.md`, each atomically.
 
-        The JSON also has `median_steps_to_break`, by attack and defense.
+        The JSON also has `median_steps_to_break`, by attack and defense, and the same bounded.
         """
-        content = {**asdict(self), "median_steps_to_break": median_steps_to_break(curves)}
+        content = {
+            **asdict(self),
+            "median_steps_to_break": median_steps_to_break(curves),
+            "bounded_median_steps_to_break": median_steps_to_break(curves, is_bounded=True),
+        }
         write_json(run_dir / "comparison.json", content)
         if curves:
             table = markdown_table(defense_table(curves, self.costs))
@@ -159,15 +168,23 @@ def comparison_notes(curves: Sequence[Curve]) -> list[str]:
         "Median number of attack steps that broke the defense, and its range over seeds; the other "
         "figures are means over seeds and attacks before the attack, or ranges over seeds."
     ]
+    groups = group_curves(curves)
+    lines += bounded_notes(groups)
     lines += stopped_notes(curves)
-    return [*lines, *explained(mark for group in group_curves(curves) for mark in group.marks)]
+    return [*lines, *explained(mark for group in groups for mark in group.marks)]
 
 
-def median_steps_to_break(curves: Sequence[Curve]) -> dict[str, dict[str, float | None]]:
-    """Median over seeds, by attack and defense; None where half of the seeds held."""
+def median_steps_to_break(
+    curves: Sequence[Curve], *, is_bounded: bool = False
+) -> dict[str, dict[str, float | None]]:
+    """Median over seeds, by attack and defense; None where half of the seeds held.
+
+    With `is_bounded`, only breaks that leave a useful model count, and None also where that is not
+    known.
+    """
     medians: dict[str, dict[str, float | None]] = {}
     for group in group_curves(curves):
-        cost = cost_to_break(group)
+        cost = cost_to_break(group, is_bounded=is_bounded)
         medians.setdefault(group.attack, {})[group.label] = cost and cost.median
     return medians
 
@@ -179,6 +196,8 @@ def _break(group: Group | None) -> str:
     median = f"> {cost.horizon:.0f}" if cost.median is None else f"{cost.median:.0f}"
     reached = group.steps_to_break
     shown = median if reached == median else f"{median} ({reached})"
+    if group.bounded_differs:
+        shown += f", bounded: {group.bounded_steps_to_break}"
     return f"{shown} {signs(group.marks)}".rstrip()
 
 

@@ -70,6 +70,19 @@ def break_span(attacks: Iterable[tuple[int | None, int]]) -> str:
     return span(shown)
 
 
+def bounded_note(shares: Iterable[float]) -> str:
+    """What "bounded" means in a table.
+
+    Args:
+        shares: Shares of the released benign accuracy or compliance that useful models keep.
+    """
+    kept = span([f"{share:.0%}" for share in sorted(set(shares))])
+    return (
+        f"bounded: counts only measurements at which the model keeps {kept} of its released benign "
+        "accuracy or compliance; shown where that makes a difference."
+    )
+
+
 def signs(marks: Sequence[Mark]) -> str:
     """The signs of these marks."""
     return " ".join(MARKS[mark] for mark in marks)

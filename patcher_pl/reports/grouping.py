@@ -1,12 +1,13 @@
 """Curves that differ only in their seeds, brought together for tables and figures."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 from patcher_pl.reports.formats import Mark, break_span
-from patcher_pl.reports.results import Curve, average
+from patcher_pl.reports.results import Curve, average, known_benign
 
 CONTROL = "sft"
 
@@ -54,7 +55,17 @@ COLUMNS = [
     "num_trained_rows",
     "trained_poison_ratio",
     "weights_moved",
+    "min_benign_kept",
+    "useful",
+    "bounded_asr",
+    "bounded_steps_to_break",
 ]
+# Of `Curve.bounded`.
+_BOUNDED = {
+    "useful": "bounded.useful",
+    "bounded_asr": "bounded.asr",
+    "bounded_steps_to_break": "bounded.steps_to_break",
+}
 # How the papers write their methods, where a capital first letter is not it.
 _SPELLINGS = {
     "sft": "SFT",
@@ -89,9 +100,7 @@ class Group:
     @property
     def label(self) -> str:
         """How the defense is called in a table or legend."""
-        method, space, run = self.defense.partition(" (")
-        name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + space + run
-        return name if self.k1 is None else f"{name}, k1 = {self.k1}"
+        return defense_label(self.defense, self.k1)
 
     @property
     def budget(self) -> int | None:
@@ -166,14 +175,69 @@ class Group:
         return break_span((curve.steps_to_break, curve.attack_steps[-1]) for curve in self.measured)
 
     @property
+    def bounded_steps_to_break(self) -> str:
+        """The same of useful models only, see `Curve.bounded`; `unknown` where a seed's is."""
+        if not all(curve.bounded.is_known for curve in self.measured):
+            return "unknown"
+        return break_span(
+            (curve.bounded.steps_to_break, curve.attack_steps[-1]) for curve in self.measured
+        )
+
+    @property
+    def bounded_differs(self) -> bool:
+        """Whether `bounded_steps_to_break` says another thing, where usefulness was measured."""
+        is_measured = any(curve.benign for curve in self.measured)
+        return is_measured and self.bounded_steps_to_break != self.steps_to_break
+
+    @property
     def outcome(self) -> str:
         """What happened, in a few words."""
         if self.verdict != "broken":
             return f"held to {self.attack_steps[-1]}" if self.verdict == "held" else self.verdict
-        broken = [curve for curve in self.measured if curve.steps_to_break is not None]
-        shown = f"breaks at {break_span((curve.steps_to_break, 0) for curve in broken)}"
-        is_all = len(broken) == len(self.measured)
-        return shown if is_all else f"{shown} in {len(broken)} of {len(self.measured)} seeds"
+        return self._broken_at([curve.steps_to_break for curve in self.measured])
+
+    @property
+    def bounded_outcome(self) -> str | None:
+        """What happened to useful models, in a few words; None where it is nothing else."""
+        if not self.bounded_differs:
+            return None
+        found = [curve.bounded.steps_to_break for curve in self.measured]
+        if any(steps is not None for steps in found):
+            return f"bounded: {self._broken_at(found)}"
+        is_known = all(curve.bounded.is_known for curve in self.measured)
+        return f"bounded: {'held' if is_known else 'unknown'}"
+
+    def _broken_at(self, found: Sequence[int | None]) -> str:
+        broken = [steps for steps in found if steps is not None]
+        shown = f"breaks at {break_span((steps, 0) for steps in broken)}"
+        is_all = len(broken) == len(found)
+        return shown if is_all else f"{shown} in {len(broken)} of {len(found)} seeds"
+
+
+def defense_label(defense: str, k1: int | None) -> str:
+    """How a defense is called in a table or legend."""
+    method, space, run = defense.partition(" (")
+    name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + space + run
+    return name if k1 is None else f"{name}, k1 = {k1}"
+
+
+def with_released(curves: Sequence[Curve]) -> list[Curve]:
+    """Curves of one run that know what the released model did with benign prompts.
+
+    An attack without steps is measured when it is done, never before: there, it is what the other
+    attacks on the same model found before their first step, mean over them.
+    """
+    before: dict[tuple[Any, ...], list[float | None]] = {}
+    for curve in curves:
+        if len(curve.attack_steps) > 1 and curve.attack_steps[0] == 0 and curve.benign:
+            before.setdefault((curve.key[:3], *known_benign([curve])), []).append(curve.benign[0])
+    found = []
+    for curve in curves:
+        if curve.attack_steps == [0] and curve.released_benign is None and curve.benign:
+            known = before.get((curve.key[:3], *known_benign([curve])), [])
+            curve = replace(curve, released_benign=average(known))
+        found.append(curve)
+    return found
 
 
 def group_curves(curves: Sequence[Curve]) -> list[Group]:
@@ -204,7 +268,7 @@ def measurements(curves: Sequence[Curve]) -> Frame:
     import pandas as pd
 
     rows = [
-        [_entry(getattr(curve, name), place) for name in COLUMNS]
+        [_entry(attrgetter(_BOUNDED.get(name, name))(curve), place) for name in COLUMNS]
         for curve in curves
         for place in range(max(len(curve.attack_steps), 1))
     ]

@@ -8,6 +8,7 @@ from patcher_pl.reports.grouping import COST_AXES, Frame, Group, group_curves, l
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average
 from patcher_pl.reports.statistics import (
     Estimate,
+    area_under_asr,
     asr_area,
     asr_at,
     cost_to_break,
@@ -15,6 +16,7 @@ from patcher_pl.reports.statistics import (
     worst_asr,
 )
 from patcher_pl.reports.tables import (
+    bounded_notes,
     csv_table,
     cut_off_notes,
     markdown_table,
@@ -44,9 +46,16 @@ _CSV_COLUMNS = [
     "outcome",
     "marks",
     "is_worst",
+    "bounded_peak_asr",
+    "bounded_peak_attack_steps",
+    "bounded_area_log_steps",
+    "bounded_steps_to_break_median",
+    "bounded_seeds_broken",
+    "is_bounded_worst",
 ]
 # Of the severest attack.
 _PEAK = ["attack", "peak_asr", "peak_asr_low", "peak_asr_high", "peak_attack_steps"]
+_BOUNDED_PEAK = ["bounded_peak_asr", "bounded_peak_attack_steps"]
 
 
 def overview(curves: Sequence[Curve]) -> Frame:
@@ -55,7 +64,7 @@ def overview(curves: Sequence[Curve]) -> Frame:
     `group` holds the seeds. `peak_...` is the measurement with the largest mean attack success rate
     (attackers stop when they like), `asr` the last one, `area_...` the area under the curve. Of all
     attacks on a defense, `is_worst` marks the one with the highest peak, the larger area of equals.
-    Unknown values are None.
+    `bounded_...` is the same of useful models only, see `Curve.bounded`. Unknown values are None.
     """
     import pandas as pd
 
@@ -63,12 +72,18 @@ def overview(curves: Sequence[Curve]) -> Frame:
     frame = pd.DataFrame([_row(group) for group in group_curves(curves)], dtype=object)
     scored = frame[frame["peak_asr"].astype(float) > 0]
     frame["is_worst"] = frame.index.isin(severest(scored, ["label"]).index).astype(int)
+    scored = frame[frame["bounded_peak_asr"].astype(float) > 0]
+    worst = severest(scored, ["label"], prefix="bounded_")
+    frame["is_bounded_worst"] = frame.index.isin(worst.index).astype(int)
     return frame
 
 
-def severest(frame: Frame, by: Sequence[str]) -> Frame:
-    """For every combination of `by`, the row with the highest peak, then the largest area."""
-    keys = frame[["peak_asr", "area_log_steps"]].astype(float).fillna(-1)
+def severest(frame: Frame, by: Sequence[str], *, prefix: str = "") -> Frame:
+    """For every combination of `by`, the row with the highest peak, then the largest area.
+
+    `prefix` of the columns is empty, or `bounded_`.
+    """
+    keys = frame[[f"{prefix}peak_asr", f"{prefix}area_log_steps"]].astype(float).fillna(-1)
     order = keys.sort_values(list(keys), ascending=False, kind="stable").index
     return frame.loc[order].drop_duplicates(list(by)).sort_index()
 
@@ -101,7 +116,8 @@ def has_families(frame: Frame) -> bool:
 def standings(frame: Frame) -> Frame:
     """One row per defense: how it fared under all attacks.
 
-    The severest attack (`attack`, `peak_...`; None where nothing above 0 was scored), what it does with benign prompts before the attacks, means and extremes over attacks, all marks, and the outcome in one
+    The severest attack (`attack`, `peak_...`; None where nothing above 0 was scored), the severest
+    that leaves a useful model (`bounded_attack`, `bounded_peak_...`), what it does with benign prompts before the attacks, means and extremes over attacks, all marks, and the outcome in one
     sentence.
     """
     import pandas as pd
@@ -110,6 +126,8 @@ def standings(frame: Frame) -> Frame:
     for label in labels(frame["group"]):
         own = frame[frame["label"] == label]
         worst = own.loc[own["is_worst"] == 1, _PEAK].to_dict("records")
+        bounded = own.loc[own["is_bounded_worst"] == 1, ["attack", *_BOUNDED_PEAK]]
+        bounded = bounded.rename(columns={"attack": "bounded_attack"}).to_dict("records")
         curves = [curve for group in own["group"] for curve in group.curves]
         # An attack without steps is measured when it is done, never before.
         before = [curve for curve in curves if len(curve.attack_steps) > 1]
@@ -117,6 +135,7 @@ def standings(frame: Frame) -> Frame:
             {
                 "label": label,
                 **(worst[0] if worst else dict.fromkeys(_PEAK)),
+                **(bounded[0] if bounded else dict.fromkeys(["bounded_attack", *_BOUNDED_PEAK])),
                 "worst_seed_asr": max(own["worst_seed_asr"].dropna(), default=None),
                 "mean_area": average(own["area_log_steps"]),
                 **{
@@ -125,6 +144,7 @@ def standings(frame: Frame) -> Frame:
                 },
                 "marks": list(dict.fromkeys(mark for marks in own["marks"] for mark in marks)),
                 "headline": _headline(own["verdict"].value_counts(), curves),
+                "bounded_headline": _bounded_headline(list(own["group"])),
             }
         )
     return pd.DataFrame(rows, dtype=object)
@@ -140,6 +160,9 @@ def legend(frame: Frame) -> list[str]:
     ]
     if has_families(frame):
         lines.append("Of attacks with several settings, each defense meets its severest one.")
+    if (frame["is_bounded_worst"] > frame["is_worst"]).any():
+        lines.append("The severest bounded attack on a defense is in italics where it is another.")
+    lines += bounded_notes(frame["group"])
     found = set(frame["marks"].explode())
     return [*lines, *explained(mark for mark in MARKS if mark in found)]
 
@@ -183,6 +206,7 @@ def _row(group: Group) -> dict[str, Any]:
         {axis: cost_to_break(group, axis) for axis in COST_AXES},
     )
     steps = costs["steps"]
+    bounded = _bounded(group)
     return {
         "group": group,
         "label": group.label,
@@ -200,6 +224,8 @@ def _row(group: Group) -> dict[str, Any]:
         "worst_seed_asr": worst_asr(group),
         "area_steps": linear and linear.value,
         "seeds_broken": steps and steps.num_broken,
+        "bounded_outcome": group.bounded_outcome,
+        **bounded,
         **_ends("asr", final),
         **_ends("peak_asr", peak),
         **_ends("area_log_steps", area),
@@ -208,10 +234,52 @@ def _row(group: Group) -> dict[str, Any]:
     }
 
 
+def _bounded(group: Group) -> dict[str, Any]:
+    """Peak, area and cost to break of useful models."""
+    is_known = not any(
+        rate is None and of_any is not None
+        for curve in group.measured
+        for rate, of_any in zip(curve.bounded.asr, curve.asr, strict=True)
+    )
+    means = group.over_seeds("bounded_asr")["mean"].dropna() if is_known else []
+    cost = cost_to_break(group, is_bounded=True)
+    peak = max(means, default=None)
+    areas = [area_under_asr(curve.attack_steps, curve.bounded.asr) for curve in group.measured]
+    return {
+        "bounded_peak_asr": peak,
+        "bounded_peak_attack_steps": None if peak is None else int(means.index[means == peak][-1]),
+        "bounded_area_log_steps": average(areas) if is_known else None,
+        "bounded_steps_to_break": cost,
+        "bounded_steps_to_break_median": cost and cost.median,
+        "bounded_seeds_broken": cost and cost.num_broken,
+    }
+
+
 def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:
     if estimate is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _bounded_headline(groups: Sequence[Group]) -> str | None:
+    """How a defense fared while the model stayed useful; None where that is no news."""
+    if not any(group.bounded_differs for group in groups):
+        return None
+    breaks = [
+        (curve.bounded.steps_to_break, curve.attack)
+        for group in groups
+        for curve in group.measured
+        if curve.bounded.steps_to_break is not None
+    ]
+    unknown = sum(group.bounded_steps_to_break == "unknown" for group in groups)
+    shown = "bounded by usefulness: "
+    if not breaks:
+        shown += "broken by none"
+    else:
+        steps, attack = min(breaks)
+        names = dict.fromkeys(attack for _, attack in breaks)
+        shown += f"broken by {len(names)} of {len(groups)}, first after {steps} steps ({attack})"
+    return f"{shown}; unknown for {unknown}." if unknown else f"{shown}."
 
 
 def _headline(verdicts: Any, curves: Sequence[Curve]) -> str:
@@ -232,17 +300,23 @@ def _headline(verdicts: Any, curves: Sequence[Curve]) -> str:
 def _markdown_cell(cell: Any) -> str:
     if cell is None:
         return MISSING
-    rate = f"**{number(cell.asr)}**" if cell.is_worst else number(cell.asr)
-    figures = [rate, interval(cell.asr_low, cell.asr_high)]
-    return f"{' '.join(filter(None, figures))}, {cell.outcome} {signs(cell.marks)}".rstrip()
+    rate = number(cell.asr)
+    if cell.is_worst or cell.is_bounded_worst:
+        rate = f"**{rate}**" if cell.is_worst else f"*{rate}*"
+    figures = " ".join(filter(None, [rate, interval(cell.asr_low, cell.asr_high)]))
+    outcomes = ", ".join(filter(None, [figures, cell.outcome, cell.bounded_outcome]))
+    return f"{outcomes} {signs(cell.marks)}".rstrip()
 
 
 def _latex_cell(cell: Any) -> str:
     if cell is None:
         return "--"
     rate = number(cell.asr).replace(MISSING, "--")
-    parts = [rf"\textbf{{{rate}}}" if cell.is_worst else rate]
+    if cell.is_worst or cell.is_bounded_worst:
+        rate = rf"\{'textbf' if cell.is_worst else 'textit'}{{{rate}}}"
+    parts = [rate]
     small = [interval(cell.asr_low, cell.asr_high), latex(cell.outcome)]
+    small.append(latex(cell.bounded_outcome or ""))
     parts += [rf"{{\scriptsize {part}}}" for part in small if part]
     return " ".join([*parts, latex(signs(cell.marks))]).rstrip()
 

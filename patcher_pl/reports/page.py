@@ -10,7 +10,7 @@ from patcher_pl.reports.curves import asr_figure
 from patcher_pl.reports.drawing import Styles, group_styles, write_figure
 from patcher_pl.reports.environment import hide_secrets
 from patcher_pl.reports.formats import MARKS, MEANINGS, interval, number
-from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, labels
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, defense_label, labels
 from patcher_pl.reports.overview import has_families, is_past_its_peak, legend, matrix, standings
 from patcher_pl.reports.page_tables import (
     break_table,
@@ -20,10 +20,13 @@ from patcher_pl.reports.page_tables import (
     judge_table,
     overlap_table,
     samples_of,
+    search_table,
     utility_table,
 )
 from patcher_pl.reports.results import BENIGN_MEASURES, BenignMeasure, Curve
-from patcher_pl.reports.runs import Run
+from patcher_pl.reports.runs import Run, searches_of
+from patcher_pl.reports.saturation import saturation_figure
+from patcher_pl.reports.searches import SearchOutcome
 from patcher_pl.reports.statistics import NotComparable, PairedComparison
 from patcher_pl.reports.tables import cut_off_notes, rows_of, stopped_notes
 from patcher_pl.reports.tradeoff import tradeoff_figure
@@ -85,7 +88,11 @@ def render_page(
         for axis in COST_AXES
         if axis != "steps" and any(getattr(curve, f"attack_{axis}") for curve in curves)
     ]
-    compared = [comparison_table(comparisons), incomparable_table(comparisons)]
+    searches = searches_of(runs, curves)
+    compared = [
+        *(comparison_table(comparisons, is_bounded=is_bounded) for is_bounded in (False, True)),
+        incomparable_table(comparisons),
+    ]
     return environment.get_template("report.html.j2").render(
         title=title,
         notes=[*notes, *stopped_notes(curves), *cut_off_notes(curves)],
@@ -105,6 +112,9 @@ def render_page(
         ],
         breaks=break_table(frame),
         comparisons=[table for table in compared if table is not None],
+        saturation=_saturation_picture(searches, group_styles(list(frame["group"]))),
+        searches=search_table(searches),
+        conclusions=[(defense_label(one.defense, one.k1), one.conclusion) for one in searches],
         judges=judge_table(frame),
         utility=utility_table(frame),
         answers=list(_answers(frame, num_samples)),
@@ -145,6 +155,18 @@ def _tradeoff_picture(
     }
 
 
+def _saturation_picture(searches: Sequence[SearchOutcome], styles: Styles) -> dict[str, str] | None:
+    if not searches:
+        return None
+    return {
+        "title": "What the best attack so far achieves, against the number of trials",
+        "alt": "Line charts: success rate, strength and steps to break of the best attack so far "
+        "against trials of the search, one line per model. "
+        + " ".join(f"{defense_label(one.defense, one.k1)}: {one.conclusion}" for one in searches),
+        "source": _as_uri(saturation_figure(searches, styles)),
+    }
+
+
 def _as_uri(figure: "Figure") -> str:
     """The figure as SVG in a data URI: an image, in which nothing runs."""
     out = io.BytesIO()
@@ -165,10 +187,15 @@ def _answers(frame: Frame, num_samples: int) -> Iterator[dict[str, Any]]:
 
 def _origin(run: Run) -> dict[str, Any]:
     settings = hide_secrets(run.results.settings)
+    control = settings.get("control") or {}
     return {
         "name": run.name,
         "curves": len(run.results.curves),
         "environment": _flat(hide_secrets(run.results.environment)),
+        "control": [
+            (name, json.dumps(value, ensure_ascii=False))
+            for name, value in control.get("settings_of_its_own", {}).items()
+        ],
         "settings": json.dumps(settings, indent=2, ensure_ascii=False) if settings else "",
     }
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from patcher_pl.reports.formats import MISSING, amount, interval, number, signed, signs, span
-from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group
+from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group, defense_label
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, Sample, average
 from patcher_pl.reports.runs import Run
+from patcher_pl.reports.searches import SearchOutcome
 from patcher_pl.reports.statistics import BreakCost, NotComparable, PairedComparison
 from patcher_pl.reports.tables import rows_of, text_table
 
@@ -25,20 +26,25 @@ def break_table(frame: Frame) -> Captioned:
     """What it takes to break each defense, in steps, tokens and FLOPs."""
     axes: list[CostAxis] = [axis for axis in COST_AXES if frame[f"{axis}_to_break"].notna().any()]
     header = ["attack", "defense", "seeds broken", *(f"median {COST_AXES[axis]}" for axis in axes)]
+    is_bounded = any(curve.benign for curve in _curves(frame))
+    header += ["bounded: seeds broken", "bounded: median attack steps"] if is_bounded else []
     return Captioned(
         "Cost to break. Seeds that held count as longer than measured: the median is Kaplan and "
         'Meier\'s ("> 320": beyond the longest attack), and the mean is a lower bound (">=") '
         "where a seed held. Areas under the curve of attack success, as a share of the most "
-        "there could be, are over log2(1 + steps) and over steps.",
+        "there could be, are over log2(1 + steps) and over steps. Bounded: only breaks that leave a "
+        "useful model count.",
         text_table(
             [*header, "mean steps", "area (log steps)", "area (steps)"],
-            [_break_row(row, axes) for row in rows_of(frame)],
+            [_break_row(row, axes, is_bounded) for row in rows_of(frame)],
         ),
     )
 
 
-def comparison_table(rows: Sequence[PairedComparison | NotComparable]) -> Captioned | None:
-    """Paired comparisons; None where none could be made."""
+def comparison_table(
+    rows: Sequence[PairedComparison | NotComparable], *, is_bounded: bool = False
+) -> Captioned | None:
+    """Paired comparisons, of useful models only with `is_bounded`; None where none could be made."""
     compared = [
         [
             *(row.attack, row.second, row.first),
@@ -49,7 +55,7 @@ def comparison_table(rows: Sequence[PairedComparison | NotComparable]) -> Captio
             *(str(row.num_pairs), str(row.num_seeds), signs(row.marks)),
         ]
         for row in rows
-        if isinstance(row, PairedComparison)
+        if isinstance(row, PairedComparison) and row.is_bounded == is_bounded
     ]
     header = ["attack", "defense", "compared with", "its mean", "other's", "difference"]
     header += ["95 % interval", "Cohen's h", "p", "p (Holm)", "prompts", "seeds", "note"]
@@ -60,19 +66,53 @@ def comparison_table(rows: Sequence[PairedComparison | NotComparable]) -> Captio
         "paired permutation test over prompts, for these trained models; Holm's correction is for "
         "all rows of this table. The interval resamples seeds and prompts."
     )
+    if is_bounded:
+        caption = (
+            "The same bounded by usefulness: answers of models that are no longer useful count as "
+            "failed attacks."
+        )
     return Captioned(caption, text_table(header, compared), 3) if compared else None
 
 
 def incomparable_table(rows: Sequence[PairedComparison | NotComparable]) -> Captioned | None:
     """What could not be compared, and why; None where everything could."""
-    refused = [
-        [row.attack, row.second, row.first, row.reason]
+    # What cannot be compared at all cannot be compared bounded either.
+    refused = dict.fromkeys(
+        (row.attack, row.second, row.first, row.reason)
         for row in rows
         if isinstance(row, NotComparable)
-    ]
+    )
     header = ["attack", "defense", "compared with", "reason"]
     caption = "Not compared, because it would not have been the same test:"
     return Captioned(caption, text_table(header, refused), 4) if refused else None
+
+
+def search_table(searches: Sequence[SearchOutcome]) -> Captioned | None:
+    """The strongest attacks that searches found, bounded and not; None without a search."""
+    header = ["defense", "measured", "strongest attack", "found by", "strength", "ASR"]
+    header += ["steps to break", "trials", "the last of which improved nothing"]
+    rows = [
+        [
+            *(defense_label(search.defense, search.k1), "bounded" if is_bounded else "unbounded"),
+            *(best.attack, best.source, number(best.value(is_bounded=is_bounded), ".3f")),
+            number(best.bounded_asr if is_bounded else best.asr),
+            _reached(best.bounded_steps_to_break if is_bounded else best.steps_to_break, search),
+            *(str(len(search.trials)), str(search.num_idle)),
+        ]
+        for search in searches
+        for is_bounded in (False, True)
+        if (best := search.strongest(is_bounded=is_bounded)) is not None
+    ]
+    caption = (
+        "The strongest attack that the search found, the grid included. Strength: area under the "
+        "best attack success so far, over log2(1 + steps), mean over seeds. Steps to break: median "
+        "over seeds. Bounded: measurements at which the model is known to be of no use are left out."
+    )
+    return Captioned(caption, text_table(header, rows), 4) if rows else None
+
+
+def _reached(steps: float | None, search: SearchOutcome) -> str:
+    return f"> {search.budget}" if steps is None else f"{steps:g}"
 
 
 def judge_table(frame: Frame) -> Captioned:
@@ -194,18 +234,22 @@ def samples_of(group: Group, most: int) -> tuple[int, list[Sample]] | None:
     return None
 
 
-def _break_row(row: Any, axes: Sequence[CostAxis]) -> list[str]:
+def _break_row(row: Any, axes: Sequence[CostAxis], is_bounded: bool) -> list[str]:
     steps: BreakCost | None = row.steps_to_break
-    seeds = mean_steps = MISSING
+    mean_steps, bounded = MISSING, row.bounded_steps_to_break
     if steps is not None:
-        seeds = f"{steps.num_broken} of {steps.num_seeds}"
         mean_steps = f"{'>= ' if steps.is_bound else ''}{steps.restricted_mean:.0f}"
     area = [number(row.area_log_steps), interval(row.area_log_steps_low, row.area_log_steps_high)]
     return [
-        *(row.attack, row.label, seeds),
+        *(row.attack, row.label, _seeds_broken(steps)),
         *(_median(getattr(row, f"{axis}_to_break"), axis) for axis in axes),
+        *([_seeds_broken(bounded), _median(bounded, "steps")] if is_bounded else []),
         *(mean_steps, " ".join(area).strip(), number(row.area_steps)),
     ]
+
+
+def _seeds_broken(cost: BreakCost | None) -> str:
+    return MISSING if cost is None else f"{cost.num_broken} of {cost.num_seeds}"
 
 
 def _median(cost: BreakCost | None, axis: CostAxis) -> str:

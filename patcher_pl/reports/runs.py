@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patcher_pl.errors import DataError
+from patcher_pl.reports.grouping import with_released
 from patcher_pl.reports.results import Curve, CurveKey, Results, known_benign
+from patcher_pl.reports.searches import SearchOutcome
 
 FILE_NAME = "results.json"
 
@@ -47,6 +49,10 @@ def merge_runs(runs: Sequence[Run]) -> tuple[list[Curve], list[str]]:
     same defense, attack and seeds, that defense is told apart by the runs' names.
     """
     found: dict[CurveKey, list[Curve]] = {}
+    runs = [
+        replace(run, results=replace(run.results, curves=with_released(run.results.curves)))
+        for run in runs
+    ]
     for run in runs:
         for curve in run.results.curves:
             found.setdefault(curve.key, []).append(curve)
@@ -79,6 +85,19 @@ def merge_runs(runs: Sequence[Run]) -> tuple[list[Curve], list[str]]:
             shown = ", ".join(f"{value:g}" for value in sorted(values))
             notes.append(f"The curves have different {name}: {shown}. Compare them with care.")
     return curves, notes
+
+
+def searches_of(runs: Sequence[Run], curves: Sequence[Curve]) -> list[SearchOutcome]:
+    """Searches of all runs, of the models that `curves` are of, called as `merge_runs` does."""
+    models = {(curve.defense, curve.k1) for curve in curves}
+    found = []
+    for run in runs:
+        for search in run.results.searches:
+            if (search.defense, search.k1) not in models:
+                search = replace(search, defense=f"{search.defense} ({run.name})")
+            if (search.defense, search.k1) in models and search not in found:
+                found.append(search)
+    return found
 
 
 def _files(place: Path) -> list[Path]:

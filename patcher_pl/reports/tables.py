@@ -3,7 +3,15 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patcher_pl.reports.formats import MISSING, Mark, explained, number, signs, span
+from patcher_pl.reports.formats import (
+    MISSING,
+    Mark,
+    bounded_note,
+    explained,
+    number,
+    signs,
+    span,
+)
 from patcher_pl.reports.grouping import Frame, Group, group_curves, measurements
 from patcher_pl.reports.results import (
     BENIGN_MEASURES,
@@ -22,6 +30,7 @@ _MOST_COLUMNS = 7
 _MOST_SECTIONS = 8
 # Longer names of attacks are folded in the terminal.
 _LONGEST_NAME = 24
+_BOUNDED = "bounded"
 # What stopped early has a note of its own, with the reason.
 _SIGNED: tuple[Mark, ...] = ("collapsed", "untrusted")
 
@@ -98,16 +107,16 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
     measures = known_benign(curves)
     for name in [*map(str, steps), *(BENIGN_MEASURES[name] for name in measures), "breaks at"]:
         table.add_column(name, justify="right", overflow="fold")
-    is_marked = any(_signs(group) for group in groups)
-    if is_marked:
-        table.add_column("")
+    shows = _columns(groups)
+    for name in shows:
+        table.add_column(name, justify="right", overflow="fold")
     for attack in attacks:
         if len(attacks) > 1:
             table.add_section()
             table.add_row(Text(attack, style="bold"))
         for group in groups:
             if group.attack == attack:
-                table.add_row(*map(Text, _cells(group, steps, measures, "\n", is_marked=is_marked)))
+                table.add_row(*map(Text, _cells(group, steps, measures, "\n", shows)))
     return table
 
 
@@ -115,15 +124,12 @@ def to_markdown(curves: Sequence[Curve]) -> str:
     """The same table in Markdown, with the attack as a column of its own."""
     groups = group_curves(curves)
     steps, notes = _all_steps(groups), _notes(groups, curves)
-    is_marked = any(_signs(group) for group in groups)
+    shows = _columns(groups)
     header = ["attack", "defense", *(f"ASR at N={step}" for step in steps)]
     measures = known_benign(curves)
     header += [BENIGN_MEASURES[name] for name in measures]
-    header += ["steps to break", *([""] if is_marked else [])]
-    rows = [
-        [group.attack, *_cells(group, steps, measures, " ", is_marked=is_marked)]
-        for group in groups
-    ]
+    header += ["steps to break", *shows]
+    rows = [[group.attack, *_cells(group, steps, measures, " ", shows)] for group in groups]
     table = markdown_table(text_table(header, rows), num_names=2)
     return table + "".join(f"{line}\n" for line in (["", *notes] if notes else []))
 
@@ -163,6 +169,14 @@ def stopped_notes(curves: Sequence[Curve]) -> list[str]:
     ]
 
 
+def bounded_notes(groups: Iterable[Group]) -> list[str]:
+    """What "bounded" means, where any outcome is another for useful models."""
+    shares = [
+        curve.min_benign_kept for group in groups if group.bounded_differs for curve in group.curves
+    ]
+    return [bounded_note(shares)] if shares else []
+
+
 def _endings(groups: Sequence[Group], attacks: Sequence[str], title: str | None) -> "Table":
     """One line per attack and one column per defense: success at the end, and when it broke."""
     legend = (
@@ -188,7 +202,8 @@ def _ending(group: Group | None) -> str:
     if group is None or not group.attack_steps:
         return MISSING
     rate = number(group.over_seeds("asr")["mean"].iloc[-1])
-    return f"{rate}\n{group.steps_to_break} {_signs(group)}".rstrip()
+    bounded = f"\n{_BOUNDED}: {group.bounded_steps_to_break}" if group.bounded_differs else ""
+    return f"{rate}\n{group.steps_to_break} {_signs(group)}".rstrip() + bounded
 
 
 def _empty_table(title: str | None, notes: Sequence[str]) -> "Table":
@@ -212,22 +227,29 @@ def _all_steps(groups: Sequence[Group]) -> list[int]:
     return sorted({step for group in groups for step in group.attack_steps})
 
 
+def _columns(groups: Sequence[Group]) -> list[str]:
+    """Headings of columns that only some tables need: bounded steps to break, and signs."""
+    is_bounded = any(group.bounded_differs for group in groups)
+    is_marked = any(_signs(group) for group in groups)
+    return [*([_BOUNDED] if is_bounded else []), *([""] if is_marked else [])]
+
+
 def _cells(
     group: Group,
     steps: Sequence[int],
     measures: Sequence[BenignMeasure],
     separator: str,
-    *,
-    is_marked: bool,
+    shows: Sequence[str],
 ) -> list[str]:
-    """Label, rate at each of `steps`, benign measures, when it broke, and signs."""
+    """Label, rate at each of `steps`, benign measures, when it broke, and what else is shown."""
     asr = _ranged(group, "asr", separator)
+    more = {_BOUNDED: group.bounded_steps_to_break, "": _signs(group)}
     return [
         group.label,
         *(asr.get(step, MISSING) for step in steps),
         *(_ends(_ranged(group, name, separator), separator) for name in measures),
         group.steps_to_break,
-        *([_signs(group)] if is_marked else []),
+        *(more[name] for name in shows),
     ]
 
 
@@ -268,6 +290,7 @@ def _notes(
         )
     if unscored := sum(sum(curve.judge_errors) for curve in curves):
         notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
+    notes += bounded_notes(groups)
     notes += [*stopped_notes(curves), *cut_off_notes(curves)]
     found = {mark for group in groups for mark in group.marks}
     return [*notes, *explained(mark for mark in _SIGNED if mark in found)]

@@ -167,11 +167,19 @@ def area_under_asr(
     return float(mean_over_attack(steps, np.array([rates], dtype=float).T, scale)[0])
 
 
-def cost_to_break(group: Group, axis: CostAxis = "steps") -> BreakCost | None:
+def cost_to_break(
+    group: Group, axis: CostAxis = "steps", *, is_bounded: bool = False
+) -> BreakCost | None:
     """Cost to break, with seeds that held counted as longer than measured, not as broken.
 
     None where no seed was measured or the cost was not counted. Breaking is known to the next
     measurement only, so costs are rounded up to it.
+
+    Args:
+        group: A defense under an attack.
+        axis: What the cost is measured in.
+        is_bounded: Count only breaks that leave a useful model, see `Curve.bounded`; None where one
+            cannot be told from others: leaving such seeds out would favor the defense.
 
     References:
         Kaplan and Meier, 1958, J. Am. Stat. Assoc. 53.
@@ -179,11 +187,14 @@ def cost_to_break(group: Group, axis: CostAxis = "steps") -> BreakCost | None:
     from scipy import stats
 
     broken, held = [], []
+    if is_bounded and not all(curve.bounded.is_known for curve in group.measured):
+        return None
     for curve in group.measured:
         if (last := curve.at(curve.attack_steps[-1], f"attack_{axis}")) is None:
             continue
-        if curve.steps_to_break in curve.attack_steps:
-            broken.append(float(curve.at(curve.steps_to_break, f"attack_{axis}")))
+        steps = curve.bounded.steps_to_break if is_bounded else curve.steps_to_break
+        if steps in curve.attack_steps:
+            broken.append(float(curve.at(steps, f"attack_{axis}")))
         else:
             held.append(float(last))
     if not broken and not held:

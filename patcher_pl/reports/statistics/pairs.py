@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -57,6 +58,7 @@ class PairedComparison:
         num_pairs: Prompts (count).
         num_seeds: Seeds that both were attacked with (count).
         marks: What keeps a low rate from being evidence of safety.
+        is_bounded: Whether success of models that are no longer useful counts as none.
 
     References:
         Holm, 1979, Scand. J. Stat. 6; Cohen, 1988, Statistical Power Analysis, ch. 6.
@@ -78,6 +80,7 @@ class PairedComparison:
     num_pairs: int
     num_seeds: int
     marks: tuple[Mark, ...] = ()
+    is_bounded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +101,19 @@ class NotComparable:
 
 
 def compare(
-    first: Group, second: Group, *, over: Over = "attack"
+    first: Group, second: Group, *, over: Over = "attack", is_bounded: bool = False
 ) -> PairedComparison | NotComparable:
     """Compares `second` with `first` under the same attack, with the same prompts and seeds.
 
     Prompts are the pairs: each one's success is averaged over the seeds, and answers without a
     verdict are left out on both sides. Not comparable are other attacks, budgets or prompts, groups
-    without a common seed, and curves without scores per prompt.
+    without a common seed, and curves without scores per prompt. With `is_bounded`, answers of models
+    that are no longer useful are failures, see `Curve.bounded`; where that is not known of a
+    measurement with any success, groups are not comparable.
     """
     names = {"attack": first.attack, "first": first.label, "second": second.label}
     pairs = _paired(first, second)
-    tables = pairs if isinstance(pairs, str) else _outcomes(pairs, over)
+    tables = pairs if isinstance(pairs, str) else _outcomes(pairs, over, is_bounded)
     if isinstance(pairs, str) or isinstance(tables, str):
         return NotComparable(**names, reason=str(tables))
     before, after = tables
@@ -141,11 +146,16 @@ def compare(
         num_pairs=num_asked,
         num_seeds=len(pairs),
         marks=tuple(dict.fromkeys([*first.marks, *second.marks])),
+        is_bounded=is_bounded,
     )
 
 
 def compare_all(
-    groups: Sequence[Group], baseline: str | None = None, *, over: Over = "attack"
+    groups: Sequence[Group],
+    baseline: str | None = None,
+    *,
+    over: Over = "attack",
+    is_bounded: bool = False,
 ) -> list[PairedComparison | NotComparable]:
     """Compares every defense with the baseline under every attack, and corrects for their number.
 
@@ -154,6 +164,7 @@ def compare_all(
         baseline: Name or label of the defense that the others are compared with; None takes the
             control, and where there is none, compares all with each other.
         over: The whole attack, or its end.
+        is_bounded: See `compare`.
     """
     found: list[PairedComparison | NotComparable] = []
     for attack in dict.fromkeys(group.attack for group in groups):
@@ -164,7 +175,9 @@ def compare_all(
             pairs = list(itertools.combinations(members, 2))
         # Of a study of several budgets, those that had the same one.
         pairs = [(first, second) for first, second in pairs if first.budget == second.budget]
-        found += [compare(first, second, over=over) for first, second in pairs]
+        found += [
+            compare(first, second, over=over, is_bounded=is_bounded) for first, second in pairs
+        ]
     corrected = iter(holm([row.p_value for row in found if isinstance(row, PairedComparison)]))
     return [
         replace(row, p_holm=next(corrected)) if isinstance(row, PairedComparison) else row
@@ -218,7 +231,7 @@ def _paired(first: Group, second: Group) -> list[tuple[Curve, Curve]] | str:
 
 
 def _outcomes(
-    pairs: Sequence[tuple[Curve, Curve]], over: Over
+    pairs: Sequence[tuple[Curve, Curve]], over: Over, is_bounded: bool
 ) -> tuple[Float[np.ndarray, "seed prompt"], Float[np.ndarray, "seed prompt"]] | str:
     """Success of every prompt under both, NaN where either lacks a verdict, or why there is none."""
     if (reason := _difference_of_attacks(pairs)) is not None:
@@ -233,6 +246,8 @@ def _outcomes(
         known = [table for table in tables if table is not None]
         if len(known) < len(tables):
             return "scores per prompt are missing, or do not give the rates"
+        if is_bounded and not all(map(partial(_bound, side), steps, known)):
+            return "bounded by usefulness: it is not known of every measurement"
         sides.append(known)
     shapes = [side[0].shape for side in sides]
     if shapes[0] != shapes[1]:
@@ -244,6 +259,17 @@ def _outcomes(
     if not both.any():
         return "no prompt was scored under both"
     return np.where(both, before, np.nan), np.where(both, after, np.nan)
+
+
+def _bound(curves: Sequence[Curve], steps: int, table: Float[np.ndarray, "seed prompt"]) -> bool:
+    """Takes success of useless models out of a table, in place; False where that is not known."""
+    for curve, row in zip(curves, table, strict=True):
+        is_useful = curve.bounded.useful[curve.attack_steps.index(steps)]
+        if is_useful is None and np.nansum(row):
+            return False
+        if is_useful is False:
+            row[np.isfinite(row)] = 0.0
+    return True
 
 
 def _difference_of_attacks(pairs: Sequence[tuple[Curve, Curve]]) -> str | None:

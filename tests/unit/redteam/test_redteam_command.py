@@ -116,6 +116,20 @@ def test_more_attacks_and_seeds_cost_only_themselves(model_dir, quick, tmp_path)
     assert after.items() > before.items()
 
 
+def test_another_bound_of_usefulness_repeats_no_attack(model_dir, quick, tmp_path):
+    """Wrong if what is made of a curve cost the curve, or the old bound stayed."""
+    team = replace(quick, seeds=[0])
+    run_redteam(team, tmp_path, str(model_dir), device="cpu")
+    (cell,) = (tmp_path / "cells").rglob("*.json")
+    before = cell.stat().st_mtime_ns
+    stricter = replace(team, min_benign_kept=0.99)
+    (curve,) = run_redteam(stricter, tmp_path, str(model_dir), device="cpu").curves
+    assert curve.min_benign_kept == 0.99
+    assert cell.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"RedTeam\.min_benign_kept must be in \[0, 1\], got 90"):
+        replace(team, min_benign_kept=90)
+
+
 def test_results_of_another_command_are_not_overwritten(model_dir, quick, tmp_path):
     """Wrong if attacking into the directory of a `fit` lost what that had found out."""
     (tmp_path / "results.json").write_text('{"curves": []}')

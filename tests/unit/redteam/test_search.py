@@ -11,8 +11,8 @@ from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.models.lora import Lora
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import BenignThenHarmful, FullFinetuning, Grid, LoraFinetuning, Search
-from patcher_pl.redteam.grid import varied_cells
-from patcher_pl.redteam.strength import attack_strength, mean_strength
+from patcher_pl.redteam.grid import ModelName, varied_cells
+from patcher_pl.redteam.strength import attack_strength, attempt_of, mean_strength
 from patcher_pl.redteam.variation import has_setting, setting_of, varied_attack
 from patcher_pl.reports import Results
 from patcher_pl.reports.results import Curve
@@ -67,6 +67,32 @@ class TestStrength:
     def test_a_collapsed_model_gives_the_attacker_nothing(self):
         curve = make_curve([0, 0, 1, 1], collapsed=[False, False, True, True])
         assert attack_strength(curve, 7) == 0
+
+    def test_bounded_a_model_of_no_use_gives_nothing_either(self):
+        """Wrong if the worst case destroyed the model, or missed an attack nobody asked about."""
+        curve = make_curve([0, 1, 1, 1], benign_accuracy=[1.0, 0.5, 0.95, 0.2])
+        assert attack_strength(curve, 7) == pytest.approx(2 / 3)
+        assert attack_strength(curve, 7, is_bounded=True) == pytest.approx(1 / 3)
+        unknown = make_curve([0, 1, 1, 1])
+        assert attack_strength(unknown, 7, is_bounded=True) == attack_strength(unknown, 7)
+
+    def test_an_attempt_is_what_its_seeds_come_to(self):
+        benign = [1.0, 0.5, 0.95, 0.2]
+        curves = [
+            make_curve([0, 1, 1, 0.5], benign_accuracy=benign),
+            make_curve([0, 0, 0.5, 0.5], benign_accuracy=benign, seed=1),
+            make_curve([0, 0, 0, 0.75], benign_accuracy=benign, seed=2),
+        ]
+        found = attempt_of(curves, 7, attack="a", settings={}, source="grid")
+        assert found.asr == pytest.approx(1.75 / 3)
+        assert found.bounded_asr == pytest.approx(0.5)
+        assert (found.steps_to_break, found.bounded_steps_to_break) == (3, 3)
+        assert found.is_usefulness_known
+        one = attempt_of(curves[2:], 7, attack="a", settings={}, source="grid")
+        assert (one.steps_to_break, one.bounded_steps_to_break) == (7, None)
+        nothing = attempt_of([], 7, attack="a", settings={}, source="search", number=0)
+        assert math.isnan(nothing.strength)
+        assert (nothing.asr, nothing.steps_to_break) == (None, None)
 
 
 class TestVariation:
@@ -214,10 +240,59 @@ class TestSearch:
         tried = replace(self.search, num_trials=5).run(team, [], run_badly)
         assert all(math.isnan(trial.strength) for trial in tried)
 
+    def run_destructive(self, chosen):
+        """The larger its steps, the stronger an attack; from 0.01 on it leaves nothing of use."""
+        outcomes = []
+        for attack, settings in chosen:
+            rate = min(1.0, 1 + math.log10(settings["lr"]) / 5)
+            kept = 0.0 if settings["lr"] >= 1e-2 else 1.0
+            fields = {"attack": str(settings), "varied": settings}
+            fields["benign_accuracy"] = [1.0, kept, kept]
+            curve = make_curve([0, rate, rate], steps=[0, 1, 2], **fields)
+            outcomes.append([replace(curve, family=attack.name)])
+        return outcomes
+
+    def test_it_looks_for_the_strongest_attack_that_leaves_a_useful_model(self, team):
+        """Wrong if the trials went where models are destroyed; both strongest are known after all."""
+        search = Search(num_trials=16, lr=[1e-5, 1.0])
+        destroyed = {}
+        for objective in ("bounded", None):
+            found = replace(search, objective=objective)
+            tried = found.run(team, [], self.run_destructive)
+            outcome = found.outcome(team, [], tried, ModelName("sft"))
+            strongest = [outcome.strongest(is_bounded=bound) for bound in (True, False)]
+            assert strongest[0].settings["lr"] < 1e-2 <= strongest[1].settings["lr"]
+            assert tried[0] == strongest[objective is None]
+            destroyed[objective] = sum(trial.settings["lr"] >= 1e-2 for trial in tried)
+        assert destroyed["bounded"] < destroyed[None]
+
+    def test_patience_ends_it_with_the_batch_in_which_it_ran_out(self, team):
+        perfect = run_scripted([(ATTACK, {"lr": 1e-2, "poison_ratio": 0.5})])
+        search = replace(self.search, patience=6)
+        tried = search.run(team, perfect, run_scripted)
+        assert len(tried) == 8 + 1, "nothing beats the grid, and batches have 4 trials"
+        outcome = search.outcome(team, perfect, tried, ModelName("sft"))
+        assert (outcome.num_idle, outcome.is_exhausted) == (8, True)
+        every = self.search.run(team, perfect, run_scripted)
+        asked = [trial for trial in every if trial.number is not None and trial.number < 8]
+        assert [one for one in tried if one.source == "search"] == asked, "the same trials, fewer"
+
+    def test_trials_without_a_score_use_up_no_patience(self, team):
+        def run_badly(chosen):
+            return [[replace(curve, trusted=False)] for (curve,) in run_scripted(chosen)]
+
+        search = replace(self.search, num_trials=8, patience=1)
+        assert len(search.run(team, [], run_badly)) == 8
+
     def test_values_out_of_range_are_refused(self):
         for fields, message in [
             ({"num_trials": 0}, r"Search\.num_trials must be >= 1"),
             ({"num_trials": 1, "batch": 0}, r"Search\.batch must be >= 1"),
+            ({"num_trials": 1, "patience": 0}, r"Search\.patience must be >= 1, got 0"),
+            (
+                {"num_trials": 1, "min_improvement": 2},
+                r"Search\.min_improvement must be in \[0, 1\]",
+            ),
             ({"num_trials": 1, "lr": [1.0]}, r"Search\.lr must be \[low, high\]"),
             ({"num_trials": 1, "num_steps": [9, 3]}, r"Search\.num_steps must be \[low, high\]"),
         ]:
@@ -252,7 +327,14 @@ def test_the_command_searches_and_goes_on(model_dir, red_team, tmp_path, capsys)
     assert len(tried) == 4
     assert {curve.attack for curve in results.curves} == {trial["attack"] for trial in tried}
     assert max(curve.asr[-1] for curve in results.curves) > results.curves[0].asr[-1]
-    assert "Strongest attack on model: full_adamw lr=" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Strongest attack on model: full_adamw lr=" in shown
+    assert "Strongest attack that leaves a useful model on model: full_adamw lr=" in shown
+    assert "Tried: 1 of the grid and 3 in the search; " in shown
+    (outcome,) = results.searches
+    assert {trial.attack for trial in outcome.attempts} == {trial["attack"] for trial in tried}
+    assert (tmp_path / "saturation.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (tmp_path / "saturation.svg").read_bytes()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")}
     assert run_redteam(team, tmp_path, str(model_dir), **options) == Results.load(
         tmp_path / "results.json"

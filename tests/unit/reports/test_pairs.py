@@ -209,3 +209,22 @@ def test_attacks_that_ended_with_the_break_can_be_compared(curve):
     found = compare(first, second)
     assert isinstance(found, PairedComparison)
     assert found.second_asr < found.first_asr
+
+
+def test_success_of_a_useless_model_is_none_where_it_is_bounded(curve):
+    """Wrong if destroying a model beat leaving it as it is."""
+    before = attacked(curve, "sft", [1] * 6, benign_accuracy=[0.9], released_benign=1.0)
+    after = attacked(curve, "tar", [1] * 6, benign_accuracy=[0.2], released_benign=1.0)
+    (plain,), (found,) = (
+        compare_all([before, after], is_bounded=is_bounded) for is_bounded in (False, True)
+    )
+    assert isinstance(plain, PairedComparison)
+    assert isinstance(found, PairedComparison)
+    assert (plain.difference, found.difference) == (0.0, -1.0)
+    assert (plain.is_bounded, found.is_bounded) == (False, True)
+    vague = attacked(curve, "tar", [1] * 6, benign_accuracy=[None])
+    refused = compare(before, vague, is_bounded=True)
+    assert isinstance(refused, NotComparable)
+    assert refused.reason.startswith("bounded by usefulness")
+    safe = attacked(curve, "tar", [0] * 6, benign_accuracy=[None])
+    assert isinstance(compare(before, safe, is_bounded=True), PairedComparison)

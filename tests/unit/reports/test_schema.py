@@ -1,6 +1,7 @@
 """`results.schema.json` says what is written and what is read."""
 
 import json
+import math
 from dataclasses import MISSING, fields
 from importlib.resources import files
 
@@ -9,6 +10,7 @@ from jsonschema import Draft202012Validator
 
 from patcher_pl.reports import Curve, Overlap, Results, Sample
 from patcher_pl.reports.results import SCHEMA_VERSION
+from patcher_pl.reports.searches import Attempt, SearchOutcome
 from tests.campaigns import ATTACKS, campaign
 
 
@@ -23,7 +25,11 @@ def test_it_is_a_schema(schema):
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"), [(Results, None), (Curve, "curve"), (Sample, "sample"), (Overlap, "overlap")]
+    ("kind", "place"),
+    [
+        *((Results, None), (Curve, "curve"), (Sample, "sample"), (Overlap, "overlap")),
+        *((SearchOutcome, "search"), (Attempt, "attempt")),
+    ],
 )
 def test_it_knows_every_field(schema, kind, place):
     """Wrong if a field were written that nobody else could know of."""
@@ -43,9 +49,21 @@ def test_what_is_saved_keeps_to_it(schema, curve, tmp_path):
     odd = curve("tar", None, [], None, error="RuntimeError: full")
     shared = {"num_first": 3, "num_second": 2, "shared_prompts": 1, "shared_rows": 0}
     overlap = Overlap(first="defender", second="red team", **shared)
-    written = Results(curves=[*results.curves, odd], environment={}, overlap=[overlap])
+    search = SearchOutcome(
+        defense="tar",
+        num_trials=2,
+        budget=160,
+        attempts=[
+            Attempt(attack="a", settings={"lr": 0.1}, strength=0.5, source="grid"),
+            Attempt(attack="b", settings={}, strength=math.nan, source="search", number=0),
+        ],
+    )
+    written = Results(
+        curves=[*results.curves, odd], environment={}, overlap=[overlap], searches=[search]
+    )
     written.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json").overlap == [overlap]
+    assert Results.load(tmp_path / "results.json").searches == [search]
     content = json.loads((tmp_path / "results.json").read_text())
     Draft202012Validator(schema).validate(content)
 
