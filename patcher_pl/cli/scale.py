@@ -67,6 +67,7 @@ def run_scale(
 
     Writes `scaling.json` (trials, choices, costs, steps to break, fits), `scaling.csv`, `scaling.md`,
     `scaling.png` and `.svg` (steps to break against budget, a panel per attack and the worst case),
+    the same as `scaling-bounded` where attacks that leave a useful model take other steps,
     `results.json` (every curve) and the page and tables of `report` into `run_dir`, after every budget.
 
     Args:
@@ -120,7 +121,7 @@ def run_scale(
             study.run(column)
             _report(study, as_settings(settings), run_dir)
     found = study.found(as_settings(settings))
-    if found.reaches:
+    if found.views:
         page = run_dir / "report.html"
         run_report([RunDirectory(run_dir).results], out=page, title="Defenses over budgets")
     if found.lost:
@@ -276,7 +277,7 @@ class _Study:
 def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> None:
     curves, found = study.curves(), study.found(settings)
     found.save(run_dir, curves)
-    if not found.reaches:
+    if not found.views:
         return
     done = [
         fit.results
@@ -291,13 +292,16 @@ def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> None:
         settings=settings,
         overlap=list(dict.fromkeys(entry for results in done for entry in results.overlap)),
     ).save(RunDirectory(run_dir).results)
-    figure = scaling_figure(found.reaches, found.levels, found.slopes)
-    save_figure(figure, run_dir / "scaling.png")
-    save_figure(figure, run_dir / "scaling.svg")
     console = wide_console(160)
-    console.print(rich_table("Steps to break", summary_table(found.levels), num_names=2))
-    console.print(rich_table("Slopes", slope_table(found.slopes), num_names=2))
-    console.print("\n".join(found.notes(curves)), highlight=False)
+    for end, fits in found.views.items():
+        figure = scaling_figure(fits.reaches, fits.levels, fits.slopes)
+        save_figure(figure, run_dir / f"scaling{end}.png")
+        save_figure(figure, run_dir / f"scaling{end}.svg")
+        of_whom = " of useful models" if end else ""
+        levels, slopes = summary_table(fits.levels), slope_table(fits.slopes)
+        console.print(rich_table(f"Steps to break{of_whom}", levels, num_names=2))
+        console.print(rich_table(f"Slopes{of_whom}", slopes, num_names=2))
+        console.print("\n".join(found.notes(fits, curves)), highlight=False)
     console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)
 
 

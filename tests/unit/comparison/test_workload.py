@@ -4,6 +4,7 @@ import pytest
 
 from patcher_pl.comparison import Column, Contender, Selection
 from patcher_pl.comparison.workload import AttackLoad, Throughput, Workload
+from patcher_pl.jobs import InProcess, Processes, RayCluster
 
 SEARCH = AttackLoad(num_steps=10, num_measurements=2)
 ATTACKS = AttackLoad(num_steps=100, num_measurements=5)
@@ -63,6 +64,19 @@ def test_models_whose_settings_are_chosen_count_as_done_once_they_are(columns):
     work = Workload.of(columns, SEARCH, ATTACKS, {50: models})
     assert len(work.runs) == 15
     assert work.num_done == 1
+
+
+def test_a_defense_below_its_smallest_budget_takes_no_part(columns):
+    assert [list(column.defenses) for column in columns] == [["sft"], ["sft", "mine"]]
+    assert [len(column.search) for column in columns] == [2, 4]
+
+
+def test_engines_say_how_many_runs_they_do_at_a_time():
+    """Wrong if an estimate were divided by processes that have nothing to do."""
+    assert Processes(num_processes=3).at_once(5) == 3
+    assert Processes(num_processes=3).at_once(2) == 2
+    assert InProcess().at_once(5) == 1
+    assert RayCluster().at_once(5) is None
 
 
 def test_a_budget_below_zero_is_refused():
