@@ -17,8 +17,10 @@ PLAIN = FineTuningAttacker(num_steps=2, optimizer=AdamW(lr=1e-3))
 CARRIED = replace(PLAIN, carry=Carry(restart_every=3, scale=1.5, keep_optimizer=True))
 GROWING = replace(PLAIN, num_steps=4, growth=Growth(first_steps=1, num_attacks=2))
 FULL_KINDS = [
-    Kind(attacker=CARRIED, label="carried", num_steps=[1, 3], lr=[1e-4, 1e-2]),
-    Kind(attacker=replace(PLAIN, optimizer=SGD(lr=0.1, momentum=0.9)), batch_size=[1, 3]),
+    Kind(attacker=CARRIED, label="carried", space={"num_steps": [1, 3], "lr": [1e-4, 1e-2]}),
+    Kind(
+        attacker=replace(PLAIN, optimizer=SGD(lr=0.1, momentum=0.9)), space={"batch_size": [1, 3]}
+    ),
 ]
 SHARDABLE = AttackDistribution(kinds=FULL_KINDS)
 DISTRIBUTION = AttackDistribution(
@@ -26,7 +28,7 @@ DISTRIBUTION = AttackDistribution(
         *FULL_KINDS,
         Kind(
             attacker=replace(PLAIN, lora=Lora(rank=2, dropout=0.1), carry=Carry(restart_every=2)),
-            **{"lora.rank": [1, 2]},
+            space={"lora.rank": [1, 2]},
         ),
         Kind(attacker=replace(PLAIN, trains="embeddings"), weight=2.0),
     ],

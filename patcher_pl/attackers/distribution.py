@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -32,7 +32,7 @@ _COUNTS = ("num_steps", "num_warmup_steps")
 _OF_DATA = ("poison_ratio", "batch_size")
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, kw_only=True)
 class Kind:
     """Attacks of one kind, and what differs among them.
 
@@ -51,27 +51,14 @@ class Kind:
     """
 
     attacker: FineTuningAttacker
-    label: str | None
-    weight: float
-    data: Mixture | None
-    space: Mapping[str, list[Any]]
+    label: str | None = None
+    weight: float = 1.0
+    data: Mixture | None = None
+    space: Mapping[str, list[Any]] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        *,
-        attacker: FineTuningAttacker,
-        label: str | None = None,
-        weight: float = 1.0,
-        data: Mixture | None = None,
-        space: Mapping[str, list[Any]] | None = None,
-        **more: list[Any],
-    ) -> None:
-        space = {**(space or {}), **more}
-        given = {"attacker": attacker, "label": label, "weight": weight, "data": data}
-        for name, value in {**given, "space": space}.items():
-            object.__setattr__(self, name, value)
-        require(self, weight > 0, "weight", "> 0", "Leave a kind out that shall not come.")
-        for name, values in space.items():
+    def __post_init__(self) -> None:
+        require(self, self.weight > 0, "weight", "> 0", "Leave a kind out that shall not come.")
+        for name, values in self.space.items():
             self._check(name, values)
 
     @property

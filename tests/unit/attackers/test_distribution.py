@@ -29,14 +29,14 @@ def draws(attacker, number=400, seed=3):
 
 
 def test_settings_are_drawn_by_seed_and_number_alone():
-    found = draws(Kind(attacker=FULL, **SPACE), 50)
-    assert found == draws(Kind(attacker=FULL, **SPACE), 50)
-    assert found[7] == Kind(attacker=FULL, **SPACE).draw(3, 7)
-    assert found != draws(Kind(attacker=FULL, **SPACE), 50, seed=4)
+    found = draws(Kind(attacker=FULL, space=SPACE), 50)
+    assert found == draws(Kind(attacker=FULL, space=SPACE), 50)
+    assert found[7] == Kind(attacker=FULL, space=SPACE).draw(3, 7)
+    assert found != draws(Kind(attacker=FULL, space=SPACE), 50, seed=4)
 
 
 def test_ranges_are_drawn_by_their_logarithm():
-    found = draws(Kind(attacker=FULL, **SPACE))
+    found = draws(Kind(attacker=FULL, space=SPACE))
     for values, low, high in (
         ([one.attacker.optimizer.lr for one in found], 1e-5, 1e-2),
         ([one.attacker.num_steps for one in found], 10, 1000),
@@ -61,7 +61,7 @@ def test_ranges_are_drawn_by_their_logarithm():
 
 
 def test_ranks_are_chosen():
-    found = draws(Kind(attacker=ADAPTERS, **{"lora.rank": [8, 16, 64]}), 60)
+    found = draws(Kind(attacker=ADAPTERS, space={"lora.rank": [8, 16, 64]}), 60)
     assert {one.attacker.lora.rank for one in found} == {8, 16, 64}
 
 
@@ -97,7 +97,7 @@ def test_kinds_at_random_come_by_weight():
 
 
 def test_steps_before_are_those_of_the_attacks_before():
-    attacker = AttackDistribution(kinds=[Kind(attacker=FULL, num_steps=[10, 40])])
+    attacker = AttackDistribution(kinds=[Kind(attacker=FULL, space={"num_steps": [10, 40]})])
     found = draws(attacker, 10)
     assert attacker.steps_before(3, 10) == sum(one.attacker.num_steps for one in found)
     assert attacker.num_steps == 40
@@ -127,7 +127,7 @@ def test_a_larger_batch_counts_as_the_batches_it_amounts_to():
 )
 def test_a_space_that_cannot_be_drawn_from_is_refused(space, said):
     with pytest.raises(ValueError, match=said):
-        Kind(attacker=FULL, **space)
+        Kind(attacker=FULL, space=space)
 
 
 def test_kinds_must_be_told_apart():
