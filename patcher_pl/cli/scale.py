@@ -67,6 +67,7 @@ def run_scale(
 
     Writes `scaling.json` (trials, choices, costs, steps to break, fits), `scaling.csv`, `scaling.md`,
     `scaling.png` and `.svg` (steps to break against budget, a panel per attack and the worst case),
+    the same as `scaling-bounded` where attacks that leave a useful model take other steps,
     `results.json` (every curve) and the page and tables of `report` into `run_dir`, after every budget.
 
     Args:
@@ -118,8 +119,9 @@ def run_scale(
     with study.estimates():
         for column in columns:
             study.run(column)
-            found = _report(study, as_settings(settings), run_dir)
-    if found.reaches:
+            _report(study, as_settings(settings), run_dir)
+    found = study.found(as_settings(settings))
+    if found.views:
         page = run_dir / "report.html"
         run_report([RunDirectory(run_dir).results], out=page, title="Defenses over budgets")
     if found.lost:
@@ -260,20 +262,23 @@ class _Study:
             for curve in curves_of(self.models.get(column.budget, {}))
         ]
 
+    def found(self, settings: dict[str, Any]) -> ScalingStudy:
+        """What is known so far."""
+        return ScalingStudy.of(
+            self.curves(),
+            trials=self.trials,
+            costs={budget: costs(models) for budget, models in self.models.items()},
+            lost=self.lost,
+            environment=environment(),
+            settings=settings,
+        )
 
-def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> ScalingStudy:
-    curves = study.curves()
-    found = ScalingStudy.of(
-        curves,
-        trials=study.trials,
-        costs={budget: costs(models) for budget, models in study.models.items()},
-        lost=study.lost,
-        environment=environment(),
-        settings=settings,
-    )
+
+def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> None:
+    curves, found = study.curves(), study.found(settings)
     found.save(run_dir, curves)
-    if not found.reaches:
-        return found
+    if not found.views:
+        return
     done = [
         fit.results
         for models in study.models.values()
@@ -287,15 +292,17 @@ def _report(study: _Study, settings: dict[str, Any], run_dir: Path) -> ScalingSt
         settings=settings,
         overlap=list(dict.fromkeys(entry for results in done for entry in results.overlap)),
     ).save(RunDirectory(run_dir).results)
-    figure = scaling_figure(found.reaches, found.levels, found.slopes)
-    save_figure(figure, run_dir / "scaling.png")
-    save_figure(figure, run_dir / "scaling.svg")
     console = wide_console(160)
-    console.print(rich_table("Steps to break", summary_table(found.levels), num_names=2))
-    console.print(rich_table("Slopes", slope_table(found.slopes), num_names=2))
-    console.print("\n".join(found.notes(curves)), highlight=False)
+    for end, fits in found.views.items():
+        figure = scaling_figure(fits.reaches, fits.levels, fits.slopes)
+        save_figure(figure, run_dir / f"scaling{end}.png")
+        save_figure(figure, run_dir / f"scaling{end}.svg")
+        of_whom = " of useful models" if end else ""
+        levels, slopes = summary_table(fits.levels), slope_table(fits.slopes)
+        console.print(rich_table(f"Steps to break{of_whom}", levels, num_names=2))
+        console.print(rich_table(f"Slopes{of_whom}", slopes, num_names=2))
+        console.print("\n".join(found.notes(fits, curves)), highlight=False)
     console.print(f"Written to {run_dir}", highlight=False, soft_wrap=True)
-    return found
 
 
 def _grouped(count: int) -> str:

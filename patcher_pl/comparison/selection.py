@@ -78,7 +78,9 @@ def trial_of(
     defense: str, number: int, options: Mapping[str, Any], results: Sequence[Results]
 ) -> DefenseTrial:
     """What the runs of one trial found, over all seeds and attacks."""
-    curves = [curve for found in results for curve in found.curves if curve.attack_steps]
+    curves = [
+        curve.completed() for found in results for curve in found.curves if curve.attack_steps
+    ]
     if not curves or any(curve.error for curve in curves):
         reasons = [curve.error for found in results for curve in found.curves if curve.error]
         reason = reasons[0] if reasons else "nothing was measured"

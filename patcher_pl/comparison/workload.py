@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from patcher_pl.comparison.column import Column
 from patcher_pl.comparison.trials import Models
 from patcher_pl.jobs import Fit
+from patcher_pl.reports.results import Results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +18,12 @@ class AttackLoad:
     """What a red team does to one model.
 
     Args:
-        num_steps: Gradient evaluations of all its attacks, each at full length (count).
-        num_measurements: How often the model is asked everything (count).
+        num_steps: Gradient evaluations of all its attacks (count; of several models, their mean).
+        num_measurements: How often the model is asked everything.
     """
 
-    num_steps: int
-    num_measurements: int
+    num_steps: float
+    num_measurements: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class PlannedRun:
     Args:
         defense: Name of its defense.
         budget: Gradient evaluations of its training (count).
-        load: What its red team does.
+        load: What its red team does, its attacks at full length.
         fit: The run; None where its settings are not chosen yet.
     """
 
@@ -67,7 +71,7 @@ class PlannedRun:
     @property
     def num_evaluations(self) -> int:
         """Gradient evaluations of training and attacks (count)."""
-        return self.budget + self.load.num_steps
+        return self.budget + round(self.load.num_steps)
 
 
 @dataclass(frozen=True)
@@ -120,33 +124,51 @@ class Workload:
     def seconds_left(self, throughput: Throughput) -> float:
         """Process time of what is not done.
 
-        What `throughput` says is corrected by how long finished runs took, those of the same defense
-        where there are any.
+        Finished runs correct it, those of the same defense where there are any: by how much longer they
+        took than `throughput` says, and by how far their attacks went, which may end with the break.
         """
-        left = [run for run in self.runs if not run.is_done]
-        overall, own = _Correction(), dict[str, _Correction]()
-        for run in self.runs:
-            if run.fit is not None and (seconds := run.fit.seconds) is not None:
-                expected = throughput.seconds(run.budget, run.load)
-                for correction in (overall, own.setdefault(run.defense, _Correction())):
-                    correction.add(seconds, expected)
-        return sum(
-            throughput.seconds(run.budget, run.load) * own.get(run.defense, overall).factor
-            for run in left
+        done = [
+            _Finished(run, run.fit.seconds, _attacked(run.fit.run_directory.results))
+            for run in self.runs
+            if run.fit is not None and run.fit.seconds is not None
+        ]
+        return sum(_expected(run, done, throughput) for run in self.runs if not run.is_done)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a run took, and what its red team did."""
+
+    run: PlannedRun
+    seconds: float
+    load: AttackLoad
+
+
+def _expected(run: PlannedRun, done: Sequence[_Finished], throughput: Throughput) -> float:
+    own = [one for one in done if one.run.defense == run.defense]
+    attacked = [one.load for one in own if one.run.load == run.load]
+    attacked = attacked or [one.load for one in done if one.run.load == run.load]
+    load = run.load
+    if attacked:
+        load = AttackLoad(
+            num_steps=fmean(one.num_steps for one in attacked),
+            num_measurements=fmean(one.num_measurements for one in attacked),
         )
+    timed = own or done
+    believed = sum(throughput.seconds(one.run.budget, one.load) for one in timed)
+    factor = sum(one.seconds for one in timed) / believed if believed > 0 else 1.0
+    return factor * throughput.seconds(run.budget, load)
 
 
-@dataclass
-class _Correction:
-    """How much longer runs took than expected."""
+def _attacked(results: Path) -> AttackLoad:
+    """What the red team of a finished run did."""
+    return _read(results, results.stat().st_mtime_ns)
 
-    _took: float = 0.0
-    _expected: float = 0.0
 
-    def add(self, took: float, expected: float) -> None:
-        self._took += took
-        self._expected += expected
-
-    @property
-    def factor(self) -> float:
-        return self._took / self._expected if self._expected > 0 else 1.0
+@cache
+def _read(results: Path, _: int) -> AttackLoad:
+    curves = Results.load(results).curves
+    return AttackLoad(
+        num_steps=sum(curve.attack_steps[-1] for curve in curves if curve.attack_steps),
+        num_measurements=sum(len(curve.attack_steps) for curve in curves),
+    )

@@ -282,5 +282,16 @@ def _entry(value: Any, place: int) -> Any:
     return value[place] if place < len(value) else None
 
 
-def _rank(group: Group) -> tuple[bool, str, int]:
-    return not group.is_control, group.defense, -1 if group.k1 is None else group.k1
+def at_budget(defense: str, budget: int | None) -> str:
+    """Name of a defense of a study of several budgets, in which it is one of its own at each."""
+    return defense if budget is None else f"{defense}{_budget_suffix(budget)}"
+
+
+def _budget_suffix(budget: int) -> str:
+    return f" (budget {budget})"
+
+
+def _rank(group: Group) -> tuple[bool, str, int, int]:
+    budget = group.budget or 0
+    name = group.defense.replace(_budget_suffix(budget), "")
+    return not group.is_control, name, budget, -1 if group.k1 is None else group.k1

@@ -8,7 +8,7 @@ from typing import Any
 from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.comparison import DefenseTrial, TrainingCost
 from patcher_pl.reports.formats import MISSING, interval, number, span
-from patcher_pl.reports.grouping import Frame, Group
+from patcher_pl.reports.grouping import Frame, Group, at_budget, defense_label
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.statistics import (
     GEOMETRIC_MEAN,
@@ -17,6 +17,7 @@ from patcher_pl.reports.statistics import (
     Reach,
     Slope,
     StepsToBreak,
+    bounded_break,
     first_break,
     levels,
     reaches,
@@ -28,15 +29,47 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fits:
+    """Steps to break by one notion of broken, and what is fitted to them.
+
+    Args:
+        reaches: Of every model and family.
+        slopes: Of every defense and family.
+        levels: Of every defense and family at every budget.
+    """
+
+    reaches: list[Reach]
+    slopes: list[Slope]
+    levels: list[Level]
+
+    @classmethod
+    def of(cls, curves: Sequence[Curve], steps_to_break: StepsToBreak) -> "Fits":
+        """Of curves with budgets, compared with the control, where there is one."""
+        found = reaches(curves, steps_to_break)
+        control = next((one.defense for one in found if _is_control(one.defense)), None)
+        return cls(reaches=found, slopes=slopes(found, control), levels=levels(found, control))
+
+    def markdown(self) -> list[str]:
+        """Headings and tables."""
+        return [
+            "### Steps to break over all families",
+            markdown_table(summary_table(self.levels), num_names=2),
+            "### Slopes",
+            markdown_table(slope_table(self.slopes), num_names=2),
+            "### Steps to break by family",
+            markdown_table(family_table(self.levels), num_names=2),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScalingStudy:
     """Everything that a study over budgets found out, but for the curves, see `named_by_budget`.
 
     Args:
         trials: The search of every defense at every budget, by budget.
         costs: What training the models took, by budget and defense, one per seed.
-        reaches: Steps to break of every model and family.
-        slopes: Of every defense and family.
-        levels: Of every defense and family at every budget.
+        unbounded: Broken is what answers, whatever else is left of the model.
+        bounded: Broken is what answers and is still useful, see `Curve.bounded`.
         lost: What is missing because it failed, a line each.
         environment: What it ran on, see `patcher_pl.reports.environment`.
         settings: What it was asked to do, for the reader.
@@ -45,9 +78,8 @@ class ScalingStudy:
 
     trials: dict[int, list[DefenseTrial]]
     costs: dict[int, dict[str, list[TrainingCost]]]
-    reaches: list[Reach]
-    slopes: list[Slope]
-    levels: list[Level]
+    unbounded: Fits
+    bounded: Fits
     lost: list[str]
     environment: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -63,55 +95,56 @@ class ScalingStudy:
         lost: Sequence[str],
         environment: dict[str, Any],
         settings: dict[str, Any],
-        steps_to_break: StepsToBreak = first_break,
     ) -> "ScalingStudy":
-        """Fits everything that is fitted to the curves, which have budgets.
+        """Fits everything that is fitted.
 
         Args:
-            curves: Of every model under every attack, by their defenses' own names.
+            curves: Of every model under every attack, with budgets, by their defenses' own names.
             trials: As the attribute.
             costs: As the attribute.
             lost: As the attribute.
             environment: As the attribute.
             settings: As the attribute.
-            steps_to_break: What counts as broken.
         """
-        found = reaches(curves, steps_to_break)
-        control = next((one.defense for one in found if _is_control(one.defense)), None)
         return cls(
             trials={budget: list(own) for budget, own in trials.items()},
             costs=dict(costs),
-            reaches=found,
-            slopes=slopes(found, control),
-            levels=levels(found, control),
+            unbounded=Fits.of(curves, first_break),
+            bounded=Fits.of(curves, bounded_break),
             lost=list(lost),
             environment=environment,
             settings=settings,
         )
 
+    @property
+    def views(self) -> dict[str, Fits]:
+        """What there is to show, by the end of a file's name: bounded where that is another thing."""
+        views = {"": self.unbounded}
+        if self.bounded.reaches and self.bounded.reaches != self.unbounded.reaches:
+            views["-bounded"] = self.bounded
+        return {end: fits for end, fits in views.items() if fits.reaches}
+
     def save(self, run_dir: Path, curves: Sequence[Curve]) -> None:
         """Writes `scaling.json` and, once a model was attacked, `scaling.csv` and `scaling.md`."""
         write_json(run_dir / "scaling.json", asdict(self))
-        if self.reaches:
-            write_text(run_dir / "scaling.csv", csv_table(reach_table(self.reaches)))
+        for end, fits in self.views.items():
+            write_text(run_dir / f"scaling{end}.csv", csv_table(reach_table(fits.reaches)))
+        if self.views:
             write_text(run_dir / "scaling.md", self.markdown(curves))
 
     def markdown(self, curves: Sequence[Curve]) -> str:
         """The tables and what they mean."""
-        parts = [
-            "## Steps to break over all families",
-            markdown_table(summary_table(self.levels), num_names=2),
-            "## Slopes",
-            markdown_table(slope_table(self.slopes), num_names=2),
-            "## Steps to break by family",
-            markdown_table(family_table(self.levels), num_names=2),
-            "\n".join(f"- {line}" for line in [*self.notes(curves), *self.lost]),
-        ]
+        parts = []
+        for end, fits in self.views.items():
+            parts += ["## Useful models only" if end else "## All attacks", *fits.markdown()]
+            parts.append("\n".join(f"- {line}" for line in self.notes(fits, curves)))
+        if self.lost:
+            parts += ["## What failed", "\n".join(f"- {line}" for line in self.lost)]
         return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
-    def notes(self, curves: Sequence[Curve]) -> list[str]:
-        """What the figures rest on."""
-        single = [one for one in self.reaches if one.family not in (WORST_CASE, GEOMETRIC_MEAN)]
+    def notes(self, fits: Fits, curves: Sequence[Curve]) -> list[str]:
+        """What the figures of one of `views` rest on."""
+        single = [one for one in fits.reaches if one.family not in (WORST_CASE, GEOMETRIC_MEAN)]
         held = sum(one.is_censored for one in single)
         lines = [
             "Steps are geometric means over seeds of 1 + steps, less 1; in brackets the smallest and the "
@@ -121,6 +154,13 @@ class ScalingStudy:
             f"{held} of {len(single)} attacks did not break the model: they count as breaking it at "
             "twice their length (>), a lower bound.",
         ]
+        if fits is not self.unbounded:
+            kept = min((curve.min_benign_kept for curve in curves), default=0.0)
+            lines.insert(
+                0,
+                "Broken is a model that answers while it keeps at least "
+                f"{kept:.0%} of its benign answers and still speaks.",
+            )
         if missing := len(curves) - len(single):
             lines.append(f"{missing} of {len(curves)} attacks failed or cannot be relied on.")
         return [*lines, *stopped_notes(curves)]
@@ -128,12 +168,7 @@ class ScalingStudy:
 
 def named_by_budget(curves: Sequence[Curve]) -> list[Curve]:
     """The curves under names that tell a defense's budgets apart, for `results.json`."""
-    return [replace(curve, defense=f"{curve.defense} (budget {curve.budget})") for curve in curves]
-
-
-def defense_label(defense: str) -> str:
-    """How a defense is called in tables and figures."""
-    return Group(defense, None, "", ()).label
+    return [replace(curve, defense=at_budget(curve.defense, curve.budget)) for curve in curves]
 
 
 def reach_table(found: Sequence[Reach]) -> Frame:
@@ -156,11 +191,11 @@ def summary_table(found: Sequence[Level]) -> Frame:
     header += [name for family in families for name in (family, "ratio to control")]
     known = {(one.defense, one.budget, one.family): one for one in found}
     rows = []
-    for defense, budget in dict.fromkeys((one.defense, one.budget) for one in found):
+    for defense, budget in _places(found):
         own = [known.get((defense, budget, family)) for family in families]
         if any(own):
             cells = [cell for one in own for cell in (_steps(one), _ratio(one))]
-            rows.append([defense_label(defense), str(budget), *cells])
+            rows.append([defense_label(defense, None), str(budget), *cells])
     return text_table(header, rows)
 
 
@@ -170,10 +205,10 @@ def family_table(found: Sequence[Level]) -> Frame:
     known = {(one.defense, one.budget, one.family): one for one in found}
     rows = [
         [
-            *(defense_label(defense), str(budget)),
+            *(defense_label(defense, None), str(budget)),
             *(_steps(known.get((defense, budget, family))) for family in families),
         ]
-        for defense, budget in dict.fromkeys((one.defense, one.budget) for one in found)
+        for defense, budget in _places(found)
     ]
     return text_table(["defense", "budget", *families], rows)
 
@@ -182,7 +217,7 @@ def slope_table(found: Sequence[Slope]) -> Frame:
     """One row per defense and family."""
     rows = [
         [
-            *(one.family, defense_label(one.defense)),
+            *(one.family, defense_label(one.defense, None)),
             _with_interval(one.slope, one.low, one.high),
             _with_interval(one.difference, one.difference_low, one.difference_high),
             *(str(one.num_models), str(one.num_censored)),
@@ -195,6 +230,13 @@ def slope_table(found: Sequence[Slope]) -> Frame:
 
 def _is_control(defense: str) -> bool:
     return Group(defense, None, "", ()).is_control
+
+
+def _places(found: Sequence[Level]) -> list[tuple[str, int]]:
+    """Defenses in the order in which they come, each with its budgets, the smallest first."""
+    defenses = list(dict.fromkeys(one.defense for one in found))
+    places = {(one.defense, one.budget) for one in found}
+    return sorted(places, key=lambda place: (defenses.index(place[0]), place[1]))
 
 
 def _steps(one: Level | None) -> str:

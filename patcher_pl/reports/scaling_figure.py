@@ -14,8 +14,7 @@ from patcher_pl.reports.drawing import (
     plain_text,
 )
 from patcher_pl.reports.formats import amount, signed
-from patcher_pl.reports.grouping import Group
-from patcher_pl.reports.scaling import defense_label
+from patcher_pl.reports.grouping import Group, defense_label
 from patcher_pl.reports.statistics import GEOMETRIC_MEAN, WORST_CASE, Level, Reach, Slope
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def scaling_figure(
         if place + columns >= len(axes):
             axis.set_xlabel("Gradient evaluations of training")
             axis.tick_params(labelbottom=True)
-    names = [*(plain_text(defense_label(defense)) for defense in defenses), _HELD]
+    names = [*(plain_text(defense_label(defense, None)) for defense in defenses), _HELD]
     legend(figure, axes, names, loc="outside lower center", ncols=4)
     return figure
 
@@ -92,7 +91,7 @@ def _draw_panel(
     defenses = list(dict.fromkeys(one.defense for one in levels))
     for place, defense in enumerate(defenses):
         own = sorted((one for one in levels if one.defense == defense), key=lambda one: one.budget)
-        label = defense_label(defense)
+        label = defense_label(defense, None)
         ends = [(one.steps, one.low, one.high) for one in own]
         band_line(
             axis,
@@ -124,7 +123,7 @@ def _draw_panel(
             0.03,
             0.97 - 0.075 * place,
             _slope_text(one),
-            color=styles[defense_label(one.defense)]["color"],
+            color=styles[defense_label(one.defense, None)]["color"],
             fontsize=7,
             va="top",
             transform=axis.transAxes,

@@ -84,6 +84,8 @@ def test_a_study_makes_a_comparison_per_budget_and_goes_on_where_it_was(folder):
     run = folder / "run"
     first = [path.stat().st_mtime_ns for path in sorted(run.rglob("run.json"))]
     assert len(first) == 3
+    took = [json.loads(path.read_text())["seconds"] for path in run.rglob("run.json")]
+    assert min(took) > 0, "what later estimates rest on"
 
     said = scale(folder, settings()).expect(0)
     assert "9 runs of `fit`, 3 done already" in said.out
@@ -92,13 +94,17 @@ def test_a_study_makes_a_comparison_per_budget_and_goes_on_where_it_was(folder):
     content = json.loads((run / "scaling.json").read_text())
     assert {budget: len(own) for budget, own in content["trials"].items()} == {"6": 1, "12": 2}
     families = {"full_adamw", "longer", "worst case", "geometric mean"}
-    found = {(one["defense"], one["budget"], one["seed"]) for one in content["reaches"]}
+    found = {
+        (one["defense"], one["budget"], one["seed"]) for one in content["unbounded"]["reaches"]
+    }
     assert found == {
         *(("sft", budget, seed) for budget in (6, 12) for seed in (0, 1)),
         *(("mine", 12, seed) for seed in (0, 1)),
     }
-    assert {one["family"] for one in content["reaches"]} == families
-    slopes = {(one["defense"], one["family"]): one["slope"] for one in content["slopes"]}
+    assert {one["family"] for one in content["unbounded"]["reaches"]} == families
+    slopes = {
+        (one["defense"], one["family"]): one["slope"] for one in content["unbounded"]["slopes"]
+    }
     assert slopes["sft", "longer"] is not None
     assert slopes["mine", "longer"] is None, "one budget"
     for budget, own in content["costs"].items():
@@ -125,5 +131,5 @@ def test_a_defense_that_fails_at_a_budget_leaves_the_rest(folder):
     assert "defenses.broken: every trial failed; the first left" in said.err
     assert "Everything else was done" in said.err
     content = json.loads((folder / "run" / "scaling.json").read_text())
-    assert {one["defense"] for one in content["reaches"]} == {"sft"}
+    assert {one["defense"] for one in content["unbounded"]["reaches"]} == {"sft"}
     assert "every trial failed" in (folder / "run" / "scaling.md").read_text()

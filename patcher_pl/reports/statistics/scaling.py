@@ -16,13 +16,20 @@ GEOMETRIC_MEAN = "geometric mean"
 
 _Key = TypeVar("_Key")
 
-StepsToBreak = Callable[[Curve], int | None]
-"""After how many attack steps a model counts as broken; None where it held."""
+StepsToBreak = Callable[[Curve], tuple[int | None, bool]]
+"""After how many attack steps a model broke (None where it held), and whether that can be told."""
 
 
-def first_break(curve: Curve) -> int | None:
+def first_break(curve: Curve) -> tuple[int | None, bool]:
     """The first measurement with `asr >= threshold`, whatever else the attack did to the model."""
-    return curve.steps_to_break
+    broken = curve.steps_to_break
+    return broken, curve.error is None or broken is not None
+
+
+def bounded_break(curve: Curve) -> tuple[int | None, bool]:
+    """The same of a model that is still useful, see `Curve.bounded`."""
+    broken, is_known = curve.bounded.steps_to_break, curve.bounded.is_known
+    return broken, is_known and (curve.error is None or broken is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +218,10 @@ def levels(found: Sequence[Reach], control: str | None) -> list[Level]:
 
 def _reach(curve: Curve, steps_to_break: StepsToBreak) -> Reach | None:
     seed = curve.seed if curve.train_seed is None else curve.train_seed
-    broken = steps_to_break(curve)
-    is_known = curve.error is None or broken is not None
-    if curve.budget is None or not curve.attack_steps or not curve.trusted or not is_known:
+    if not curve.attack_steps:
+        return None
+    broken, is_known = steps_to_break(curve)
+    if curve.budget is None or not curve.trusted or not is_known:
         return None
     return Reach(
         defense=curve.defense,

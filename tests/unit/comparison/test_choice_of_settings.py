@@ -117,3 +117,20 @@ def test_a_rate_that_is_not_known_is_not_taken_for_a_good_one(selection):
 def test_settings_of_the_search_out_of_range_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"Selection.{next(iter(wrong))} must be"):
         Selection(redteam=tmp_path, **wrong)
+
+
+def test_an_attack_that_ended_with_the_break_has_the_area_of_the_whole_attack():
+    """Wrong if a trial looked better because its attack was cut short where it had won."""
+    whole = trial_of("d", 0, {}, [results(curve())])
+    short = curve(
+        attack_steps=[0, 10],
+        asr=[0.0, 1.0],
+        benign_accuracy=[1.0, 0.5],
+        steps_to_break=10,
+        collapsed=[False, False],
+        skipped_steps=[20],
+    )
+    cut = trial_of("d", 0, {}, [results(short)])
+    assert whole.area < cut.area
+    same = curve(asr=[0.0, 1.0, 1.0], steps_to_break=10)
+    assert cut.area == trial_of("d", 0, {}, [results(same)]).area

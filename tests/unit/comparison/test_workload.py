@@ -4,6 +4,8 @@ import pytest
 
 from patcher_pl.comparison import Column, Contender, Selection
 from patcher_pl.comparison.workload import AttackLoad, Throughput, Workload
+from patcher_pl.jobs import InProcess, Processes, RayCluster
+from patcher_pl.reports import Curve, Results
 
 SEARCH = AttackLoad(num_steps=10, num_measurements=2)
 ATTACKS = AttackLoad(num_steps=100, num_measurements=5)
@@ -27,7 +29,19 @@ def columns(tmp_path):
     ]
 
 
-def finish(fit, seconds):
+def finish(fit, seconds, attack_steps=(0, 10)):
+    """As a run leaves it that took so long, and whose attack was measured there."""
+    curve = Curve(
+        defense="d",
+        seed=0,
+        k1=None,
+        attack="full",
+        attack_steps=list(attack_steps),
+        asr=[0.0] * len(attack_steps),
+        steps_to_break=None,
+        threshold=0.5,
+    )
+    Results(curves=[curve], environment={}).save(fit.run_directory.results)
     fit.write(True, seconds=seconds)
 
 
@@ -57,12 +71,40 @@ def test_finished_runs_correct_the_estimate_of_their_own_defense_first(columns):
     assert work.seconds_left(THROUGHPUT) == pytest.approx(left + 10 * mine)
 
 
+def test_how_far_attacks_went_is_learned_apart_from_how_long_a_step_takes(columns):
+    """Wrong if attacks that end early on small budgets made training at large ones look quick."""
+    models = columns[0].models({"sft": {"lr": 1}})
+    for fit in models["sft"]:
+        # Twice as slow as believed, a fifth of the attack.
+        went = AttackLoad(num_steps=20, num_measurements=2)
+        finish(fit, 2 * THROUGHPUT.seconds(50, went), attack_steps=(0, 20))
+    left = Workload.of(columns[1:], SEARCH, ATTACKS, {})
+    both = Workload([*Workload.of(columns[:1], SEARCH, ATTACKS, {50: models}).runs, *left.runs])
+    went = AttackLoad(num_steps=20, num_measurements=2)
+    seconds = 2 * THROUGHPUT.seconds(50, SEARCH)  # The search at the smaller budget.
+    seconds += 4 * THROUGHPUT.seconds(100, SEARCH) + 6 * THROUGHPUT.seconds(100, went)
+    assert both.seconds_left(THROUGHPUT) == pytest.approx(2 * seconds)
+
+
 def test_models_whose_settings_are_chosen_count_as_done_once_they_are(columns):
     models = columns[0].models({"sft": {"lr": 2}})
     finish(models["sft"][1], 1.0)
     work = Workload.of(columns, SEARCH, ATTACKS, {50: models})
     assert len(work.runs) == 15
     assert work.num_done == 1
+
+
+def test_a_defense_below_its_smallest_budget_takes_no_part(columns):
+    assert [list(column.defenses) for column in columns] == [["sft"], ["sft", "mine"]]
+    assert [len(column.search) for column in columns] == [2, 4]
+
+
+def test_engines_say_how_many_runs_they_do_at_a_time():
+    """Wrong if an estimate were divided by processes that have nothing to do."""
+    assert Processes(num_processes=3).at_once(5) == 3
+    assert Processes(num_processes=3).at_once(2) == 2
+    assert InProcess().at_once(5) == 1
+    assert RayCluster().at_once(5) is None
 
 
 def test_a_budget_below_zero_is_refused():

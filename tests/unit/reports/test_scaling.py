@@ -13,6 +13,7 @@ from patcher_pl.reports.statistics import (
     WORST_CASE,
     NotComparable,
     PairedComparison,
+    bounded_break,
     compare_all,
     levels,
     reaches,
@@ -143,10 +144,25 @@ def test_ratios_are_those_of_pairs_of_seeds(study):
     assert one(found, defense="sft", family="full", budget=500).ratio is None
 
 
-def test_another_count_of_steps_can_be_shown(study):
-    """As one that counts only models which are still useful."""
-    found = reaches(study, lambda curve: None)
-    assert all(row.is_censored for row in found)
+def test_bounded_steps_are_those_of_models_that_are_still_useful(curve, tmp_path):
+    """Wrong if an attack that destroyed the model, and taught it anew, passed for a break."""
+    told = {"attack": "full", "budget": 500, "attack_steps": [0, 10, 20, 40]}
+    destroyed = curve("mine", None, [0, 1, 1, 1], 10, benign_accuracy=[1, 0.5, 0.8, 0.9], **told)
+    kept = curve("sft", None, [0, 1, 1, 1], 10, benign_accuracy=[1, 0.9, 0.9, 1], **told)
+    unknown = curve("other", None, [0, 1, 1, 1], 10, benign_accuracy=[1, None, None, None], **told)
+    curves = [destroyed, kept, unknown]
+    found = {
+        row.defense: row.steps for row in reaches(curves, bounded_break) if row.family == "full"
+    }
+    assert found == {"mine": 40, "sft": 10}
+    content = {"trials": {}, "costs": {}, "lost": [], "environment": {}, "settings": {}}
+    study = ScalingStudy.of(curves, **content)
+    study.save(tmp_path, curves)
+    text = (tmp_path / "scaling.md").read_text()
+    assert "Useful models only" in text
+    assert "keeps at least 90% of its benign answers" in text
+    assert "mine,full,500,0,40,0" in (tmp_path / "scaling-bounded.csv").read_text()
+    assert list(ScalingStudy.of([kept], **content).views) == [""]
 
 
 def test_results_tell_budgets_apart_and_reports_compare_equal_ones(study, tmp_path):
@@ -156,6 +172,10 @@ def test_results_tell_budgets_apart_and_reports_compare_equal_ones(study, tmp_pa
     assert len(groups) == 2 * 2 * 3
     assert all(len(group.curves) == 3 for group in groups)
     labels = {group.label: group.is_control for group in groups}
+    assert list(labels) == [
+        *(f"SFT (budget {budget})" for budget in (500, 2000, 8000)),
+        *(f"Mine (budget {budget})" for budget in (500, 2000, 8000)),
+    ]
     assert labels["SFT (budget 500)"]
     assert not labels["Mine (budget 8000)"]
     pairs = {(found.first, found.second) for found in compare_all(groups)}
@@ -163,13 +183,7 @@ def test_results_tell_budgets_apart_and_reports_compare_equal_ones(study, tmp_pa
     assert {type(found) for found in compare_all(groups)} <= {NotComparable, PairedComparison}
 
 
-@pytest.fixture
-def found(study):
-    content = {"trials": {}, "costs": {}, "lost": ["a model failed"], "environment": {}}
-    return ScalingStudy.of(study, settings={}, **content)
-
-
-def test_the_tables_say_what_was_censored_and_lost(study, found, curve, tmp_path):
+def test_the_tables_say_what_was_censored_and_lost(study, curve, tmp_path):
     held = attacked(curve, "mine", "full", 32000, 0, None, last=640)
     lora = attacked(curve, "mine", "lora", 32000, 0, 320, last=640)
     curves = [*study, held, lora]
