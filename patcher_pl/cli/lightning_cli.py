@@ -1,6 +1,7 @@
 """LightningCLI with a fixed layout of the run's directory."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -249,12 +250,13 @@ class PatcherCLI(LightningCLI):
         How this call began, afresh or from a checkpoint, is no part of it: repeating the run must
         neither delete an earlier one nor look for a checkpoint that is gone by then.
         """
-        write_text(path, self._repeatable())
+        write_text(path, self._repeatable)
 
     def run_settings(self, *, with_contents: bool) -> dict[str, Any]:
         """What `save_config` writes, by dotted names, see `flat_settings`."""
-        return flat_settings(yaml.safe_load(self._repeatable()), with_contents=with_contents)
+        return flat_settings(yaml.safe_load(self._repeatable), with_contents=with_contents)
 
+    @cached_property
     def _repeatable(self) -> str:
         config = self.config[self.command].clone()
         config.overwrite, config.ckpt_path = False, None

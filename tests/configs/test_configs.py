@@ -358,7 +358,7 @@ def test_an_experiment_runs_for_two_steps(path, tmp_path):
     config = write_yaml(tmp_path / "config.yaml", content)
     cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(0)
     curves = Results.load(tmp_path / "run" / "results.json").curves
-    assert [curve.error for curve in curves] == [None] * (1 + content.get("control", False))
+    assert [curve.error for curve in curves] == [None] * (1 + bool(content.get("control")))
     assert all(len(curve.asr) == 2 for curve in curves)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 

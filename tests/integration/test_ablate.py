@@ -34,7 +34,7 @@ def ablation_settings(**estimators):
 
 
 @pytest.fixture
-def folder(inputs, tmp_path, monkeypatch):
+def folder(inputs, tmp_path, monkeypatch, fits_in_this_process):
     """A folder with the base configuration."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     settings = patcher_settings(inputs) | {"redteam": redteam_settings(inputs), "num_threads": 1}

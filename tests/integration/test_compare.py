@@ -13,7 +13,7 @@ LR = "model.init_args.optimizer.init_args.lr"
 
 
 @pytest.fixture
-def folder(inputs, tmp_path, monkeypatch):
+def folder(inputs, tmp_path, monkeypatch, fits_in_this_process):
     """A folder with two configurations of `fit` and a red team."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     write_yaml(tmp_path / "sft.yaml", sft_settings(inputs) | {"num_threads": 1})

@@ -7,7 +7,7 @@ from patcher_pl.reports import Results
 from tests.commands import cli, patcher_settings, redteam_settings, write_yaml
 
 
-def test_both_models_come_from_one_fit_that_is_not_repeated(inputs, tmp_path):
+def test_both_models_come_from_one_fit_that_is_not_repeated(inputs, tmp_path, fits_in_this_process):
     """Wrong if a red team attacked stale models, or trained them again for every new attack."""
     write_yaml(tmp_path / "patcher.yaml", patcher_settings(inputs) | {"control": True})
     team = redteam_settings(inputs)
