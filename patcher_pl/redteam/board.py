@@ -78,7 +78,7 @@ class Board:
         models: Sequence[AttackedModel],
         grid: Sequence[Curve],
     ) -> None:
-        """Searches for the strongest attack on every model.
+        """Searches for the strongest attack on every model but those with fresh weights.
 
         Writes what was tried to `search.json`, by defense, the strongest first; it is in the results,
         too.
@@ -86,6 +86,8 @@ class Board:
         tried: dict[str, list[dict[str, Any]]] = {}
         self._searches.clear()
         for model in models:
+            if model.language_model.from_scratch_seed is not None:
+                continue  # Nothing is left to defend there: it is a reference for the others.
             known: dict[str, list[Curve]] = defaultdict(list)
             for curve in with_released(grid):
                 if curve.key[:3] == model.name.model_key:

@@ -111,6 +111,8 @@ class Curve:
         min_benign_kept: Share of the released benign accuracy or compliance that a model keeps as long
             as it counts as useful.
         released_benign: That of the released model; None takes what was measured after 0 steps.
+        from_scratch: Whether the model had fresh weights: the reference for what an attack takes where
+            nothing is left to defend.
     """
 
     defense: str
@@ -151,6 +153,7 @@ class Curve:
     weights_moved: float | None = None
     min_benign_kept: float = MIN_BENIGN_KEPT
     released_benign: float | None = None
+    from_scratch: bool = False
 
     @property
     def key(self) -> CurveKey:
