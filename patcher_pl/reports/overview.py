@@ -5,7 +5,13 @@ from typing import Any
 
 from patcher_pl.reports.formats import MARKS, MISSING, explained, interval, latex, number
 from patcher_pl.reports.grouping import COST_AXES, Frame, Group, group_curves, labels
-from patcher_pl.reports.reference import MEANING, SIGN, is_taught_anew, steps_from_scratch
+from patcher_pl.reports.reference import (
+    MEANING,
+    SIGN,
+    References,
+    cost_from_scratch,
+    is_taught_anew,
+)
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average
 from patcher_pl.reports.statistics import (
     Estimate,
@@ -73,7 +79,7 @@ def overview(curves: Sequence[Curve]) -> Frame:
 
     # Objects: counts stay counts where others are unknown.
     groups = group_curves(curves)
-    references = steps_from_scratch(groups)
+    references = cost_from_scratch(groups)
     frame = pd.DataFrame([_row(group, references) for group in groups], dtype=object)
     scored = frame[frame["peak_asr"].astype(float) > 0]
     frame["is_worst"] = frame.index.isin(severest(scored, ["label"]).index).astype(int)
@@ -97,15 +103,34 @@ def matrix(frame: Frame, by: str) -> list[tuple[str, list[Any]]]:
     """Names of attacks (`by` is `attack`) or their families, each with a cell per defense.
 
     A cell is the row of the severest such attack, with `num_settings` of how many; None where the
-    defense was not attacked so.
+    defense was not attacked so. What is bounded in it is of the severest such attack that leaves a
+    useful model, which may be another.
     """
     sizes = frame.groupby([by, "label"])["attack"].transform("size")
     found = severest(frame.assign(num_settings=sizes), [by, "label"])
-    cells = {(getattr(row, by), row.label): row for row in rows_of(found)}
+    bounded = {
+        (getattr(row, by), row.label): row
+        for row in rows_of(severest(frame, [by, "label"], prefix="bounded_"))
+    }
+    cells = {
+        key: _with_bounded(row, bounded[key])
+        for row in rows_of(found)
+        for key in [(getattr(row, by), row.label)]
+    }
     return [
         (name, [cells.get((name, label)) for label in labels(frame["group"])])
         for name in dict.fromkeys(frame[by])
     ]
+
+
+def _with_bounded(row: Any, bounded: Any) -> Any:
+    """A row with what is bounded of another one, where that is known."""
+    if row.attack == bounded.attack or bounded.bounded_peak_asr is None:
+        return row
+    shown = bounded.bounded_outcome or f"bounded: {bounded.outcome}"
+    return row._replace(
+        bounded_outcome=f"{shown} ({bounded.attack})", is_bounded_worst=bounded.is_bounded_worst
+    )
 
 
 def is_past_its_peak(row: Any) -> bool:
@@ -203,7 +228,7 @@ def overview_latex(frame: Frame) -> str:
     return "".join(f"% {note}\n" for note in notes) + body
 
 
-def _row(group: Group, references: dict[str, float]) -> dict[str, Any]:
+def _row(group: Group, references: References) -> dict[str, Any]:
     means = group.over_seeds("asr")["mean"].dropna()
     # The last of equals.
     peak_steps = None if means.empty else int(means.index[means == means.max()][-1])
@@ -215,6 +240,7 @@ def _row(group: Group, references: dict[str, float]) -> dict[str, Any]:
     )
     steps = costs["steps"]
     bounded, anew = _bounded(group), is_taught_anew(group, references)
+    scratch = references.get(group.attack)
     return {
         "group": group,
         "label": group.label,
@@ -232,7 +258,8 @@ def _row(group: Group, references: dict[str, float]) -> dict[str, Any]:
         "worst_seed_asr": worst_asr(group),
         "area_steps": linear and linear.value,
         "seeds_broken": steps and steps.num_broken,
-        "steps_from_scratch": references.get(group.attack),
+        "steps_from_scratch": scratch and scratch.median,
+        "from_scratch": scratch,
         "is_taught_anew": None if anew is None else int(anew),
         "bounded_outcome": group.bounded_outcome,
         **bounded,

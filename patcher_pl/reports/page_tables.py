@@ -29,7 +29,7 @@ def break_table(frame: Frame) -> Captioned:
     header = ["attack", "defense", "seeds broken", *(f"median {COST_AXES[axis]}" for axis in axes)]
     is_bounded = any(curve.benign for curve in _curves(frame))
     header += ["bounded: seeds broken", "bounded: median attack steps"] if is_bounded else []
-    has_reference = bool(frame["steps_from_scratch"].notna().any())
+    has_reference = bool(frame["from_scratch"].notna().any())
     header += ["from scratch", "at least as many"] if has_reference else []
     return Captioned(
         "Cost to break. Seeds that held count as longer than measured: the median is Kaplan and "
@@ -250,7 +250,7 @@ def _break_row(
         *(row.attack, row.label, _seeds_broken(steps)),
         *(_median(getattr(row, f"{axis}_to_break"), axis) for axis in axes),
         *([_seeds_broken(bounded), _median(bounded, "steps")] if is_bounded else []),
-        *([number(row.steps_from_scratch, ".0f"), _anew(row)] if has_reference else []),
+        *([_median(row.from_scratch, "steps"), _anew(row)] if has_reference else []),
         *(mean_steps, " ".join(area).strip(), number(row.area_steps)),
     ]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from patcher_pl.reports.grouping import Group
-from patcher_pl.reports.statistics import cost_to_break
+from patcher_pl.reports.statistics import BreakCost, cost_to_break
 
 LABEL = "from scratch: nothing was left to defend"
 SIGN = "\N{DOUBLE DAGGER}"
@@ -13,8 +13,12 @@ MEANING = (
 )
 
 
-def steps_from_scratch(groups: Sequence[Group]) -> dict[str, float]:
-    """Median steps that each attack takes to teach models with fresh weights, where it does."""
+References = dict[str, BreakCost]
+"""What each attack takes to teach models with fresh weights, in steps."""
+
+
+def cost_from_scratch(groups: Sequence[Group]) -> References:
+    """Steps that each attack takes to teach models with fresh weights, over all of them."""
     references: dict[str, list[Group]] = {}
     for group in groups:
         if group.is_reference:
@@ -22,27 +26,28 @@ def steps_from_scratch(groups: Sequence[Group]) -> dict[str, float]:
     found = {}
     for attack, members in references.items():
         curves = tuple(curve for group in members for curve in group.curves)
-        cost = cost_to_break(Group("", None, attack, curves))
-        if cost is not None and cost.median is not None:
-            found[attack] = cost.median
+        if (cost := cost_to_break(Group("", None, attack, curves))) is not None:
+            found[attack] = cost
     return found
 
 
-def is_taught_anew(group: Group, references: dict[str, float]) -> bool | None:
+def is_taught_anew(group: Group, references: References) -> bool | None:
     """Whether an attack takes at least as many steps as teaching a model from scratch.
 
     A defense that holds for as long counts too: its weights are of no help to the attacker. None where
-    one of the two is not known, and for the models with fresh weights themselves.
+    that is not known, because attacks were too short, and for models with fresh weights themselves.
 
     Args:
         group: A defense under an attack.
-        references: See `steps_from_scratch`.
+        references: See `cost_from_scratch`.
     """
-    if group.is_reference or group.attack not in references:
+    reference = references.get(group.attack)
+    if group.is_reference or reference is None or (cost := cost_to_break(group)) is None:
         return None
-    if (cost := cost_to_break(group)) is None:
-        return None
-    if cost.median is None and cost.horizon < references[group.attack]:
-        return None  # Held, but was not attacked for as long.
-    needed = cost.horizon if cost.median is None else cost.median
-    return needed >= references[group.attack]
+    if reference.median is None:
+        # More than what teaching from scratch was given; how much, nobody knows.
+        is_less = cost.median is not None and cost.median <= reference.horizon
+        return False if is_less else None
+    if cost.median is None:
+        return True if cost.horizon >= reference.median else None
+    return cost.median >= reference.median

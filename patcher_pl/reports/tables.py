@@ -13,7 +13,13 @@ from patcher_pl.reports.formats import (
     span,
 )
 from patcher_pl.reports.grouping import Frame, Group, group_curves, measurements
-from patcher_pl.reports.reference import MEANING, SIGN, is_taught_anew, steps_from_scratch
+from patcher_pl.reports.reference import (
+    MEANING,
+    SIGN,
+    References,
+    cost_from_scratch,
+    is_taught_anew,
+)
 from patcher_pl.reports.results import (
     BENIGN_MEASURES,
     LARGEST_CUT_OFF,
@@ -32,7 +38,6 @@ _MOST_SECTIONS = 8
 # Longer names of attacks are folded in the terminal.
 _LONGEST_NAME = 24
 _BOUNDED = "bounded"
-References = dict[str, float]
 # What stopped early has a note of its own, with the reason.
 _SIGNED: tuple[Mark, ...] = ("collapsed", "untrusted")
 
@@ -109,7 +114,7 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
     measures = known_benign(curves)
     for name in [*map(str, steps), *(BENIGN_MEASURES[name] for name in measures), "breaks at"]:
         table.add_column(name, justify="right", overflow="fold")
-    references = steps_from_scratch(groups)
+    references = cost_from_scratch(groups)
     shows = _columns(groups, references)
     for name in shows:
         table.add_column(name, justify="right", overflow="fold")
@@ -127,7 +132,7 @@ def to_markdown(curves: Sequence[Curve]) -> str:
     """The same table in Markdown, with the attack as a column of its own."""
     groups = group_curves(curves)
     steps, notes = _all_steps(groups), _notes(groups, curves)
-    references = steps_from_scratch(groups)
+    references = cost_from_scratch(groups)
     shows = _columns(groups, references)
     header = ["attack", "defense", *(f"ASR at N={step}" for step in steps)]
     measures = known_benign(curves)
@@ -181,7 +186,7 @@ def _endings(groups: Sequence[Group], attacks: Sequence[str], title: str | None)
     curves = [curve for group in groups for curve in group.curves]
     labels = list(dict.fromkeys(group.label for group in groups))
     found = {(group.attack, group.label): group for group in groups}
-    references = steps_from_scratch(groups)
+    references = cost_from_scratch(groups)
     table = text_table(
         ["attack", *labels],
         (
@@ -293,7 +298,7 @@ def _notes(
         notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
     notes += bounded_notes(groups)
     notes += cut_off_notes(curves)
-    references = steps_from_scratch(groups)
+    references = cost_from_scratch(groups)
     if any(is_taught_anew(group, references) for group in groups):
         notes.append(MEANING)
     found = {mark for group in groups for mark in group.marks}

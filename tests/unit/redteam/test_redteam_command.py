@@ -132,7 +132,7 @@ def test_another_bound_of_usefulness_repeats_no_attack(model_dir, quick, tmp_pat
 
 
 def test_fresh_weights_are_a_model_like_others_and_marked(model_dir, quick, tmp_path):
-    """Wrong if the reference were a defense, or were searched for its worst case."""
+    """Wrong if the reference were a defense, or missed the strongest attack that was found."""
     pytest.importorskip("optuna")
     team = replace(quick, seeds=[0])
     models = [
@@ -144,6 +144,9 @@ def test_fresh_weights_are_a_model_like_others_and_marked(model_dir, quick, tmp_
     marked = {(curve.defense, curve.from_scratch) for curve in results.curves}
     assert marked == {("sft", False), ("from scratch", True)}
     assert [search.defense for search in results.searches] == ["sft"]
+    strongest = results.searches[0].strongest(is_bounded=True)
+    taught = {curve.attack for curve in results.curves if curve.from_scratch}
+    assert {"first", strongest.attack} <= taught
 
 
 def test_results_of_another_command_are_not_overwritten(model_dir, quick, tmp_path):

@@ -16,7 +16,7 @@ from patcher_pl.reports.overview import (
     standings,
 )
 from patcher_pl.reports.page import render_page
-from patcher_pl.reports.reference import LABEL, MEANING, is_taught_anew, steps_from_scratch
+from patcher_pl.reports.reference import LABEL, MEANING, cost_from_scratch, is_taught_anew
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.statistics import compare_all
 
@@ -41,7 +41,7 @@ def curves(curve):
 
 def found(curves):
     groups = group_curves(curves)
-    references = steps_from_scratch(groups)
+    references = cost_from_scratch(groups)
     return {(g.label, g.attack): is_taught_anew(g, references) for g in groups}
 
 
@@ -51,9 +51,9 @@ def test_what_takes_as_long_as_teaching_anew_had_nothing_to_defend(curves):
         ("From scratch", "sgd"): None,
         ("From scratch", "lora"): None,
         ("SFT", "sgd"): False,
-        ("SFT", "lora"): None,
+        ("SFT", "lora"): False,
         ("TAR", "sgd"): True,
-        ("TAR", "lora"): None,
+        ("TAR", "lora"): False,
         ("SEAM", "sgd"): True,
         ("Vaccine", "sgd"): None,
         ("Booster", "sgd"): None,
@@ -81,7 +81,7 @@ def test_tables_mark_it_and_say_what_the_mark_means(curves):
     }
     tar, lora = rows["tar", "sgd"], rows["tar", "lora"]
     assert (tar["steps_from_scratch"], tar["is_taught_anew"]) == ("40.0", "1")
-    assert (lora["steps_from_scratch"], lora["is_taught_anew"]) == ("", "")
+    assert (lora["steps_from_scratch"], lora["is_taught_anew"]) == ("", "0")
 
 
 def test_figures_draw_it_as_a_dashed_line_of_its_own(curves):
@@ -108,5 +108,6 @@ def test_the_page_states_it_for_every_attack(curves, tmp_path):
     run = Run(name="a", path=tmp_path, results=Results(curves=curves, environment={}))
     page = render_page(overview(curves), curves, [run], [], title="Potions")
     assert page.count(">yes \N{DOUBLE DAGGER}<") == 2
-    assert page.count(">no<") >= 1
+    assert page.count(">no<") >= 3
+    assert page.count(">&gt; 160<") >= 2, "from scratch takes more than the attack's length"
     assert f'title="{MEANING}"' in page
