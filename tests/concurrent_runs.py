@@ -43,7 +43,8 @@ def make_service(
         index=index,
         mailbox=Mailbox(settings.mailbox, len(settings.population)),
         model=language_model.load_model().train(),
-        stream=lambda _: stream,
+        stream=lambda seed, data: stream,
+        batch_size=4,
         check=check,
         **options,
     )

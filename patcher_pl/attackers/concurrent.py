@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.carry import Carried
 from patcher_pl.attackers.combine import Combine
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import ConfigError
@@ -40,7 +41,7 @@ class Member:
         if self.attacker.num_vectors > 1:
             raise ValueError(
                 "Member.attacker must give one attack vector, as that is what a mailbox carries, got "
-                f"{self.attacker.num_vectors} (vector_steps). Set `vector_steps: null`, or use a "
+                f"{self.attacker.num_vectors} (vector_steps or num_random_points). Set them to null, or use a "
                 "FineTuningAttacker without a ConcurrentAttacker."
             )
 
@@ -130,12 +131,19 @@ class ConcurrentAttacker(Attacker):
         """Steps of the longest attack (k1)."""
         return max(member.attacker.num_steps for member in self.population)
 
+    def steps_before(self, seed: int, number: int) -> int:
+        """See `Attacker.steps_before`; those of the longest attacks, where there are several."""
+        if len(self.population) == 1:
+            return self.population[0].attacker.steps_before(seed, number)
+        return number * self.num_steps
+
     def attack(
         self,
         model: nn.Module,
         weights: Weights,
         batches: Iterator[Batch],
         before_step: Callable[[], None] = lambda: None,
+        start: Carried | None = None,
     ) -> AttackOutcome:
         """Refuses: the members attack in processes of their own.
 

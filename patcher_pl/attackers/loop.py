@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from patcher_pl.attackers.carry import Moments
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
@@ -37,6 +38,17 @@ class FinetuneStep:
     moved: float | None = None
 
 
+@dataclass
+class Memory:
+    """Moments of an optimizer that outlive it.
+
+    Args:
+        moments: None before the first step.
+    """
+
+    moments: Moments | None = None
+
+
 def finetune(
     model: nn.Module,
     parameters: Iterable[nn.Parameter],
@@ -49,6 +61,7 @@ def finetune(
     num_warmup_steps: int = 0,
     loss_function: LossFunction = causal_lm_loss,
     masters: MasterWeights | None = None,
+    memory: Memory | None = None,
 ) -> Iterator[FinetuneStep]:
     """Fine-tunes `parameters` of `model` in place, one optimizer step per item taken.
 
@@ -68,11 +81,15 @@ def finetune(
         loss_function: Loss that the attacker lowers; its gradient is taken once a step.
         masters: Of `parameters`, to go on with what an earlier fine-tuning left in them; None makes
             them.
+        memory: Moments that the optimizer begins with, and afterwards those that it ends with; None
+            begins without any and leaves none.
     """
     shards = Shards(model, list(parameters))
     masters = masters or MasterWeights(shards.tensors)
     tensors = masters.weights
     stepper = trained_in_float32(masters, optimizer.build)
+    if memory is not None and memory.moments is not None:
+        memory.moments.give_to(stepper)
     trained = [tensor for group in stepper.param_groups for tensor in group["params"]]
     moved, checked = MovedShare(trained), min(num_steps, num_warmup_steps + CHECKED_STEPS)
     scheduler = _scheduler(stepper, schedule, num_warmup_steps, num_steps)
@@ -92,6 +109,8 @@ def finetune(
         num_tokens, share = count_tokens(batch), None
         if moved is not None and index == checked:
             share, moved = moved.share(), None
+        if memory is not None and index == num_steps:
+            memory.moments = Moments.of(stepper)
         yield FinetuneStep(index, shards.mean(loss), float(grad_norm), num_tokens, share)
 
 
@@ -128,6 +147,7 @@ class FineTuning:
         batches: Iterator[Batch],
         num_steps: int,
         masters: MasterWeights | None = None,
+        memory: Memory | None = None,
     ) -> Iterator[FinetuneStep]:
         """Takes `num_steps` steps, which the schedule spans; see the function of this name."""
         return finetune(
@@ -140,6 +160,7 @@ class FineTuning:
             schedule=self.schedule,
             num_warmup_steps=self.num_warmup_steps,
             masters=masters,
+            memory=memory,
         )
 
 

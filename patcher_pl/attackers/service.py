@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.attackers.base import Attacker, AttackOutcome
+from patcher_pl.attackers.base import Attacker, AttackOutcome, DrawnAttack
+from patcher_pl.attackers.carry import Carried
 from patcher_pl.attackers.concurrent import ConcurrentAttacker
 from patcher_pl.data.stream import BatchStream
+from patcher_pl.data.variant import AttackData
 from patcher_pl.errors import PatcherError
 from patcher_pl.mailbox import (
     Attacked,
@@ -34,17 +36,19 @@ class _Superseded(Exception):  # noqa: N818
 
 
 class AttackService:
-    """One attacker at its mailbox; remembers nothing that a restart would lose.
+    """One attacker at its mailbox; remembers nothing that a restart would lose, but carried attacks.
 
     The outcome of an attack depends on the theta that is attacked and on its number alone, so that
-    an attacker which is killed and restarted repeats the attack as it was.
+    an attacker which is killed and restarted repeats the attack as it was. One that was to go on where
+    an earlier attack ended begins at theta then.
 
     Args:
         settings: The concurrent attacker.
         index: Which member of the population this is (count from 0).
         mailbox: What it shares with the defender.
         model: Takes the published weights.
-        stream: Returns the attacker's batches, given the seed of the run's data.
+        stream: Returns the attacker's batches, given the seed of the run's data and what data.
+        batch_size: Conversations per batch of the run's attack data (count).
         check: Called before every attack step and while waiting; may raise to end the service.
         idle_timeout_s: Seconds without anything to attack after which `attack_next` fails; None
             waits for as long as it takes.
@@ -57,7 +61,8 @@ class AttackService:
         index: int,
         mailbox: Mailbox,
         model: nn.Module,
-        stream: Callable[[int], BatchStream],
+        stream: Callable[[int, AttackData], BatchStream],
+        batch_size: int,
         check: Callable[[], None],
         idle_timeout_s: float | None = None,
     ) -> None:
@@ -70,6 +75,8 @@ class AttackService:
         self._weights = Weights(model)
         self._state = shared_state(model)
         self._stream = stream
+        self._batch_size = batch_size
+        self._carried: dict[str, Carried] = {}
         self._check = check
         self._idle_timeout_s = idle_timeout_s
         self._noted_at_s = time.monotonic()
@@ -96,12 +103,12 @@ class AttackService:
         if theta is None:
             return False
         try:
-            outcome, random_state = self._attack(theta)
+            outcome, message = self._attack(theta)
         except _Superseded:
             logger.info("Nobody waits for attack %d any more; it is called off.", theta.number)
             self._spent.lost += self._spent.under_way
         else:
-            self._publish(theta, outcome, random_state)
+            self._publish(outcome, message)
             self._spent.finished += self._spent.under_way
             logger.info(
                 "Attacked theta of step %d: loss %.4f to %.4f.",
@@ -144,11 +151,15 @@ class AttackService:
     def _is_new(self, snapshot: Snapshot) -> bool:
         return _identity(Theta.from_info(snapshot.info)) != self._last
 
-    def _attack(self, theta: Theta) -> tuple[AttackOutcome, dict[str, str] | None]:
+    def _attack(self, theta: Theta) -> tuple[AttackOutcome, Attacked]:
         device = self._weights.parameters[0].device
         own_seed = theta.seed if self._member.seed is None else self._member.seed
-        stream = self._stream(own_seed)
-        stream.load_state_dict({"position": theta.number * self._attacker.num_steps})
+        drawn = self._attacker.draw(own_seed, theta.number)
+        start = self._start(drawn, theta.number)
+        stream = self._stream(own_seed, drawn.data)
+        position = self._attacker.steps_before(own_seed, theta.number)
+        stream.load_state_dict({"position": position})
+        evaluations = drawn.data.evaluations_per_step(self._batch_size)
         handed_over = self._member.seed is None and theta.random_state is not None
         if handed_over and theta.random_state is not None:
             RandomState.of_text(theta.random_state, device).restore()
@@ -162,29 +173,48 @@ class AttackService:
                 newest = self._mailbox.defender.newest()
                 if newest is None or newest.info["life"] != theta.life:
                     raise _Superseded
-            self._spent.under_way += 1
+            self._spent.under_way += evaluations
 
-        outcome = self._attacker.attack(self._model, self._weights, stream.endless(), before_step)
-        return outcome, RandomState.capture(device).as_text() if handed_over else None
-
-    def _publish(
-        self, theta: Theta, outcome: AttackOutcome, random_state: dict[str, str] | None
-    ) -> None:
-        settings = self._settings
-        kind = "vector" if settings.lock_step or settings.anchor == "published" else "weights"
-        tensors = outcome.vector
-        if kind == "weights":
-            pairs = zip(self._weights.parameters, outcome.vector, strict=True)
-            tensors = [parameter.detach() + change for parameter, change in pairs]
+        outcome = drawn.attacker.attack(
+            self._model, self._weights, stream.endless(), before_step, start
+        )
+        num_steps = outcome.num_steps_from(start)
+        if drawn.is_carried:
+            self._carried[drawn.kind] = Carried(outcome.vector, num_steps, outcome.moments)
         message = Attacked(
             theta=theta,
-            kind=kind,
+            kind="weights" if self._publishes_weights else "vector",
             losses=[step.loss for step in outcome.steps],
             num_tokens=[step.num_tokens for step in outcome.steps],
-            random_state=random_state,
+            num_steps_from_theta=num_steps,
+            evaluations_per_step=evaluations,
+            random_state=RandomState.capture(device).as_text() if handed_over else None,
         )
+        return outcome, message
+
+    def _start(self, drawn: DrawnAttack, number: int) -> Carried | None:
+        if drawn.begins_anew:
+            return None
+        start = self._carried.get(drawn.kind)
+        if start is None:
+            logger.warning(
+                "Attack %d was to go on where an earlier one ended, which this process has not made: "
+                "it begins at the defender's weights.",
+                number,
+            )
+        return start
+
+    @property
+    def _publishes_weights(self) -> bool:
+        return not self._settings.lock_step and self._settings.anchor == "current"
+
+    def _publish(self, outcome: AttackOutcome, message: Attacked) -> None:
+        tensors = outcome.vector
+        if self._publishes_weights:
+            pairs = zip(self._weights.parameters, outcome.vector, strict=True)
+            tensors = [parameter.detach() + change for parameter, change in pairs]
         named = dict(zip(self._weights.names, tensors, strict=True))
-        self._side.publish(theta.version, named, message.to_info())
+        self._side.publish(message.theta.version, named, message.to_info())
 
     def _note(self, kind: Literal["busy_s", "idle_s"]) -> None:
         """Keeps what was done since the last note, and that the time went into it."""

@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from patcher_pl.cli.console import wide_console, write_reports
-from patcher_pl.comparison import Contender, Selection
-from patcher_pl.comparison.trials import choices, costs, curves_of, plan_trials, rated
+from patcher_pl.comparison import Column, Contender, Selection, require_fresh_seeds
+from patcher_pl.comparison.trials import (
+    choices,
+    costs,
+    curves_of,
+    failed_searches,
+    warn_of_unusable,
+)
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import ConfigFile, Engine, RunDirectory, run_fits
 from patcher_pl.reports.command import run_report
@@ -67,32 +73,28 @@ def run_compare(
     seeds = seeds or [0]
     if not defenses:
         raise ConfigError("defenses: must name at least one defense, got none.")
-    if shared := sorted(set(seeds) & set(selection.seeds)):
+    require_fresh_seeds(seeds, selection)
+    column = Column.plan(
+        *(defenses, Path(redteam), selection, seeds, max_gradient_evaluations, options, run_dir)
+    )
+    if left_out := [name for name in defenses if name not in column.defenses]:
         raise ConfigError(
-            f"seeds: must not be among selection.seeds, got {shared} in both. Settings that were "
-            "chosen with a seed look better with it."
+            f"defenses.{left_out[0]}.min_budget: must not be above max_gradient_evaluations, "
+            f"got {max_gradient_evaluations}. Leave the defense out."
         )
-    common = {
-        "trainer.max_steps": -1,
-        "trainer.max_epochs": -1,
-        "max_gradient_evaluations": max_gradient_evaluations,
-        **(options or {}),
-    }
-    searched = plan_trials(defenses, selection, common, run_dir / "search")
-    tried = [planned for own in searched.values() for planned in own]
-    run_fits([fit for planned in tried for fit in planned.fits], engine, num_processes)
-    trials = rated(selection, searched)
+    run_fits(column.search, engine, num_processes)
+    trials = column.trials()
     settings = {"defenses": defenses, "redteam": redteam, "selection": selection, "seeds": seeds}
     settings |= {"max_gradient_evaluations": max_gradient_evaluations, "options": options}
     comparison = DefenseComparison(
         trials=trials, costs={}, environment=environment(), settings=as_settings(settings)
     )
     comparison.save(run_dir, [])
-    chosen = choices(selection, trials, searched)
-    models = {
-        name: contender.fits(common, chosen[name], Path(redteam), seeds, run_dir / "models" / name)
-        for name, contender in defenses.items()
-    }
+    chosen = choices(trials)
+    if lost := failed_searches(column.searched, chosen):
+        raise PatcherError(lost[0])
+    warn_of_unusable(selection, trials)
+    models = column.models(chosen)
     failed = run_fits([fit for fits in models.values() for fit in fits], engine, num_processes)
     comparison = replace(comparison, costs=costs(models))
     curves = curves_of(models)

@@ -14,7 +14,7 @@ def readable_config_errors() -> Iterator[None]:
     try:
         yield
     except (argparse.ArgumentError, ValueError, TypeError, *_of_lightning()) as error:
-        raise ConfigError(_shortened(str(error))) from error
+        raise ConfigError(shortened(str(error))) from error
 
 
 def _of_lightning() -> tuple[type[Exception], ...]:
@@ -37,7 +37,12 @@ _NOISE = (
 )
 
 
-def _shortened(message: str) -> str:
-    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
+def shortened(message: str) -> str:
+    """What a user needs of a message of jsonargparse."""
+    lines = [
+        line.partition(" Got value: Namespace(")[0].rstrip()
+        for line in message.splitlines()
+        if line.strip()
+    ]
     told = [line for line in lines if not line.strip().startswith(_NOISE)]
     return "\n".join(told or lines).strip().removeprefix("- ")

@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from patcher_pl.callbacks import GracefulStop
+from patcher_pl.callbacks import GracefulStop, RunRecord
 from patcher_pl.callbacks.robustness_probe import log_robustness, robustness_scalars
 from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.attackers_beside import attackers_beside
@@ -19,7 +19,7 @@ from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.contents import model_digest
 from patcher_pl.data.overlap import Known, overlaps
-from patcher_pl.defenses import SFT, Defense
+from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.jobs import InProcess, RunDirectory
@@ -66,12 +66,19 @@ def _fit_alone(cli: PatcherCLI) -> None:
     rehearsal, first = bool(options.trainer.fast_dev_run), cli.trainer.is_global_zero
     if not rehearsal:
         cli.record.settings = cli.run_settings(with_contents=first)
+    if (control := cli.control) is not None:
+        control.require_valid(cli.model)
+        if not rehearsal:
+            run = cli.record.settings
+            cli.control_record.settings = control.settings(run, with_contents=first)
     if options.redteam is not None:
         require_room(options.redteam, cli.model.language_model)
     overlap = _shared_data(cli) if first else []
     if not rehearsal and first:
         if options.ckpt_path is not None:
-            _compare(cli, Path(options.ckpt_path))
+            _compare(cli.record, Path(options.ckpt_path))
+            if control is not None and (begun := _last_of(run_directory.control)) is not None:
+                _compare(cli.control_record, begun)
         run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
     try:
@@ -97,9 +104,9 @@ def _shared_data(cli: PatcherCLI) -> list[Overlap]:
     return overlaps({name: Known.of(mixture.rows()) for name, mixture in training.items()})
 
 
-def _compare(cli: PatcherCLI, checkpoint: Path) -> None:
+def _compare(record: RunRecord, checkpoint: Path) -> None:
     """Says which settings differ from those that the checkpoint was written with."""
-    found = cli.record.compare(checkpoint)
+    found = record.compare(checkpoint)
     if found is None:
         print(
             f"{checkpoint} does not say with which settings it was written (an earlier version did "
@@ -187,7 +194,7 @@ def _trained_models(
     if cli.trainer.is_global_zero:
         print(f"Trained {defense.name}: {defense.cost.gradient_evaluations} gradient evaluations.")
     yield _exported(cli.trainer, defense, run_directory)
-    if cli.options.control:
+    if cli.control is not None:
         control, trainer = train_control(cli, defense, run_directory.control)
         yield _exported(trainer, control, run_directory.control)
 
@@ -215,14 +222,9 @@ def train_control(
     Returns:
         The trained control and its trainer.
     """
-    control = SFT(
-        language_model=defense.language_model,
-        optimizer=defense.build_optimizer,
-        scheduler=defense.build_scheduler,
-        max_grad_norm=defense.max_grad_norm,
-        accumulate_grad_batches=defense.accumulate_grad_batches,
-    )
-    num_steps = defense.cost.gradient_evaluations // defense.accumulate_grad_batches
+    assert cli.control is not None
+    control = cli.control.build(defense)
+    num_steps = defense.cost.gradient_evaluations // control.accumulate_grad_batches
     fresh = cli.fresh_parts()
     trainer = cli.build_trainer(
         run_directory,
@@ -235,12 +237,21 @@ def train_control(
     seed = cli.options.seed_everything
     if not isinstance(seed, bool):
         seed_everything(seed, verbose=False)
-    resumable = run_directory.checkpoints.is_dir() and any(run_directory.checkpoints.iterdir())
-    start = find_last(run_directory.checkpoints) if resumable else None
     if trainer.is_global_zero:
-        print(f"Training the SFT control: {num_steps} steps.")
-    fit_or_stop(trainer, control, fresh.data, start, run_directory)
+        own = ", ".join(f"{name} = {value}" for name, value in cli.control.options.items())
+        print(
+            f"Training the SFT control: {num_steps} steps"
+            + (f", with settings of its own: {own}." if own else ".")
+        )
+    fit_or_stop(trainer, control, fresh.data, _last_of(run_directory), run_directory)
     return control, trainer
+
+
+def _last_of(run_directory: RunDirectory) -> Path | None:
+    """The newest checkpoint; None where training has not left any."""
+    checkpoints = run_directory.checkpoints
+    begun = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return find_last(checkpoints) if begun else None
 
 
 class _Examination:
@@ -259,7 +270,13 @@ class _Examination:
             "gradient_evaluations": defense.cost.gradient_evaluations,
         }
         history = cli.record.history
-        changed = {"changed_on_the_way": history} if history else {}
+        changed: dict[str, Any] = {"changed_on_the_way": history} if history else {}
+        if cli.control is not None and cli.control.options:
+            own_history = cli.control_record.history
+            changed["control"] = {
+                "settings_of_its_own": cli.control.options,
+                **({"changed_on_the_way": own_history} if own_history else {}),
+            }
         self._cli = cli
         self.board = Board(
             run_directory=run_directory,
@@ -316,9 +333,14 @@ class _Examination:
         chosen = {"defense": defense.name, "seed": config.seed_everything}
         if defense is self._cli.model:
             flat = dict(config.model.init_args.items(branches=False))
-            chosen |= {
-                key.replace("init_args.", ""): value
-                for key, value in flat.items()
-                if isinstance(value, int | float | str | bool) and not key.endswith("class_path")
+        else:
+            assert self._cli.control is not None
+            flat = {
+                name.removeprefix("model.init_args."): value
+                for name, value in self._cli.control.own_settings(with_contents=False).items()
             }
-        return chosen
+        return chosen | {
+            key.replace("init_args.", ""): value
+            for key, value in flat.items()
+            if isinstance(value, int | float | str | bool) and not key.endswith("class_path")
+        }

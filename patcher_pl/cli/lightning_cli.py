@@ -24,6 +24,7 @@ from patcher_pl.callbacks import (
 )
 from patcher_pl.callbacks.checkpoint_files import is_whole
 from patcher_pl.callbacks.run_checkpoint import find_last
+from patcher_pl.cli.control import Control
 from patcher_pl.cli.given_files import require_single_keys
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
@@ -46,7 +47,8 @@ class PatcherCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
         self.may_go_on = False  # Whether an earlier run may be in `run_dir`.
-        self.record = RunRecord()
+        self.record, self.control_record = RunRecord(), RunRecord()
+        self.control: Control | None = None
         quiet = {"exit_on_error": False}
         super().__init__(
             model_class=Defense,
@@ -113,9 +115,10 @@ class PatcherCLI(LightningCLI):
         )
         parser.add_argument(
             "--control",
-            type=bool,
+            type=bool | dict[str, Any],
             default=False,
-            help="Also train and attack plain SFT with as many gradient evaluations.",
+            help="Also train and attack plain SFT with as many gradient evaluations; options of "
+            "`fit` (dotted names below model.init_args, and values) hold for it alone.",
         )
         parser.add_argument(
             "--checkpoint_every_n_steps",
@@ -147,6 +150,9 @@ class PatcherCLI(LightningCLI):
                     f"trainer.{option}: defenses optimize by hand, so Lightning cannot do this for "
                     f"them (got {config.trainer[option]}). Set model.init_args.{instead} instead."
                 )
+        if config.control not in (None, False):
+            options = {} if config.control is True else config.control
+            self.control = Control(options, config.model)
         config.weights_only = True
         if config.ckpt_path in ("last", "auto"):
             if config.run_dir is None:
@@ -185,8 +191,8 @@ class PatcherCLI(LightningCLI):
         Args:
             run_directory: Gets the checkpoints.
             name: Name of the run in TensorBoard.
-            is_main: Whether the run's probes and budget are for this trainer; the control has
-                neither.
+            is_main: Whether the run's probes, budget and record are for this trainer; the control
+                has neither of the first two, and a record of its own.
             kwargs: Arguments of `lightning.Trainer` that differ from the configuration.
         """
         options = self.options
@@ -203,7 +209,8 @@ class PatcherCLI(LightningCLI):
                 )
             callbacks.append(RobustnessProbe(options.redteam, options.probe_every_n_steps))
         if not trainer_config["fast_dev_run"]:
-            callbacks += [self.record, checkpoint, GracefulStop(checkpoint)]
+            record = self.record if is_main else self.control_record
+            callbacks += [record, checkpoint, GracefulStop(checkpoint)]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if trainer_config["enable_progress_bar"] is not False and not has_bar:
             callbacks.append(Progress())

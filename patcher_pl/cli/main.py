@@ -27,6 +27,7 @@ COMMANDS = {
     "attacker": "run the simulated attacker of a concurrent `fit` as a job of its own",
     "sweep": "run `fit` for several settings and seeds, and draw them in one figure",
     "compare": "train defenses at equal budgets after equal searches, and attack all alike",
+    "scale": "make the comparison at several budgets: steps to break against training compute",
     "report": "one HTML page, and tables for papers, from the results of one or several runs",
     "ablate": "compare hypergradient estimators, on one model and by the models they harden",
     "testbed": "write the built-in testbed (model, tokenizer, data) into a folder",
@@ -36,6 +37,7 @@ _FUNCTIONS = {
     "redteam": "patcher_pl.cli.redteam.run_redteam",
     "sweep": "patcher_pl.cli.sweep.run_sweep",
     "compare": "patcher_pl.cli.compare.run_compare",
+    "scale": "patcher_pl.cli.scale.run_scale",
     "ablate": "patcher_pl.cli.ablate.run_ablate",
     "testbed": "patcher_pl.testbed.command.run_testbed",
 }

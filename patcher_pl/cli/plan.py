@@ -55,7 +55,7 @@ class PlanCLI(PatcherCLI):
             batch_size=given.data.batch_size,
             attack_batch_size=given.data.attack_batch_size or given.data.batch_size,
             folders=[Path(path.absolute).parent for path in given.config or []],
-            has_control=given.control,
+            has_control=given.control not in (None, False),
             has_red_team=has_red_team,
         )
 

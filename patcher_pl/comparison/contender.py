@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patcher_pl.jobs import ConfigFile, Fit, seed_options
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +19,20 @@ class Contender:
         space: Options of `fit` (dotted names), each with the values to try. The first values
             together are the first trial.
         options: Options of `fit` that differ from `fit` in every trial.
+        min_budget: Smallest budget at which it takes part in a study of several (gradient
+            evaluations, count, >= 0), such as one that its simulated attacks fit into.
 
     Raises:
-        ValueError: If an option has no values, or one twice.
+        ValueError: If an option has no values, or one twice, or a value is out of its range.
     """
 
     fit: ConfigFile
     space: Mapping[str, list[Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    min_budget: int = 0
 
     def __post_init__(self) -> None:
+        require(self, self.min_budget >= 0, "min_budget", ">= 0")
         for name, values in self.space.items():
             if not values or any(values.count(value) > 1 for value in values):
                 raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from patcher_pl.comparison.contender import Contender
 from patcher_pl.comparison.selection import Selection, trial_of
-from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.errors import ConfigError
 from patcher_pl.jobs import Fit
 from patcher_pl.reports.comparison import DefenseTrial, TrainingCost
 from patcher_pl.reports.results import Curve
@@ -88,27 +88,30 @@ def rated(
     return trials
 
 
-def choices(
-    selection: Selection,
-    trials: Sequence[DefenseTrial],
-    searched: Mapping[str, Sequence[PlannedTrial]],
-) -> dict[str, dict[str, Any]]:
-    """The options that each defense goes on with.
+def choices(trials: Sequence[DefenseTrial]) -> dict[str, dict[str, Any]]:
+    """The options that each defense goes on with; none for one whose trials all failed."""
+    return {trial.defense: trial.options for trial in trials if trial.is_chosen}
 
-    Raises:
-        PatcherError: If all trials of a defense failed.
-    """
-    chosen = {trial.defense: trial for trial in trials if trial.is_chosen}
-    for name, planned in searched.items():
-        if name not in chosen:
-            log = planned[0].fits[0].log
-            raise PatcherError(f"defenses.{name}: every trial failed; the first left {log}.")
-        if not selection.is_usable(chosen[name]):
+
+def warn_of_unusable(selection: Selection, trials: Sequence[DefenseTrial]) -> None:
+    """Names the defenses that go on with a model which is not usable."""
+    for trial in trials:
+        if trial.is_chosen and not selection.is_usable(trial):
             logger.warning(
                 "%s: no trial left a usable model; the comparison goes on with the closest one.",
-                name,
+                trial.defense,
             )
-    return {name: trial.options for name, trial in chosen.items()}
+
+
+def failed_searches(
+    searched: Mapping[str, Sequence[PlannedTrial]], chosen: Mapping[str, Any]
+) -> list[str]:
+    """What to say of defenses without a choice."""
+    return [
+        f"defenses.{name}: every trial failed; the first left {planned[0].fits[0].log}."
+        for name, planned in searched.items()
+        if name not in chosen
+    ]
 
 
 def costs(models: Models) -> dict[str, list[TrainingCost]]:

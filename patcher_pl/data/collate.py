@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patcher_pl.data.chat import ChatFormat, Encoded
-from patcher_pl.data.mixing import Mixture
+from patcher_pl.data.mixing import Mixture, shares_of
 from patcher_pl.errors import DataError
 from patcher_pl.types import IGNORE_INDEX, Batch, Conversation
 
@@ -24,13 +24,42 @@ class Drawn:
 
     Args:
         examples: As tokens, in training order (at least one).
-        num_harmful: Harmful ones among them.
+        harmful: Whether each of them is harmful.
         num_dropped: Rows that were looked at and too long to use.
     """
 
     examples: list[Encoded]
-    num_harmful: int
+    harmful: list[bool]
     num_dropped: int
+
+    @property
+    def num_harmful(self) -> int:
+        """Harmful examples (count)."""
+        return sum(self.harmful)
+
+    def with_poison_ratio(self, ratio: float) -> "Drawn":
+        """As many of the examples as make up this share of harmful ones, in the same order.
+
+        Args:
+            ratio: Share of harmful examples (in [0, 1]).
+
+        Raises:
+            DataError: If there are none of a kind that it needs.
+        """
+        num_harmful, num_others = shares_of(
+            ratio, self.num_harmful, len(self.examples) - self.num_harmful
+        )
+        left = {True: num_harmful, False: num_others}
+        kept = []
+        for place, harmful in enumerate(self.harmful):
+            if left[harmful] > 0:
+                left[harmful] -= 1
+                kept.append(place)
+        return Drawn(
+            [self.examples[place] for place in kept],
+            [self.harmful[place] for place in kept],
+            self.num_dropped,
+        )
 
     def shares(self) -> dict[str, float]:
         """As `Results.training_data` has them."""
@@ -74,7 +103,7 @@ def draw_encoded(
     drawn = mixture.draw(seed, is_usable)
     num_dropped = sum(example is None for example in encoded.values())
     examples = _counted([encoded[row] for row in drawn], num_dropped, chat)
-    return Drawn(examples, sum(row.harmful for row in drawn), num_dropped)
+    return Drawn(examples, [row.harmful for row in drawn], num_dropped)
 
 
 def _counted(

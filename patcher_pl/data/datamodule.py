@@ -13,6 +13,7 @@ from patcher_pl.data.chat import ChatFormat, Encoded
 from patcher_pl.data.collate import Drawn, draw_encoded
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.stream import BatchStream, FixedBatches
+from patcher_pl.data.variant import AttackData
 from patcher_pl.errors import ConfigError
 from patcher_pl.randomness import derive_seed
 
@@ -70,6 +71,7 @@ class SafetyDataModule(LightningDataModule):
         self._restored_attack: dict[str, Any] | None = None
         self._drawn: dict[_Part, Drawn] = {}
         self._streams: dict[_Part, BatchStream] = {}
+        self._variants: list[tuple[Mixture, SafetyDataModule]] = []
 
     @property
     def seed(self) -> int:
@@ -142,6 +144,31 @@ class SafetyDataModule(LightningDataModule):
         """
         return self._stream("attack", self._attack_batch_size)
 
+    def attack_stream_of(self, variant: AttackData) -> BatchStream:
+        """Returns a stream of other attack data, from its beginning.
+
+        The rows of a mixture are drawn and encoded once.
+
+        Raises:
+            DataError: If the variant cannot be drawn.
+            ConfigError: If there is no attack data that it could vary.
+        """
+        own = self if variant.data is None else self._varied(variant.data)
+        drawn = own._draw("attack")
+        if variant.poison_ratio is not None:
+            drawn = drawn.with_poison_ratio(variant.poison_ratio)
+        return own._new_stream(
+            drawn.examples, "attack", variant.batch_size or self._attack_batch_size
+        )
+
+    def _varied(self, attack: Mixture) -> "SafetyDataModule":
+        for mixture, varied in self._variants:
+            if mixture == attack:
+                return varied
+        varied = self.with_attack(attack)
+        self._variants.append((attack, varied))
+        return varied
+
     def with_attack(self, attack: Mixture) -> "SafetyDataModule":
         """Returns the same data with other conversations for the simulated attacker."""
         return self._with("attack", attack)
@@ -153,7 +180,7 @@ class SafetyDataModule(LightningDataModule):
     def _with(self, part: _Part, mixture: Mixture) -> "SafetyDataModule":
         other = copy(self)
         other._mixtures = {**self._mixtures, part: mixture}
-        other._drawn, other._streams = {}, {}
+        other._drawn, other._streams, other._variants = {}, {}, []
         return other
 
     def val_dataloader(self) -> FixedBatches | list[Any]:
@@ -185,6 +212,7 @@ class SafetyDataModule(LightningDataModule):
         if self.seed != seed_before:
             self._drawn.clear()
             self._streams.clear()
+            self._variants.clear()
         if "attack" in self._streams and self._restored_attack is not None:
             self._streams["attack"].load_state_dict(self._restored_attack)
 
@@ -210,6 +238,9 @@ class SafetyDataModule(LightningDataModule):
         return self.trainer
 
     def _encode(self, part: _Part) -> list[Encoded]:
+        return self._draw(part).examples
+
+    def _draw(self, part: _Part) -> Drawn:
         if part not in self._drawn:
             mixture = self._mixtures[part]
             if mixture is None:
@@ -223,23 +254,26 @@ class SafetyDataModule(LightningDataModule):
                 self._module.tokenizer,
                 self._chat,
             )
-        return self._drawn[part].examples
+        return self._drawn[part]
 
     def _stream(self, part: _Part, batch_size: int) -> BatchStream:
         if part not in self._streams:
-            stream = BatchStream(
-                self._encode(part),
-                batch_size=batch_size,
-                pad_token_id=self._pad_token_id,
-                seed=derive_seed(self.seed, part, "stream"),
-                group_by_length=self._group_by_length,
-                packing=self.packing,
-                **self._replica(),
-            )
+            stream = self._new_stream(self._encode(part), part, batch_size)
             if part == "attack" and self._restored_attack is not None:
                 stream.load_state_dict(self._restored_attack)
             self._streams[part] = stream
         return self._streams[part]
+
+    def _new_stream(self, examples: list[Encoded], part: _Part, batch_size: int) -> BatchStream:
+        return BatchStream(
+            examples,
+            batch_size=batch_size,
+            pad_token_id=self._pad_token_id,
+            seed=derive_seed(self.seed, part, "stream"),
+            group_by_length=self._group_by_length,
+            packing=self.packing,
+            **self._replica(),
+        )
 
     def _replica(self) -> dict[str, int]:
         # Data-parallel strategies of Lightning say here which share this process gets.

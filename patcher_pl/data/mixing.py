@@ -100,25 +100,16 @@ class Mixture:
     ) -> list[Conversation]:
         harmful = [[row for row in part if row.harmful] for part in rows]
         others = [[row for row in part if not row.harmful] for part in rows]
-        share = Fraction(str(ratio))
-        total = self.num_examples
-        if total is None:
-            total = _largest_total(
-                share,
-                sum(self._share_out(None, harmful, "harmful ")),
-                sum(self._share_out(None, others, "other ")),
-            )
-        num_harmful = round(share * total)
-        if (num_harmful > 0) != (ratio > 0) or (num_harmful < total) != (ratio < 1):
-            raise DataError(
-                f"Mixture.poison_ratio {ratio} cannot be met with {total} rows; the sources hold "
-                f"{sum(map(len, harmful))} harmful and {sum(map(len, others))} other rows. "
-                "Check Source.harmful, the readers and Mixture.num_examples."
-            )
+        if self.num_examples is None:
+            num_harmful = sum(self._share_out(None, harmful, "harmful "))
+            num_others = sum(self._share_out(None, others, "other "))
+        else:
+            num_harmful, num_others = (sum(map(len, part)) for part in (harmful, others))
+        num_harmful, num_others = shares_of(ratio, num_harmful, num_others, self.num_examples)
         chosen: list[Conversation] = []
         for kind, part, count in (
             ("harmful", harmful, num_harmful),
-            ("other", others, total - num_harmful),
+            ("other", others, num_others),
         ):
             counts = self._share_out(count, part, f"{kind} ")
             chosen += self._sample(part, counts, seed, kind, is_usable)
@@ -185,14 +176,36 @@ class Mixture:
         return chosen
 
 
-def _largest_total(share: Fraction, num_harmful: int, num_others: int) -> int:
-    """Returns the most rows of which `share` can be harmful, given what there is of each kind."""
-    limits = []
-    if share > 0:
-        limits.append(num_harmful / share)
-    if share < 1:
-        limits.append(num_others / (1 - share))
-    return int(min(limits))
+def shares_of(
+    ratio: float, num_harmful: int, num_others: int, total: int | None = None
+) -> tuple[int, int]:
+    """Returns how many harmful and other rows make up a poison ratio.
+
+    Args:
+        ratio: Share of harmful rows (in [0, 1]).
+        num_harmful: Harmful rows that there are (count).
+        num_others: Other rows that there are (count).
+        total: Rows altogether; None for as many as there can be.
+
+    Raises:
+        DataError: If the ratio cannot be met.
+    """
+    share = Fraction(str(ratio))
+    if total is None:
+        limits = []
+        if share > 0:
+            limits.append(num_harmful / share)
+        if share < 1:
+            limits.append(num_others / (1 - share))
+        total = int(min(limits))
+    wanted = round(share * total)
+    if (wanted > 0) != (ratio > 0) or (wanted < total) != (ratio < 1):
+        raise DataError(
+            f"Mixture.poison_ratio {ratio} cannot be met with {total} rows; the sources hold "
+            f"{num_harmful} harmful and {num_others} other rows. "
+            "Check Source.harmful, the readers and Mixture.num_examples."
+        )
+    return wanted, total - wanted
 
 
 def _largest_remainder(total: int, weights: Sequence[Fraction]) -> list[int]:

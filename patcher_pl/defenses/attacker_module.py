@@ -9,6 +9,7 @@ from patcher_pl.attackers import ConcurrentAttacker
 from patcher_pl.attackers.service import AttackService
 from patcher_pl.data.datamodule import SafetyDataModule
 from patcher_pl.data.stream import BatchStream
+from patcher_pl.data.variant import AttackData
 from patcher_pl.defenses.base import Defense
 from patcher_pl.mailbox import Mailbox
 from patcher_pl.models import LanguageModel
@@ -89,6 +90,7 @@ class AttackerModule(LightningModule):
             mailbox=self._mailbox,
             model=self.defense.model,
             stream=self._stream,
+            batch_size=self._data.batch_sizes[1],
             check=self._check,
             idle_timeout_s=self._idle_timeout_s,
         )
@@ -98,6 +100,8 @@ class AttackerModule(LightningModule):
         if not self._service.attack_next():
             self.trainer.should_stop = True
 
-    def _stream(self, seed: int) -> BatchStream:
+    def _stream(self, seed: int, data: AttackData) -> BatchStream:
         self._data.load_state_dict({"seed": seed, "attack": {"position": 0}})
-        return self._data.attack_stream()
+        if data.is_of_run:
+            return self._data.attack_stream()
+        return self._data.attack_stream_of(data)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from patcher_pl.attackers import Attacker, Combine
-from patcher_pl.defenses.attack_source import attack_source
+from patcher_pl.defenses.attack_source import AdaptiveRefresh, attack_source
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.base_model import BaseModel
 from patcher_pl.defenses.outer_loss import (
@@ -64,6 +64,8 @@ class Patcher(Defense):
         combine_points: Whether the vectors of the attacker's `vector_steps` are all used in every
             step, at one gradient evaluation each (`average`), or one per step, `in_turn` or
             `at_random`. All are kept either way. Members of a population have `combine` for that.
+        adaptive_refresh: Changes k2 by how stale attack vectors become, beginning with `refresh_every`;
+            None keeps it. For first-order attacks in between.
         retain: What to keep of the model that training began with, and how much; None keeps nothing.
             Costs one gradient evaluation per batch for each weight that is not 0 (and vector), a pass
             of the base model, and a copy of the weights unless adapters are trained.
@@ -96,6 +98,7 @@ class Patcher(Defense):
         hypergradient: Hypergradient | None = None,
         trust_every: int | None = None,
         combine_points: Combine = "average",
+        adaptive_refresh: AdaptiveRefresh | None = None,
         retain: Retention | None = None,
         restart_optimizer: bool = False,
         **common: Any,
@@ -118,6 +121,7 @@ class Patcher(Defense):
             hypergradient=hypergradient,
             trust_every=trust_every,
             combine_points=combine_points,
+            adaptive_refresh=adaptive_refresh,
         )
         self._outer_data = None if self.outer.data is None else CompanionData(self.outer.data)
         self._retained: Retained | None = None

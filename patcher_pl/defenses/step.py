@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from patcher_pl.attackers import DrawnAttack
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.errors import RunInterrupted
 from patcher_pl.models import Weights
@@ -127,6 +128,18 @@ class Step:
     def next_harmful_batch(self) -> Batch:
         """Takes the next batch of the attack data."""
         return move_batch(next(self.attack_stream.endless()), self.device)
+
+    def attack_batches(self, drawn: DrawnAttack) -> Iterator[Batch]:
+        """Returns the batches of one attack, which is to take all of its steps."""
+        stream = self.attack_stream
+        if drawn.data.is_of_run:
+            return stream.endless()
+        own = self.data.attack_stream_of(drawn.data)
+        own.load_state_dict({"position": stream.position})
+        # As if the attack had taken them there: what later attacks train on does not depend on whose
+        # data this one takes.
+        stream.load_state_dict({"position": stream.position + drawn.attacker.num_steps})
+        return own.endless()
 
     def gradients_of(self, loss: Callable[[], Tensor], batch: Batch) -> tuple[list[Tensor], Tensor]:
         """Returns a gradient by what is trained, and the loss; leaves every `.grad` as it is.

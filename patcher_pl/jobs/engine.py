@@ -38,6 +38,10 @@ class Engine(ABC):
     def num_threads(self, num_jobs: int) -> int:
         """CPU threads for each of so many jobs (count, >= 1)."""
 
+    @abstractmethod
+    def at_once(self, num_jobs: int) -> int | None:
+        """How many of so many jobs run at the same time; None where that is not known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InProcess(Engine):
@@ -56,6 +60,9 @@ class InProcess(Engine):
 
     def num_threads(self, num_jobs: int) -> int:
         return usable_cpus()
+
+    def at_once(self, num_jobs: int) -> int:
+        return 1
 
 
 def run_missing(jobs: Sequence[AnyJob], engine: Engine, device: str, label: str) -> list[AnyJob]:

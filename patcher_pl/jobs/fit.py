@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +62,7 @@ class Fit(Job[Ending]):
         Raises:
             ConfigError: If a configuration cannot be read.
         """
-        changed = [f"--{key}={_as_option(value)}" for key, value in options.items()]
+        changed = [f"--{key}={as_option(value)}" for key, value in options.items()]
         arguments = ["--config", str(base), *changed]
         named = {*contents_of(base, base.parent), *contents_of(options, Path())}
         digest = fingerprint([arguments, sorted(named)])
@@ -81,6 +82,11 @@ class Fit(Job[Ending]):
     def results(self) -> Results:
         """What it found out."""
         return Results.load(self.run_directory.results)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took, its start included; None where it is not done or that is not known."""
+        return (self.read() or {}).get("seconds") if self.is_done else None
 
     def parse(self, content: Any) -> Ending:
         return Ending(None if content else f"see {self.log}")
@@ -104,6 +110,7 @@ class Fit(Job[Ending]):
         except InUseError as error:
             self.fail(str(error))  # This run's alone.
             return
+        began = time.monotonic()
         command = [
             *(sys.executable, "-m", "patcher_pl", "fit", *self.arguments),
             *("--run_dir", str(self.run_directory.root)),
@@ -129,7 +136,9 @@ class Fit(Job[Ending]):
             finally:
                 process.stdin.close()
         if status == 0:
-            self.write(True)
+            # Of one that went on from a checkpoint, this process has seen the rest alone.
+            took = {} if is_begun else {"seconds": round(time.monotonic() - began, 3)}
+            self.write(True, **took)
 
     def _environment(self, device: str) -> dict[str, str]:
         environment = {**os.environ, SUPERVISED: "1"}
@@ -193,6 +202,7 @@ def seed_options(seed: int) -> dict[str, Any]:
     return {"seed_everything": seed, "redteam.seeds": [seed]}
 
 
-def _as_option(value: Any) -> str:
+def as_option(value: Any) -> str:
+    """A value of an option as the command line takes it."""
     # jsonargparse hands class_path mappings over as namespaces.
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=vars)

@@ -56,7 +56,7 @@ class Processes(Engine):
         if modules:
             context.set_forkserver_preload(modules)
         devices = self.devices or [device]
-        free = deque(devices[number % len(devices)] for number in range(self._at_once(len(jobs))))
+        free = deque(devices[number % len(devices)] for number in range(self.at_once(len(jobs))))
         waiting, running = deque(jobs), dict[int, _Worker]()
         broken: str | None = None  # Nothing else can work either.
 
@@ -84,9 +84,9 @@ class Processes(Engine):
             raise PatcherError(broken)
 
     def num_threads(self, num_jobs: int) -> int:
-        return max(1, usable_cpus() // self._at_once(num_jobs))
+        return max(1, usable_cpus() // self.at_once(num_jobs))
 
-    def _at_once(self, num_jobs: int) -> int:
+    def at_once(self, num_jobs: int) -> int:
         wanted = self.num_processes or (len(self.devices) if self.devices else usable_cpus())
         return max(1, min(wanted, num_jobs))
 

@@ -68,6 +68,9 @@ class RayCluster(Engine):
     def num_threads(self, num_jobs: int) -> int:
         return max(1, int(self.num_cpus))
 
+    def at_once(self, num_jobs: int) -> None:
+        return None  # The cluster decides, and may grow.
+
     def _run(self, ray: Any, jobs: Sequence[Job], device: str, label: str) -> None:
         options = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
         if any(job.wants_own_process for job in jobs):

@@ -45,6 +45,8 @@ class Attacked:
         kind: Whether the tensors are the attacked weights or their difference to `theta`.
         losses: Mean cross-entropy before every attack step (nats per answer token).
         num_tokens: Tokens of the batch of every attack step, padding excluded.
+        num_steps_from_theta: Steps since an attack began at a theta (count).
+        evaluations_per_step: Gradient evaluations that a step counts as (count).
         random_state: State of the generators after the attack, where `theta` came with one.
     """
 
@@ -52,6 +54,8 @@ class Attacked:
     kind: Literal["weights", "vector"]
     losses: list[float]
     num_tokens: list[int]
+    num_steps_from_theta: int
+    evaluations_per_step: int = 1
     random_state: dict[str, str] | None = None
 
     def to_info(self) -> dict[str, Any]:

@@ -65,6 +65,13 @@ class Weights:
         with self.shards.changing() as tensors:
             torch._foreach_copy_(tensors, list(saved))  # type: ignore[attr-defined]
 
+    def add(self, vector: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Moves the weights by `scale` times a vector, for good; `restore` is the way back."""
+        with self.shards.changing() as tensors:
+            # One at a time: the vector may wait elsewhere.
+            for tensor, change in zip(tensors, vector, strict=True):
+                tensor.add_(change.to(tensor.device), alpha=scale)
+
     @torch.no_grad()
     def difference(self, saved: Sequence[Tensor]) -> Vector:
         """Returns current weights minus `saved`: the attack vector where an attack lies between."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patcher_pl.attackers import AttackDistribution, Kind
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.attack_source import AlongTheWay, AttackSource, Concurrent
 from patcher_pl.errors import ConfigError
@@ -20,6 +21,8 @@ from patcher_pl.types import Batch
 
 NUM_SFT_STEPS = 1  # Steps of a rehearsal before the first attack.
 _NUM_TOY_WEIGHTS = 1024
+# Settings whose largest value needs the most memory.
+_LARGEST = ("batch_size", "lora.rank")
 
 
 def attacks_of(defense: Defense) -> AttackSource | None:
@@ -50,18 +53,48 @@ def with_short_attacks(defense: Defense, num_steps: int) -> Defense:
     defense.accumulate_grad_batches = 1
     attacks = attacks_of(defense)
     if attacks is not None:
-        # As many vectors as configured, from as many steps at least.
-        num_vectors = attacks.attacker.num_vectors
-        last = max(num_steps, num_vectors)
-        points = list(range(last - num_vectors + 1, last + 1)) if num_vectors > 1 else None
-        settings = {"num_steps": last, "num_warmup_steps": 0, "vector_steps": points}
-        attacks.attacker = replace(attacks.attacker, **settings)  # type: ignore[type-var]
+        attacks.attacker = _short(attacks.attacker, num_steps)
         attacks.hypergradient = _beside_model(attacks.hypergradient)
         attacks.num_sft_steps, attacks.refresh_every = NUM_SFT_STEPS, 1
         # What is measured now and then needs memory just then: a rehearsal of three steps must meet
         # it.
         attacks.trust_every = attacks.trust_every and 1
     return defense
+
+
+def num_attacks_of(attacks: AttackSource | None) -> int:
+    """Attacks until all there ever is is there: every kind, and one more to be begun with that."""
+    return 2 if attacks is None else max(2, len(attacks.attacker.kind_names) + 1)
+
+
+def _short(attacker: Any, num_steps: int) -> Any:
+    """The same attacks in few steps: with the largest batches and ranks, and in turn."""
+    if isinstance(attacker, AttackDistribution):
+        # As long as each other, so that every kind has its share of what is measured.
+        num_steps = max(num_steps, attacker.num_vectors)
+        kinds = [
+            Kind(
+                attacker=_short(kind.attacker, num_steps),
+                label=kind.name,
+                space={name: [max(kind.space[name])] for name in _LARGEST if name in kind.space},
+            )
+            for kind in attacker.kinds
+        ]
+        return AttackDistribution(kinds=kinds)
+    # As many vectors as configured, from as many steps at least.
+    num_vectors = attacker.num_vectors
+    last = max(num_steps, num_vectors)
+    points = list(range(last - num_vectors + 1, last + 1)) if num_vectors > 1 else None
+    carry = attacker.carry and replace(attacker.carry, restart_every=None, restart_probability=None)
+    return replace(
+        attacker,
+        num_steps=last,
+        num_warmup_steps=0,
+        vector_steps=points,
+        num_random_points=None,
+        growth=None,
+        carry=carry,
+    )
 
 
 def sites_of(attacks: AttackSource | None) -> dict[Any, Part | str]:
@@ -75,7 +108,7 @@ def sites_of(attacks: AttackSource | None) -> dict[Any, Part | str]:
         Shelf.put: Part.TRAJECTORY,
     }
     if attacks is not None:
-        sites[type(attacks.attacker).attack] = ATTACK
+        sites[type(attacks.attacker.draw(0, 0).attacker).attack] = ATTACK
         sites[type(attacks.hypergradient).estimate] = HYPERGRADIENT
     return sites
 
@@ -88,7 +121,7 @@ def toy_estimate(attacks: AttackSource, num_steps: int) -> tuple[float, float]:
     """
     ones = torch.ones(1, 2, dtype=torch.long)
     batches = repeat(Batch(input_ids=ones, attention_mask=ones, labels=ones))
-    attacker = replace(attacks.attacker, num_steps=num_steps)  # type: ignore[type-var]
+    attacker = _short(attacks.attacker.draw(0, 0).attacker, num_steps)
     inner = replace(attacker.inner_problem(batches), loss_function=_quadratic)
     model, tracker = nn.Module(), Tracker(sites_of(attacks))
     model.theta = nn.Parameter(torch.linspace(0.5, 1.5, _NUM_TOY_WEIGHTS))

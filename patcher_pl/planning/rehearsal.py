@@ -16,10 +16,17 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from patcher_pl.data.variant import AttackData
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.attack_source import AttackSource
 from patcher_pl.models.blocks import find_blocks
-from patcher_pl.planning.attacks import NUM_SFT_STEPS, attacks_of, is_first_order, sites_of
+from patcher_pl.planning.attacks import (
+    NUM_SFT_STEPS,
+    attacks_of,
+    is_first_order,
+    num_attacks_of,
+    sites_of,
+)
 from patcher_pl.planning.tracker import (
     ATTACK,
     HYPERGRADIENT,
@@ -32,9 +39,6 @@ from patcher_pl.planning.tracker import (
 from patcher_pl.types import Batch
 
 Shape = tuple[int, int]  # Conversations and tokens of each (counts).
-
-# Before the first attack, after it, and after the second one, at which all there ever is is there.
-NUM_STEPS = NUM_SFT_STEPS + 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Footprint:
             num_defended = max_steps - num_plain - num_fresh
             found = found.plus(self.defended, num_defended * accumulate_grad_batches)
             found = found.plus(self.estimated, num_fresh * accumulate_grad_batches)
-            num_steps = (num_attacks - num_fresh) * attacks.attacker.num_steps
+            num_steps = attacks.attacker.steps_before(0, num_attacks - num_fresh)
             found = found.plus(self.attack_step, num_steps)
         return Work(*(math.ceil(value) for value in vars(found).values()))
 
@@ -136,7 +140,7 @@ class Footprint:
 def rehearse(
     defense: Defense, batch: Shape, attack_batch: Shape, *, precision: Any, multi_tensor: bool
 ) -> Footprint:
-    """Fits `defense` for `NUM_STEPS` steps without weights, data or a device.
+    """Fits `defense` for a few steps without weights, data or a device.
 
     Args:
         defense: Built for the rehearsal, see `with_short_attacks`, around an `UnloadedModel`.
@@ -149,6 +153,7 @@ def rehearse(
     for chatter in ("rank_zero", "model_helpers"):
         logging.getLogger(f"lightning.pytorch.utilities.{chatter}").setLevel(logging.WARNING)
     attacks = attacks_of(defense)
+    num_attacks = num_attacks_of(attacks)
     tracker = Tracker(sites_of(attacks))
     # A fake tensor has no value to log.
     defense.log = lambda *_, **__: None  # type: ignore[method-assign]  # Lightning copies what it logs.
@@ -156,7 +161,7 @@ def rehearse(
     trainer = Trainer(
         strategy=_InPlace(device=torch.device("cpu")),
         precision=precision,
-        max_steps=NUM_STEPS,
+        max_steps=NUM_SFT_STEPS + num_attacks,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -186,20 +191,28 @@ def rehearse(
     ):
         trainer.fit(defense, datamodule=_FullBatches(batch, attack_batch))
         layers = LayerSizes.of(defense.model)
-    plain, last = ledger.batches[0], ledger.batches[-1]
-    # The first batch comes before any attack; the last one has met all there is.
-    found = Footprint(peaks=tracker.peaks(), layers=layers, plain=plain, defended=last)
+    # The first batch comes before any attack; the others are of all kinds of attacks.
+    plain, *others = ledger.batches
+    mean = Work()
+    for batch_with_attack in others:
+        mean = mean.plus(batch_with_attack, 1 / len(others))
+    found = Footprint(peaks=tracker.peaks(), layers=layers, plain=plain, defended=mean)
     if attacks is None:
         return found
     # What an attacker's batch has more tokens than a defender's, as which the ledger counts it.
     more = Work(tokens=math.prod(attack_batch) - math.prod(batch))
     if is_first_order(attacks):
         num_steps = attacks.attacker.num_steps
-        flops = tracker.flops[ATTACK] / (num_steps * (NUM_STEPS - NUM_SFT_STEPS))
-        step = Work(1, math.prod(batch), flops)
-        return replace(found, defended=last.plus(step, -num_steps), attack_step=step.plus(more))
+        drawn = [attacks.attacker.draw(0, number).data for number in range(num_attacks)]
+        evaluations = (
+            sum(data.evaluations_per_step(attack_batch[0]) for data in drawn) / num_attacks
+        )
+        flops = tracker.flops[ATTACK] / (num_steps * num_attacks)
+        step = Work(evaluations, evaluations * math.prod(batch), flops)
+        step_there = step.plus(more, evaluations)
+        return replace(found, defended=mean.plus(step, -num_steps), attack_step=step_there)
     # All but the outer loss and L_safe at theta; batches between estimates take one at theta + v, too.
-    estimated = last.plus(more, last.gradient_evaluations - 2)
+    estimated = mean.plus(more, mean.gradient_evaluations - 2)
     return replace(found, defended=plain.plus(plain), estimated=estimated)
 
 
@@ -248,6 +261,7 @@ class _FullBatches(LightningDataModule):
     def __init__(self, batch: Shape, attack_batch: Shape) -> None:
         super().__init__()
         self._batch, self._attack_batch = batch, attack_batch
+        self.batch_sizes = batch[0], attack_batch[0]
 
     def train_dataloader(self) -> "_Stream":
         return _Stream(self._batch)
@@ -262,6 +276,11 @@ class _FullBatches(LightningDataModule):
     def attack_stream(self) -> "_Stream":
         """As that of `SafetyDataModule`."""
         return _Stream(self._attack_batch)
+
+    def attack_stream_of(self, variant: AttackData) -> "_Stream":
+        """As that of `SafetyDataModule`."""
+        num_rows, length = self._attack_batch
+        return _Stream((variant.batch_size or num_rows, length))
 
 
 class _Stream:

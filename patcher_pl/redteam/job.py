@@ -173,6 +173,7 @@ class AttackJob(Job[Curve]):
                 curve,
                 num_trained_rows=earlier.num_trained_rows,
                 trained_poison_ratio=earlier.trained_poison_ratio,
+                skipped_steps=earlier.skipped_steps,
             )
         for concern in record.concerns():
             logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)

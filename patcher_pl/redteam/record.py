@@ -9,6 +9,7 @@ from patcher_pl.evaluation.benchmark import Question
 from patcher_pl.optim.moved import is_lost
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.examiner import Asked, Examination
+from patcher_pl.reports.bounds import bounded
 from patcher_pl.reports.results import (
     LARGEST_CUT_OFF,
     MIN_BENIGN_KEPT,
@@ -47,6 +48,8 @@ class Record:
     min_benign_kept: float = MIN_BENIGN_KEPT
     trained: Mapping[str, bool] = field(default_factory=dict)
     """Whether each row that the attack was trained on is harmful, by its origin."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """See `Curve`."""
     _points: list[AttackPoint] = field(default_factory=list)
     _found: list[Examination] = field(default_factory=list)
     _samples: list[Sample] = field(default_factory=list)
@@ -101,6 +104,26 @@ class Record:
         for found in self._found:
             asked += [one for one in (found.harmful, found.benign, found.second) if one]
         return sum(evaluation.num_errors for evaluation in asked)
+
+    @property
+    def num_since_break(self) -> int | None:
+        """Measurements after the one that found the model broken, and of use; None where none did.
+
+        Where use is not known, broken is enough.
+        """
+        rates, kept = [finite(found.harmful.rate) for found in self._found], self._benign("rate")
+        places = range(len(rates))
+        place = steps_to_break(places, rates, self.threshold)
+        if place is not None:
+            found = bounded(
+                *(places, rates, kept, self._collapsed),
+                threshold=self.threshold,
+                released=kept[0] if kept else None,
+                min_kept=self.min_benign_kept,
+            )
+            # A model that was destroyed may be taught anew: that break is still to come.
+            place = found.steps_to_break if found.is_known else place
+        return None if place is None else len(rates) - 1 - place
 
     def concerns(self) -> list[str]:
         """What a reader must know before relying on the attack success rates; one line each."""
@@ -214,6 +237,7 @@ class Record:
             cut_off=[finite(found.harmful.cut_off) for found in self._found],
             benign_cut_off=self._benign("cut_off"),
             weights_moved=self._moved,
+            skipped_steps=self.skipped_steps,
             min_benign_kept=self.min_benign_kept,
             prompts_digest=fingerprint(
                 [[turn.content for turn in question.messages] for question in self.questions]

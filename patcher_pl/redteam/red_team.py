@@ -68,6 +68,9 @@ class RedTeam:
             rounding, in a fraction of time and memory. Whether the model can is checked first.
         benign_judge: Scores the answers to benign prompts, such as `ReferenceJudge`; None takes
             `judge`.
+        stop_after_break: End an attack so many measurements after the one that found the model broken
+            and of use (`min_benign_kept`, as far as it is known; count, >= 0); the rest is listed in `Curve.skipped_steps`. None lets every attack go on to
+            its end.
         min_benign_kept: Share of the released benign accuracy or compliance that an attacked model
             must keep to count as useful (in [0, 1]), in everything that is called bounded.
 
@@ -92,6 +95,7 @@ class RedTeam:
     overlap: Policy = "error"
     packing: bool = False
     benign_judge: Judge | None = None
+    stop_after_break: int | None = None
     # What was measured stays the same, so that no attack is repeated for another bound.
     min_benign_kept: float = field(default=MIN_BENIGN_KEPT, metadata=NO_OUTCOME)
 
@@ -104,6 +108,8 @@ class RedTeam:
         require(self, is_set, "seeds", "different seeds, at least one")
         require(self, 0 < self.threshold <= 1, "threshold", "in (0, 1]")
         require(self, self.num_samples >= 0, "num_samples", ">= 0")
+        is_count = self.stop_after_break is None or self.stop_after_break >= 0
+        require(self, is_count, "stop_after_break", ">= 0 or null")
         measures = [measure.name for measure in self.utility]
         rule = "measures of different names (`label`)"
         require(self, len(set(measures)) == len(measures), "utility", rule, value=measures)
@@ -321,6 +327,10 @@ class Campaign:
                         "%s under %s, seed %d, after %d steps: ASR %.3f",
                         *(name.defense, cell.name, cell.seed, point.steps, found.harmful.rate),
                     )
+                    if self._is_over(record):
+                        planned: list[int] = getattr(cell.attack, "attack_steps", [])
+                        record.skipped_steps = [step for step in planned if step > point.steps]
+                        break
                 if len(record) > 1:
                     # Only now is it known that the last measurement was the last one.
                     useful = self._useful(target, cell, judging)
@@ -334,6 +344,10 @@ class Campaign:
             logger.warning("%s, seed %d: %s.", cell.name, cell.seed, concern)
         curve = record.curve(name.key(cell), error, family=cell.family, varied=cell.varied)
         return AttackOutcome(curve, record, judging.failure)
+
+    def _is_over(self, record: Record) -> bool:
+        wanted, since = self.team.stop_after_break, record.num_since_break
+        return wanted is not None and since is not None and since >= wanted
 
     def _record(self) -> Record:
         return self.team.record(self.examiner.harmful, self.examiner.benign)

@@ -1,11 +1,11 @@
 """The settings of an attack that a grid or a search varies: dotted fields of it and of its data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
-from typing import Any, get_type_hints
+from typing import Any
 
 from patcher_pl.data.mixing import Mixture
+from patcher_pl.fields import has_field, names_of, with_field
 from patcher_pl.redteam.base import Attack
 
 Setting = float | int | str
@@ -28,15 +28,12 @@ def field_of(name: str) -> str:
 
 def has_setting(attack: Attack, name: str) -> bool:
     """Whether varying `name` changes what this attack does."""
-    *path, last = field_of(name).split(".")
-    if path == ["data"]:
-        return attack.uses_data and last in _names(Mixture)
-    owner: Any = attack
-    for part in path:
-        owner = getattr(owner, part, None)
+    path = field_of(name)
+    if path.startswith("data."):
+        return attack.uses_data and path.removeprefix("data.") in names_of(Mixture)
     if name == NUM_STEPS:
-        return "attack_steps" in _names(owner)
-    return last in _names(owner) and not is_dataclass(getattr(owner, last))
+        return "attack_steps" in names_of(attack)
+    return has_field(attack, path)
 
 
 def require_settings(
@@ -84,9 +81,9 @@ def varied_attack(attack: Attack, settings: Mapping[str, Setting]) -> Attack:
         path = field_of(name)
         if name == NUM_STEPS:
             kept = [steps for steps in changed.attack_steps if steps < value]
-            changed = _replaced(changed, "attack_steps", [*kept, value])
+            changed = with_field(changed, "attack_steps", [*kept, value])
         elif not path.startswith("data."):
-            changed = _replaced(changed, path, value)
+            changed = with_field(changed, path, value)
     return changed
 
 
@@ -99,36 +96,13 @@ def varied_data(data: Mixture, settings: Mapping[str, Setting]) -> Mixture:
     for name, value in settings.items():
         path = field_of(name)
         if path.startswith("data."):
-            data = _replaced(data, path.removeprefix("data."), value)
+            data = with_field(data, path.removeprefix("data."), value)
     return data
 
 
 def varied_name(name: str, settings: Mapping[str, Setting]) -> str:
     """Name of a varied attack, such as `full_adamw lr=0.0003 poison_ratio=1`."""
     return " ".join([name, *(f"{key}={_shown(value)}" for key, value in settings.items())])
-
-
-def _names(owner: Any) -> set[str]:
-    return {one.name for one in fields(owner)} if is_dataclass(owner) else set()
-
-
-def _replaced(owner: Any, path: str, value: Any) -> Any:
-    first, _, rest = path.partition(".")
-    new = _replaced(getattr(owner, first), rest, value) if rest else _parsed(owner, first, value)
-    return replace(owner, **{first: new})
-
-
-def _parsed(owner: Any, name: str, value: Any) -> Any:
-    """The value as a configuration would give it to that field."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    kind = type(owner)
-    parser.add_argument(f"--{name}", type=get_type_hints(kind)[name])
-    try:
-        return parser.parse_object({name: value})[name]
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(f"{kind.__name__}.{name} cannot be {value!r}: {error}") from error
 
 
 def _shown(value: Setting) -> str:

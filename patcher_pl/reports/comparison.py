@@ -10,7 +10,12 @@ from patcher_pl.reports.formats import MARKS, MISSING, explained, number, signs,
 from patcher_pl.reports.grouping import Frame, Group, group_curves
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average, known_benign
 from patcher_pl.reports.statistics import cost_to_break
-from patcher_pl.reports.tables import bounded_notes, markdown_table, text_table
+from patcher_pl.reports.tables import (
+    bounded_notes,
+    markdown_table,
+    stopped_notes,
+    text_table,
+)
 
 SCHEMA_VERSION = 1
 
@@ -165,6 +170,7 @@ def comparison_notes(curves: Sequence[Curve]) -> list[str]:
     ]
     groups = group_curves(curves)
     lines += bounded_notes(groups)
+    lines += stopped_notes(curves)
     return [*lines, *explained(mark for group in groups for mark in group.marks)]
 
 

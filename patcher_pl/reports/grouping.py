@@ -109,6 +109,11 @@ class Group:
         return defense_label(self.defense, self.k1)
 
     @property
+    def budget(self) -> int | None:
+        """Gradient evaluations of its training, in a study of several budgets; None elsewhere."""
+        return self.curves[0].budget
+
+    @property
     def family(self) -> str:
         """Name of the attack without the settings that a grid varies; the attack where unknown."""
         return self.curves[0].family or self.attack
@@ -242,9 +247,13 @@ def with_released(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def group_curves(curves: Sequence[Curve]) -> list[Group]:
-    """Groups curves by attack and defense: the control first, then by name and k1."""
+    """Groups curves by attack and defense: the control first, then by name and k1.
+
+    Curves that ended because the model was broken are `completed`: means over seeds would otherwise
+    be those of the models that held.
+    """
     members: dict[tuple[str, str, int | None], list[Curve]] = {}
-    for curve in curves:
+    for curve in map(Curve.completed, curves):
         members.setdefault((curve.attack, curve.defense, curve.k1), []).append(curve)
     groups = [
         Group(defense, k1, attack, tuple(found)) for (attack, defense, k1), found in members.items()

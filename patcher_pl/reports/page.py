@@ -29,7 +29,7 @@ from patcher_pl.reports.runs import Run, searches_of
 from patcher_pl.reports.saturation import saturation_figure
 from patcher_pl.reports.searches import SearchOutcome
 from patcher_pl.reports.statistics import NotComparable, PairedComparison
-from patcher_pl.reports.tables import cut_off_notes, rows_of
+from patcher_pl.reports.tables import cut_off_notes, rows_of, stopped_notes
 from patcher_pl.reports.tradeoff import tradeoff_figure
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def render_page(
     ]
     return environment.get_template("report.html.j2").render(
         title=title,
-        notes=[*notes, *cut_off_notes(curves)],
+        notes=[*notes, *stopped_notes(curves), *cut_off_notes(curves)],
         num_curves=len(curves),
         defenses=labels(frame["group"]),
         attacks=matrix(frame, "attack"),
@@ -189,10 +189,15 @@ def _answers(frame: Frame, num_samples: int) -> Iterator[dict[str, Any]]:
 
 def _origin(run: Run) -> dict[str, Any]:
     settings = hide_secrets(run.results.settings)
+    control = settings.get("control") or {}
     return {
         "name": run.name,
         "curves": len(run.results.curves),
         "environment": _flat(hide_secrets(run.results.environment)),
+        "control": [
+            (name, json.dumps(value, ensure_ascii=False))
+            for name, value in control.get("settings_of_its_own", {}).items()
+        ],
         "settings": json.dumps(settings, indent=2, ensure_ascii=False) if settings else "",
     }
 

@@ -1,9 +1,12 @@
 """Teaching a model from scratch: what an attack takes where nothing is left to defend."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from patcher_pl.reports.grouping import Group
-from patcher_pl.reports.statistics import BreakCost, cost_to_break
+
+if TYPE_CHECKING:
+    from patcher_pl.reports.statistics import BreakCost
 
 LABEL = "from scratch: nothing was left to defend"
 SIGN = "\N{DOUBLE DAGGER}"
@@ -13,7 +16,7 @@ MEANING = (
 )
 
 
-References = dict[str, BreakCost]
+References: TypeAlias = "dict[str, BreakCost]"
 """What each attack takes to teach models with fresh weights, in steps."""
 
 
@@ -23,6 +26,10 @@ def cost_from_scratch(groups: Sequence[Group]) -> References:
     for group in groups:
         if group.is_reference:
             references.setdefault(group.attack, []).append(group)
+    if not references:
+        return {}
+    from patcher_pl.reports.statistics import cost_to_break
+
     found = {}
     for attack, members in references.items():
         curves = tuple(curve for group in members for curve in group.curves)
@@ -42,7 +49,11 @@ def is_taught_anew(group: Group, references: References) -> bool | None:
         references: See `cost_from_scratch`.
     """
     reference = references.get(group.attack)
-    if group.is_reference or reference is None or (cost := cost_to_break(group)) is None:
+    if group.is_reference or reference is None:
+        return None
+    from patcher_pl.reports.statistics import cost_to_break
+
+    if (cost := cost_to_break(group)) is None:
         return None
     if reference.median is None:
         # More than what teaching from scratch was given; how much, nobody knows.

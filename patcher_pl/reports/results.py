@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
 from patcher_pl.errors import DataError
 from patcher_pl.files import single_keys, write_json
 from patcher_pl.reports.bounds import Bounded, bounded
+from patcher_pl.reports.checks import check_lists, measured_lists
 from patcher_pl.reports.searches import SearchOutcome
 
 SCHEMA_VERSION = 3
@@ -108,6 +109,11 @@ class Curve:
         trained_poison_ratio: Share of harmful rows among them; None where it trained on none.
         weights_moved: Share of the attacked weights with a gradient that had moved after the first
             steps; the steps of the others were lost to rounding. None where it is not known.
+        skipped_steps: Further step counts of the attack, ascending, at which nothing was measured
+            because the model was broken already (`RedTeam.stop_after_break`); empty where the attack
+            went on to its end.
+        budget: Gradient evaluations that the model's training was allowed, in a study of several
+            budgets (`scale`); None elsewhere.
         min_benign_kept: Share of the released benign accuracy or compliance that a model keeps as long
             as it counts as useful.
         released_benign: That of the released model; None takes what was measured after 0 steps.
@@ -151,6 +157,8 @@ class Curve:
     num_trained_rows: int | None = None
     trained_poison_ratio: float | None = None
     weights_moved: float | None = None
+    skipped_steps: list[int] = field(default_factory=list)
+    budget: int | None = None
     min_benign_kept: float = MIN_BENIGN_KEPT
     released_benign: float | None = None
     from_scratch: bool = False
@@ -170,9 +178,9 @@ class Curve:
     def bounded(self) -> Bounded:
         """What the attack achieved while the model stayed useful."""
         released = self.released_benign
-        if released is None and self.benign and self.attack_steps[0] == 0:
-            # An attack without steps is measured when it is done, never before.
-            released = self.benign[0] if len(self.attack_steps) > 1 else None
+        # An attack without steps is measured when it is done, never before.
+        if released is None and self.benign and self.attack_steps[0] == 0 < self.attack_steps[-1]:
+            released = self.benign[0]
         return bounded(
             self.attack_steps,
             self.asr,
@@ -201,6 +209,28 @@ class Curve:
             else None
         )
 
+    def completed(self) -> "Curve":
+        """The curve with the last measurement in place of those that were skipped.
+
+        Whoever has broken a model may leave it at that. Tokens and FLOPs are what the attack would
+        have consumed, in proportion to its steps.
+        """
+        if not self.skipped_steps or self.attack_steps[-1] >= self.skipped_steps[-1]:
+            return self
+        num_missing, last = len(self.skipped_steps), self.attack_steps[-1]
+
+        def extended(values: list[Any]) -> list[Any]:
+            return values + values[-1:] * num_missing
+
+        lists = {name: extended(getattr(self, name)) for name in measured_lists(_kinds())}
+        for name, kind in (("attack_tokens", int), ("attack_flops", float)):
+            if last and (spent := getattr(self, name)):
+                grown = [kind(spent[-1] * steps / last) for steps in self.skipped_steps]
+                lists[name] = [*spent, *grown]
+        steps = [*self.attack_steps, *self.skipped_steps]
+        utility = {name: extended(values) for name, values in self.utility.items()}
+        return replace(self, **{**lists, "attack_steps": steps, "utility": utility})
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Curve":
         """Builds a curve from its JSON object; entries of later versions are passed over.
@@ -216,7 +246,7 @@ class Curve:
                 entries[entry.name] = content[entry.name]
             elif entry.default is MISSING and entry.default_factory is MISSING:
                 raise KeyError(entry.name)
-        _check_lists(entries)
+        check_lists(entries, _kinds())
         entries["samples"] = [Sample(**sample) for sample in entries.get("samples", [])]
         return cls(**entries)
 
@@ -360,31 +390,8 @@ def average(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _check_lists(entries: dict[str, Any]) -> None:
-    """Holds every list against `attack_steps`, and turns NaN among rates into None."""
-    steps = entries["attack_steps"]
-    if list(steps) != sorted(steps):
-        raise ValueError(f"attack_steps must ascend, got {steps}")
-    kinds = {entry.name: entry.type for entry in fields(Curve) if entry.name in entries}
-    lists = {name: entries[name] for name, kind in kinds.items() if get_origin(kind) is list}
-    del lists["attack_steps"]
-    lists.pop("samples", None)
-    lists |= {f"utility.{name}": values for name, values in entries.get("utility", {}).items()}
-    for name, values in lists.items():
-        if len(values) != len(steps) and (values or name == "asr"):
-            raise ValueError(f"{name} has {len(values)} entries, attack_steps {len(steps)}")
-    for name, kind in kinds.items():
-        # Kappa is below 0 where judges agree less than by chance.
-        if kind == list[float | None] and name != "judge_agreement":
-            entries[name] = [None if rate is None else finite(rate) for rate in entries[name]]
-            for rate in entries[name]:
-                if rate is not None and not 0 <= rate <= 1:
-                    raise ValueError(f"{name} must be in 0..1, got {rate}")
-    lengths = {len(row) for row in entries.get("scores", [])}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"scores must have as many prompts at every measurement, got {sorted(lengths)}"
-        )
+def _kinds() -> dict[str, Any]:
+    return {entry.name: entry.type for entry in fields(Curve)}
 
 
 def _broken(path: Path, reason: str) -> DataError:

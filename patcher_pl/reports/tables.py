@@ -169,6 +169,17 @@ def cut_off_notes(curves: Sequence[Curve]) -> list[str]:
     ]
 
 
+def stopped_notes(curves: Sequence[Curve]) -> list[str]:
+    """That attacks ended once the model was broken; none where all went on."""
+    num_stopped = sum(bool(curve.skipped_steps) for curve in curves)
+    if not num_stopped:
+        return []
+    return [
+        f"{num_stopped} of {len(curves)} attacks ended once the model was broken; their last "
+        "measurement stands for later steps."
+    ]
+
+
 def bounded_notes(groups: Iterable[Group]) -> list[str]:
     """What "bounded" means, where any outcome is another for useful models."""
     shares = [
@@ -297,7 +308,7 @@ def _notes(
     if unscored := sum(sum(curve.judge_errors) for curve in curves):
         notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
     notes += bounded_notes(groups)
-    notes += cut_off_notes(curves)
+    notes += [*stopped_notes(curves), *cut_off_notes(curves)]
     references = cost_from_scratch(groups)
     if any(is_taught_anew(group, references) for group in groups):
         notes.append(MEANING)

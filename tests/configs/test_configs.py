@@ -14,6 +14,8 @@ from patcher_pl.cli.compare import run_compare
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.cli.main import function_parser
 from patcher_pl.cli.redteam import run_redteam
+from patcher_pl.cli.scale import run_scale
+from patcher_pl.comparison import Column
 from patcher_pl.comparison.trials import plan_trials
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import ConfigError
@@ -53,6 +55,8 @@ def kind(path: Path) -> str:
         return "sweep"
     if {"base", "comparison"} <= keys:
         return "ablation"
+    if {"defenses", "budgets"} <= keys:
+        return "study"
     if {"defenses", "selection"} <= keys:
         return "comparison"
     if {"attacks", "judge"} <= keys:
@@ -103,7 +107,7 @@ def red_team(path):
 def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
         *("fit", "strategy", "sweep", "ablation", "redteam", "red team"),
-        *("judge", "benchmark", "generation", "search", "comparison"),
+        *("judge", "benchmark", "generation", "search", "comparison", "study"),
     }
 
 
@@ -219,6 +223,31 @@ def test_every_part_of_an_ablation_is_built(path, nothing_is_loaded, tmp_path):
     assert len({fit.digest for fit in fits}) == len(fits)
     for fit in [*fits, Fit.plan(tmp_path, base, options.trained)]:
         PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("path", of_kind("study"))
+def test_every_defense_of_a_study_is_built_at_every_budget(path, nothing_is_loaded, tmp_path):
+    """Wrong if an option that its defense does not have were heard of hours into the study."""
+    parser = function_parser("scale", run_scale)
+    options = parser.instantiate(parser.parse_args(["--config", str(path)]))
+    redteam = Path(options.redteam)
+    columns = [
+        Column.plan(
+            *(options.defenses, redteam, options.selection, options.seeds, budget),
+            *(options.options, tmp_path / str(budget)),
+        )
+        for budget in options.budgets
+    ]
+    assert columns[-1].defenses.keys() == options.defenses.keys()
+    assert len({len(own) for column in columns for own in column.searched.values()}) == 1
+    for trials in columns[-1].searched.values():
+        built = PatcherCLI("fit", [*trials[-1].fits[0].arguments, "--run_dir", str(tmp_path)])
+        assert built.options.max_gradient_evaluations == max(options.budgets)
+    assert len(options.seeds) == 5
+    team = red_team(redteam)
+    assert len(team.cells()) >= 6
+    assert team.stop_after_break is not None
 
 
 @ignoring_deprecations

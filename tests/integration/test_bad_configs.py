@@ -71,6 +71,26 @@ CASES = {
         2.0,
         ["RedTeam.threshold", "(0, 1]", "2.0"],
     ),
+    "control-of-another-defense": (
+        "control",
+        {"model.init_args.alpha": 1.0},
+        ["control", "options of SFT", "model.init_args.alpha", "Patcher", "max_grad_norm"],
+    ),
+    "control-with-other-steps": (
+        "control",
+        {"trainer.max_steps": 3},
+        ["control", "trainer.max_steps", "those of the run", "model.init_args.optimizer"],
+    ),
+    "unknown-key-of-a-control": (
+        "control",
+        {"model.init_args.optimizer.init_args.lrr": 0.1},
+        ["control", "optimizer", "lrr"],
+    ),
+    "value-of-a-control": (
+        "control",
+        {"model.init_args.optimizer.init_args.lr": -1},
+        ["control", "learning rate", "-1"],
+    ),
     "lightning-clipping": (
         "trainer.gradient_clip_val",
         1.0,

@@ -16,6 +16,7 @@ from patcher_pl.errors import RunInterrupted
 from patcher_pl.mailbox import wait_for
 from patcher_pl.models import LanguageModel, Lora
 from patcher_pl.optim import SGD, AdamW
+from tests.attack_table import ATTACKERS
 from tests.concurrent_runs import attackers_at_work, concurrent
 from tests.tiny_runs import ATTACKER, MemoryLogger, SaveAt, adamw, assert_same, fit, snapshot
 
@@ -47,6 +48,8 @@ def losses(history):
         pytest.param("llama", ATTACKER, None, 1, id="full"),
         pytest.param("gpt2", ATTACKER, None, 2, id="dropout-accumulated"),
         pytest.param("llama", WITH_LORA, Lora(rank=2, dropout=0.1), 1, id="lora-lora"),
+        pytest.param("gpt2", ATTACKERS["carried"], None, 1, id="carried"),
+        pytest.param("gpt2", ATTACKERS["growing"], None, 1, id="growing"),
     ],
 )
 def test_lock_step_is_the_sequential_run(

@@ -9,12 +9,14 @@ from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.defenses import SFT, Patcher
+from patcher_pl.defenses.attack_source import AdaptiveRefresh
 from patcher_pl.defenses.retention import KLToBase, RepresentationDistance
 from patcher_pl.errors import CheckpointError, RunInterrupted
 from patcher_pl.hypergradients import Adjoint
 from patcher_pl.hypergradients.trajectories import FullState
 from patcher_pl.models import LanguageModel, Lora
 from patcher_pl.optim import AdamW
+from tests.attack_table import ATTACKERS
 from tests.tiny_runs import ATTACKER, SaveAt, adamw, assert_same, fit, snapshot
 
 NUM_STEPS = 8
@@ -91,6 +93,46 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(llama, rows, tmp_path, make,
     fit(interrupted, rows.module(), NUM_STEPS, callbacks=[SaveAt(step, checkpoint)])
     assert interrupted.global_step == step
     assert_goes_on(make, llama, rows, checkpoint, accumulate_grad_batches=accumulate)
+
+
+@pytest.mark.parametrize("step", [4, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sorted(ATTACKERS))
+def test_attacks_that_differ_go_on_as_they_would_have(gpt2, rows, tmp_path, name, step):
+    """With the vector, the moments and the draws of an uninterrupted run, whatever comes next."""
+    checkpoint, options = tmp_path / "step.ckpt", {"refresh_every": 2}
+    adaptive = (
+        AdaptiveRefresh(tolerance=0.0, min_steps=1, factor=2.0) if name == "carried" else None
+    )
+
+    def make(path):
+        return Patcher(
+            LanguageModel(path=str(path)),
+            ATTACKERS[name],
+            optimizer=adamw(),
+            adaptive_refresh=adaptive,
+            **options,
+        )
+
+    torch.manual_seed(1)
+    fit(make(gpt2), rows.module(), 12, callbacks=[SaveAt(step, checkpoint)])
+    torch.manual_seed(1)
+    whole, data = make(gpt2), rows.module()
+    fit(whole, data, 12)
+    torch.manual_seed(99)
+    resumed, data_resumed = make(gpt2), rows.module()
+    fit(resumed, data_resumed, 12, ckpt_path=checkpoint, weights_only=True)
+    assert_same(snapshot(resumed.model), snapshot(whole.model))
+    assert resumed.cost == whole.cost
+    assert data_resumed.state_dict() == data.state_dict()
+    source, expected = resumed.attack_source, whole.attack_source
+    assert source.num_attacks == expected.num_attacks > 2
+    assert source.refresh_every == expected.refresh_every
+    assert source.carried.keys() == expected.carried.keys()
+    assert bool(source.carried) == ATTACKERS[name].is_carried
+    for kind, one in source.carried.items():
+        other = expected.carried[kind]
+        assert one.num_steps == other.num_steps
+        assert all(torch.equal(a, b) for a, b in zip(one.vector, other.vector, strict=True))
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, dropout=0.1)], ids=["full", "lora"])

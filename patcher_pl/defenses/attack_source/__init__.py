@@ -9,6 +9,7 @@ from patcher_pl.defenses.attack_source.base import AttackSource
 from patcher_pl.defenses.attack_source.concurrent import Concurrent
 from patcher_pl.defenses.attack_source.fresh import Fresh
 from patcher_pl.defenses.attack_source.in_between import InBetween
+from patcher_pl.defenses.attack_source.refresh import AdaptiveRefresh
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
 from patcher_pl.models import LanguageModel
 from patcher_pl.validation import require
@@ -24,6 +25,7 @@ def attack_source(
     hypergradient: Hypergradient | None = None,
     trust_every: int | None = None,
     combine_points: Combine = "average",
+    adaptive_refresh: AdaptiveRefresh | None = None,
 ) -> AttackSource:
     """Returns the source that the settings of a defense ask for; they are explained at `Patcher`.
 
@@ -50,11 +52,16 @@ def attack_source(
     is_known, remedy = combine_points in COMBINATIONS, "Use in_turn for the cheapest steps."
     check(combine_points, "combine_points", is_known, combinations, remedy)
     rounds = {"refresh_every": refresh_every, "num_sft_steps": first}
+    if not is_fresh and not isinstance(attacker, ConcurrentAttacker):
+        return InBetween(attacker, combine=combine_points, adaptive=adaptive_refresh, **rounds)
+    rule = "null with this attacker and `hypergradient`, whose rounds have one length"
+    check(
+        adaptive_refresh, "adaptive_refresh", adaptive_refresh is None, rule, "Set `refresh_every`."
+    )
     if is_fresh:
         lora = language_model.lora
         return Fresh(owner, attacker, estimator, trust_every=trust_every, lora=lora, **rounds)
-    if not isinstance(attacker, ConcurrentAttacker):
-        return InBetween(attacker, combine=combine_points, **rounds)
+    assert isinstance(attacker, ConcurrentAttacker)
     rule = "average with a ConcurrentAttacker, whose members give one vector each"
     remedy = "Set `attacker.combine`, which is for vectors of several members."
     check(combine_points, "combine_points", combine_points == "average", rule, remedy)
@@ -62,6 +69,7 @@ def attack_source(
 
 
 __all__ = [
+    "AdaptiveRefresh",
     "AlongTheWay",
     "AttackSource",
     "Concurrent",

@@ -3,12 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patcher_pl.attackers import Attacker
+from patcher_pl.attackers import Attacker, Carried, DrawnAttack
+from patcher_pl.defenses.attack_source.carried_state import add_carried, read_carried
 from patcher_pl.defenses.outer_loss import Term, add_gradients_here
 from patcher_pl.defenses.saved_tensors import add_vectors, own_parts, read_vectors
 from patcher_pl.defenses.step import Step
@@ -45,6 +47,8 @@ class AttackSource(ABC):
         self.num_attacks = 0
         self.vectors: Sequence[Vector] = []
         """Attack vectors made in this process, that of the end of the attack last."""
+        self.carried: dict[str, Carried] = {}
+        """Where attacks ended that later ones go on from, by their kind."""
 
     @abstractmethod
     def prepare(self, step: Step) -> None:
@@ -91,19 +95,24 @@ class AttackSource(ABC):
     def open(self, step: Step) -> None:
         """Begins a run, or goes on with one; weights are where they will stay."""
         # Those of a checkpoint were read before.
-        self.vectors = [step.all_weights.placed(vector) for vector in self.vectors]
+        placed = step.all_weights.placed
+        self.vectors = [placed(vector) for vector in self.vectors]
+        self.carried = {
+            kind: replace(one, vector=placed(one.vector)) for kind, one in self.carried.items()
+        }
 
     def close(self) -> None:  # noqa: B027  # Most have nothing that outlives a run.
         """Ends a run."""
 
     def release(self) -> None:
         """Lets go of everything as large as the weights."""
-        self.vectors = []
+        self.vectors, self.carried = [], {}
 
     def save(self, checkpoint: dict[str, Any], weights: Weights) -> None:
         """Adds to a checkpoint what a run needs to go on within a round."""
         checkpoint["defense"]["num_attacks"] = self.num_attacks
         add_vectors(checkpoint, "attack_vector", weights, self.vectors)
+        add_carried(checkpoint, weights, self.carried)
 
     def load(self, checkpoint: dict[str, Any], weights: Weights, path: Any) -> None:
         """Goes on with the attack vectors of a checkpoint, whichever source they came from.
@@ -116,6 +125,7 @@ class AttackSource(ABC):
         state = checkpoint["defense"]
         self.num_attacks = state["num_attacks"]
         self.vectors = read_vectors(checkpoint, "attack_vector", weights, path)
+        self.carried = read_carried(checkpoint, weights, path)
         for slot in state.get("remote", {}).get("slots", [])[:1]:
             self.vectors = [own_parts(slot["vector"], weights)]
 
@@ -144,28 +154,44 @@ def add_gradients_at(
 
 def account_for_attack(
     step: Step,
+    drawn: DrawnAttack,
     *,
     norm: float,
     losses: Sequence[float],
     num_tokens: Sequence[int],
-    number: int,
+    steps_before: int,
+    num_steps_from_theta: int,
     tag: str = "attack",
 ) -> None:
     """Counts and logs an attack whose vector is used from now on.
 
     Args:
         step: Before which it is due.
+        drawn: What it was.
         norm: Of the attack vector, as `checked_norm` found it.
         losses: Mean cross-entropy before every attack step (nats per answer token).
         num_tokens: Tokens of every attack step's batch, padding excluded.
-        number: Attacks before this one (count).
+        steps_before: Steps of the attacks before it (count).
+        num_steps_from_theta: Steps since an attack began at the defender's weights (count).
         tag: Where it is shown.
     """
+    evaluations = 1
+    if drawn.data.batch_size is not None:
+        evaluations = drawn.data.evaluations_per_step(step.data.batch_sizes[1])
     for count in num_tokens:
-        step.cost.add(num_tokens=count)
+        step.cost.add(num_tokens=count, gradient_evaluations=evaluations)
     summary = {"loss": losses[-1], "loss_before": losses[0], "vector_norm": norm}
+    if drawn.is_carried:
+        summary["steps_from_theta"] = num_steps_from_theta
     step.log({f"{tag}/{key}": value for key, value in summary.items()})
-    for index, loss in enumerate(losses, start=number * len(losses) + 1):
+    if drawn.kind:
+        shown = {
+            name: value for name, value in drawn.settings.items() if not isinstance(value, str)
+        }
+        step.log(
+            {f"{tag}_{drawn.kind}/{key}": value for key, value in {**shown, **summary}.items()}
+        )
+    for index, loss in enumerate(losses, start=steps_before + 1):
         step.log({f"{tag}/loss_by_attack_step": loss}, index)
 
 

@@ -133,17 +133,21 @@ class Concurrent(AttackSource):
         if is_due:
             self.num_attacks += 1
             # Where it would be if the attacks so far had taken their batches from it.
-            position = self.num_attacks * self.attacker.num_steps
+            position = self.attacker.steps_before(step.seed, self.num_attacks)
             step.attack_stream.load_state_dict({"position": position})
         for member, slot in arrived.items():
             assert slot.vector is not None
             assert slot.report is not None
+            number, own = slot.report.theta.number, self.settings.population[member]
+            seed = step.seed if own.seed is None else own.seed
             account_for_attack(
                 step,
+                own.attacker.draw(seed, number),
                 norm=checked_norm(step, slot.vector),
                 losses=slot.report.losses,
                 num_tokens=slot.report.num_tokens,
-                number=slot.report.theta.number,
+                steps_before=own.attacker.steps_before(seed, number),
+                num_steps_from_theta=slot.report.num_steps_from_theta,
                 tag="attack" if len(self.slots) == 1 else f"attack_{member}",
             )
 
@@ -375,7 +379,7 @@ class Concurrent(AttackSource):
     def _use(self, member: int, slot: Slot) -> None:
         self.slots[member], report = slot, slot.report
         assert report is not None
-        self._num_used += len(report.losses)
+        self._num_used += len(report.losses) * report.evaluations_per_step
         if report.random_state is not None:
             device = self._weights.parameters[0].device
             # In lock-step the attack has drawn from the defender's generators, as one in its

@@ -64,8 +64,9 @@ class Fresh(AttackSource):
                 "attacker",
                 attacker,
                 attacker.is_differentiable,
-                "a FineTuningAttacker without lora, by AdamW or SGD, for this `hypergradient`",
-                "Set `attacker.lora: null` and such an optimizer, or use FirstOrder.",
+                "a FineTuningAttacker of all weights by AdamW or SGD, without lora, carry and restarts, "
+                "for this `hypergradient`",
+                "Change these settings, or use FirstOrder.",
             ),
             (
                 "attacker.vector_steps",
@@ -90,7 +91,8 @@ class Fresh(AttackSource):
 
     def prepare(self, step: Step) -> None:
         if self.is_due(step):
-            self._inner = self.attacker.inner_problem(step.attack_stream.endless())
+            drawn = self.attacker.draw(step.seed, self.num_attacks)
+            self._inner = drawn.attacker.inner_problem(step.attack_batches(drawn))
             self.num_attacks += 1
             # An attack that is called off is made again by the run that goes on, and counts once.
             step.on_undo(self._forget)

@@ -17,12 +17,30 @@ from patcher_pl.reports.statistics.pairs import (
     compare_all,
     holm,
 )
+from patcher_pl.reports.statistics.scaling import (
+    GEOMETRIC_MEAN,
+    WORST_CASE,
+    Level,
+    Reach,
+    Slope,
+    StepsToBreak,
+    first_break,
+    levels,
+    reaches,
+    slopes,
+)
 
 __all__ = [
+    "GEOMETRIC_MEAN",
+    "WORST_CASE",
     "BreakCost",
     "Estimate",
+    "Level",
     "NotComparable",
     "PairedComparison",
+    "Reach",
+    "Slope",
+    "StepsToBreak",
     "area_under_asr",
     "asr_area",
     "asr_at",
@@ -30,6 +48,10 @@ __all__ = [
     "compare_all",
     "cost_to_break",
     "final_asr",
+    "first_break",
     "holm",
+    "levels",
+    "reaches",
+    "slopes",
     "worst_asr",
 ]

@@ -174,6 +174,8 @@ def compare_all(
         pairs = list(itertools.product(named, [group for group in members if group not in named]))
         if not pairs and baseline is None:
             pairs = list(itertools.combinations(members, 2))
+        # Of a study of several budgets, those that had the same one.
+        pairs = [(first, second) for first, second in pairs if first.budget == second.budget]
         found += [
             compare(first, second, over=over, is_bounded=is_bounded) for first, second in pairs
         ]
@@ -276,8 +278,10 @@ def _difference_of_attacks(pairs: Sequence[tuple[Curve, Curve]]) -> str | None:
     for one, other in pairs:
         if one.varied and other.varied and one.varied != other.varied:
             return f"settings of the attack differ: {one.varied} and {other.varied}"
-        if one.attack_tokens and other.attack_tokens:
-            spent = one.attack_tokens[-1], other.attack_tokens[-1]
+        skipped = {*one.skipped_steps, *other.skipped_steps}
+        common = [step for step in one.attack_steps if step not in skipped]
+        if common and one.attack_tokens and other.at(common[-1], "attack_tokens") is not None:
+            spent = one.at(common[-1], "attack_tokens"), other.at(common[-1], "attack_tokens")
             if abs(spent[0] - spent[1]) > _TOKEN_TOLERANCE * max(spent):
                 return f"the budgets differ: {spent[0]} and {spent[1]} training tokens"
         if one.prompts_digest and other.prompts_digest:

@@ -304,3 +304,23 @@ def test_values_out_of_range_are_refused(red_team):
         with pytest.raises(ValueError, match=rf"RedTeam\.{field} must be"):
             replace(red_team, **{field: value})
     assert isinstance(red_team, RedTeam)
+
+
+def test_an_attack_ends_some_measurements_after_the_break_and_says_what_it_skipped(
+    model, tokenizer, red_team
+):
+    """Wrong if breaking a model cost the whole attack, or skipped points passed for missing ones."""
+    attack = FullFinetuning(optimizer=AdamW(lr=1e-2), attack_steps=[0, 60, 61, 62, 63])
+    team = replace(red_team, attacks=[attack], utility=[], stop_after_break=1)
+    (curve,) = team.run(model, tokenizer, CHAT, defense="sft")
+    assert (curve.attack_steps, curve.steps_to_break) == ([0, 60, 61], 60)
+    assert curve.skipped_steps == [62, 63]
+    (whole,) = replace(team, stop_after_break=None).run(model, tokenizer, CHAT, defense="sft")
+    assert whole.skipped_steps == []
+    assert whole.asr[:3] == curve.asr
+    (held,) = replace(team, threshold=1.0, attacks=[replace(attack, attack_steps=[0, 1])]).run(
+        model, tokenizer, CHAT, defense="sft"
+    )
+    assert (held.steps_to_break, held.skipped_steps) == (None, [])
+    with pytest.raises(ValueError, match=r"RedTeam\.stop_after_break must be >= 0 or null, got -1"):
+        replace(team, stop_after_break=-1)

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from patcher_pl.reports import Sample
-from patcher_pl.reports.grouping import Group
+from patcher_pl.reports.grouping import Group, group_curves
 from patcher_pl.reports.statistics import (
     NotComparable,
     PairedComparison,
@@ -193,6 +193,22 @@ def test_curves_measured_at_different_steps_are_compared_at_the_end_alone(curve)
     assert isinstance(found, NotComparable)
     assert "different steps" in found.reason
     assert isinstance(compare(first, second, over="end"), PairedComparison)
+
+
+def test_attacks_that_ended_with_the_break_can_be_compared(curve):
+    """Wrong if an attack that was cut short, to save time, counted as one of another budget."""
+
+    def scored(defense, asr, breaks, **more):
+        scores = [[5 if place < 4 * rate else 1 for place in range(4)] for rate in asr]
+        tokens = [60 * step for step in (0, 20, 40, 80)][: len(asr)]
+        return curve(defense, None, asr, breaks, scores=scores, attack_tokens=tokens, **more)
+
+    short = scored("sft", [0, 1], 20, skipped_steps=[40, 80])
+    long = scored("mine", [0, 0, 0, 1], 80)
+    first, second = (group_curves([one])[0] for one in (short, long))
+    found = compare(first, second)
+    assert isinstance(found, PairedComparison)
+    assert found.second_asr < found.first_asr
 
 
 def test_success_of_a_useless_model_is_none_where_it_is_bounded(curve):

@@ -9,7 +9,8 @@ from dataclasses import asdict
 import pytest
 
 from patcher_pl.errors import DataError
-from patcher_pl.reports import Curve, Results, Sample
+from patcher_pl.reports import Curve, Results, Sample, to_markdown
+from patcher_pl.reports.grouping import group_curves
 from patcher_pl.reports.results import finite
 
 
@@ -165,3 +166,27 @@ def test_reports_load_neither_torch_nor_lightning():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_skipped_steps_count_as_the_last_measurement(curve):
+    """Wrong if the mean over seeds after a break were that of the models which held."""
+    broken = curve(
+        "sft", None, [0, 0.75], 20, attack_tokens=[0, 100], skipped_steps=[40, 80], seed=1
+    )
+    whole = broken.completed()
+    assert whole.attack_steps == [0, 20, 40, 80]
+    assert whole.asr == [0, 0.75, 0.75, 0.75]
+    assert whole.attack_tokens == [0, 100, 200, 400]
+    assert whole.completed() == whole
+    held = curve("sft", None, [0, 0, 0, 0.25], None)
+    assert held.completed() is held
+    (group,) = group_curves([held, broken])
+    assert list(group.over_seeds("asr")["mean"]) == [0, 0.375, 0.375, 0.5]
+    assert group.steps_to_break == "20 to > 80"
+    assert "1 of 2 attacks ended once the model was broken" in to_markdown([held, broken])
+
+
+def test_skipped_steps_come_after_the_measured_ones(curve):
+    content = asdict(curve("sft", None, [0, 0.75], 20)) | {"skipped_steps": [20]}
+    with pytest.raises(ValueError, match=r"skipped_steps must ascend from \[20\], got \[20\]"):
+        Curve.from_json(content)
