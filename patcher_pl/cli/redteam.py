@@ -114,6 +114,7 @@ def run_redteam(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 gguf_file=target.gguf_file,
+                from_scratch_seed=target.from_scratch_seed,
             )
         ]
     ]

@@ -1,6 +1,7 @@
 """Which Hugging Face model to load, how, and how to talk to it."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,8 @@ from patcher_pl.models.lora import Lora, merged_copy
 from patcher_pl.models.sharding import Sharding
 from patcher_pl.models.vocabulary import require_embeddings
 from patcher_pl.models.weights import Place
+from patcher_pl.randomness import seeded
+from patcher_pl.reports.settings import NO_OUTCOME
 from patcher_pl.shipped import resolve_model
 from patcher_pl.validation import require
 
@@ -55,6 +58,8 @@ class LanguageModel:
             `host` memory, which costs two copies over the bus per shift and saves their space.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint. Off: it could do anything.
+        from_scratch_seed: Seed of fresh weights, as the architecture initializes them, in the place of
+            those of `path`, from which tokenizer and architecture are. None loads the weights.
         gguf_file: Name of a GGUF file in `path` to take weights and tokenizer from, converted to
             `dtype`; needs `patcher-pl[gguf]`. What is exported is in safetensors.
 
@@ -76,9 +81,31 @@ class LanguageModel:
     revision: str | None = None
     trust_remote_code: bool = False
     gguf_file: str | None = None
+    # See `contents`: digests of models that are loaded do not depend on it.
+    from_scratch_seed: int | None = field(default=None, metadata=NO_OUTCOME)
 
     def load_model(self) -> "PreTrainedModel":
-        """Loads the weights (safetensors or GGUF), in evaluation mode, adapters attached."""
+        """Loads (or makes) the weights, in evaluation mode, adapters attached."""
+        model = self._load_weights() if self.from_scratch_seed is None else self._fresh_model()
+        return accelerated(self.adapted(model), compile_=self.compile, liger=self.liger)
+
+    def _fresh_model(self) -> "PreTrainedModel":
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        assert self.from_scratch_seed is not None
+        with seeded(self.from_scratch_seed, torch.device("cpu")):
+            model = AutoModelForCausalLM.from_config(
+                self.load_config(), trust_remote_code=self.trust_remote_code, **self._model_options
+            )
+        base = self.parts.base
+        with suppress(OSError):  # Without one, the architecture's stays.
+            found = GenerationConfig.from_pretrained(base.location, revision=base.revision)
+            model.generation_config = found
+        return model.eval()
+
+    def _load_weights(self) -> "PreTrainedModel":
+        """Loads them (safetensors or GGUF), adapters that come with the model merged."""
         from transformers import AutoModelForCausalLM, GgufConfig
 
         parts = self.parts
@@ -92,8 +119,7 @@ class LanguageModel:
             model = AutoModelForCausalLM.from_pretrained(parts.base.location, **options)
         except (OSError, ValueError, ImportError, RuntimeError) as error:  # The last: sizes differ.
             raise self._loading_failed("model", error) from error
-        model = parts.merged(model)
-        return accelerated(self.adapted(model), compile_=self.compile, liger=self.liger)
+        return parts.merged(model)
 
     def adapted(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Switches checkpointing on and attaches adapters, as far as asked for."""
@@ -162,7 +188,10 @@ class LanguageModel:
         """See `NamesContents`: weights, configuration, tokenizer and template, wherever they lie."""
         digests = [model_digest(part.location, part.revision) for part in self.parts.all]
         known = [digest for digest in digests if digest is not None]
-        return {"path": " ".join(known)} if len(known) == len(digests) else {}
+        contents = {"path": " ".join(known)} if len(known) == len(digests) else {}
+        if self.from_scratch_seed is not None:
+            contents["from_scratch_seed"] = str(self.from_scratch_seed)
+        return contents
 
     def load_chat(self) -> ChatFormat:
         """Returns `chat`, with conversations no longer than what the model reads."""

@@ -15,7 +15,7 @@ from patcher_pl.redteam.grid import Cell, varied_cells
 from patcher_pl.redteam.job import AttackedModel, AttackJob
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
-from patcher_pl.redteam.variation import Setting
+from patcher_pl.redteam.variation import Setting, varied_name
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.grouping import with_released
 from patcher_pl.reports.results import Curve, Overlap, Results
@@ -78,7 +78,7 @@ class Board:
         models: Sequence[AttackedModel],
         grid: Sequence[Curve],
     ) -> None:
-        """Searches for the strongest attack on every model.
+        """Searches for the strongest attack on every model but those with fresh weights.
 
         Writes what was tried to `search.json`, by defense, the strongest first; it is in the results,
         too.
@@ -86,6 +86,8 @@ class Board:
         tried: dict[str, list[dict[str, Any]]] = {}
         self._searches.clear()
         for model in models:
+            if model.language_model.from_scratch_seed is not None:
+                continue  # Nothing is left to defend there: it is a reference for the others.
             known: dict[str, list[Curve]] = defaultdict(list)
             for curve in with_released(grid):
                 if curve.key[:3] == model.name.model_key:
@@ -96,7 +98,28 @@ class Board:
             tried[model.name.defense] = [asdict(trial) for trial in attempts]
             self._searches.append(outcome)
             print("\n".join(search_lines(outcome)))
+        self._teach_anew(redteam, models)
         write_json(self.run_directory.root / "search.json", tried)
+
+    def _teach_anew(self, redteam: RedTeam, models: Sequence[AttackedModel]) -> None:
+        """Attacks models with fresh weights as the strongest attacks on the others do."""
+        found = [
+            outcome.strongest(is_bounded=is_bounded)
+            for outcome in self._searches
+            for is_bounded in (False, True)
+        ]
+        names = {attempt.attack for attempt in found if attempt is not None}
+        chosen = {
+            attempt.attack: (attack, attempt.settings)
+            for outcome in self._searches
+            for attempt in outcome.trials
+            for attack in redteam.attacks
+            if attempt.attack in names
+            and varied_name(attack.name, attempt.settings) == attempt.attack
+        }
+        for model in models:
+            if model.language_model.from_scratch_seed is not None and chosen:
+                self._try(redteam, model, [], list(chosen.values()))
 
     def save(self) -> Results:
         """Writes the curves of everything that was planned and has an outcome."""

@@ -196,8 +196,12 @@ class AttackJob(Job[Curve]):
         return is_whole and self._unjudged is None
 
     def parse(self, content: Mapping[str, Any]) -> Curve:
-        # The bound is no part of the digest: it changes what is made of a curve, not the curve.
-        return replace(Curve.from_json(content), min_benign_kept=self.team.min_benign_kept)
+        return replace(
+            Curve.from_json(content),
+            # No part of the digest: it changes what is made of a curve, not the curve.
+            min_benign_kept=self.team.min_benign_kept,
+            from_scratch=self.language_model.from_scratch_seed is not None,
+        )
 
     def fail(self, reason: str) -> None:
         """Writes why there is no curve; what was measured before is lost with the process.

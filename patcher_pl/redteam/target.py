@@ -25,6 +25,9 @@ class Target:
         train_seed: Seed that it was trained with, for the results.
         chat: How to talk to it; None takes that of the command.
         gguf_file: Name of the GGUF file in `path` to attack; None for safetensors.
+        from_scratch_seed: Attack a model of this architecture with fresh weights from this seed: the
+            reference that says what the same attack takes where nothing is left to defend. None attacks
+            the model.
 
     Raises:
         ValueError: If not exactly one of `path` and `fit` is given, `control` without `fit`, or
@@ -39,6 +42,7 @@ class Target:
     train_seed: int | None = None
     chat: ChatFormat | None = None
     gguf_file: str | None = None
+    from_scratch_seed: int | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.fit is None):

@@ -15,6 +15,7 @@ from patcher_pl.reports.drawing import (
     plain_text,
 )
 from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group, group_curves
+from patcher_pl.reports.reference import LABEL as FROM_SCRATCH
 from patcher_pl.reports.results import Curve
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def asr_figure(
     seed. The control is grey, values of k1 run from light to dark, and other defenses have a color
     each; markers tell lines apart in black and white. A dashed line marks the threshold of
     "broken", a cross a measurement where a seed's model had collapsed,
-    question marks curves that are not to be relied on. Curves without a measurement
+    question marks curves that are not to be relied on. Models with fresh weights are a black dashed
+    line: what the attack takes where nothing is left to defend. Curves without a measurement
     or its cost are left out. More than three panels are wrapped into rows.
 
     Args:
@@ -96,11 +98,15 @@ def _panels(count: int, label: str) -> tuple["Figure", list["Axes"]]:
 def _legend(
     figure: "Figure", axes: Sequence["Axes"], groups: Sequence[Group], bands: Bands
 ) -> None:
-    names = [*dict.fromkeys(plain_text(group.label) for group in groups), _COLLAPSED, _UNTRUSTED]
+    names = [*dict.fromkeys(map(_name, groups)), _COLLAPSED, _UNTRUSTED]
     is_wrapped = len(axes) > _MOST_IN_A_ROW
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": 5} if is_wrapped else {}
     note = _seed_note(groups, bands, separator="; " if is_wrapped else ";\n")
     legend(figure, axes, names, title=note, title_fontsize=8, alignment="left", **place)
+
+
+def _name(group: Group) -> str:
+    return FROM_SCRATCH if group.is_reference else plain_text(group.label)
 
 
 def _draw_panel(
@@ -121,7 +127,7 @@ def _draw_panel(
             list(costs),
             rates,
             fill=faint if len(group.curves) > 1 or bands == "interval" else 0,
-            label=plain_text(group.label),
+            label=_name(group),
             # Thinner on top of thicker: lines that coincide can all be seen.
             linewidth=1.4 + thicker * min(len(groups) - 1 - place, 5),
             clip_on=False,
@@ -129,7 +135,8 @@ def _draw_panel(
             **({} if thicker > 0.5 else {"markersize": 4.5}),
             **styles[group.label],
         )
-        if fallen := [steps for steps in group.collapsed_steps if steps in costs.index]:
+        fallen = [steps for steps in group.collapsed_steps if steps in costs.index]
+        if fallen and not group.is_reference:  # Fresh weights never spoke.
             axis.plot(
                 list(costs[fallen]),
                 list(rates["mean"][fallen]),

@@ -46,6 +46,9 @@ def group_styles(groups: Sequence[Group]) -> Styles:
         if group.label in styles:
             continue
         line = "-"
+        if group.is_reference:
+            styles[group.label] = {"color": "black", "marker": "", "linestyle": (0, (6, 3))}
+            continue
         if group.is_control:
             color = GREY
         elif group.k1 is not None and len(k1_values) > 1:

@@ -21,6 +21,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "\N{DAGGER}": r"\dag{}",
+    "\N{DOUBLE DAGGER}": r"\ddag{}",
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},

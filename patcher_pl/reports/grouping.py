@@ -59,6 +59,7 @@ COLUMNS = [
     "useful",
     "bounded_asr",
     "bounded_steps_to_break",
+    "from_scratch",
 ]
 # Of `Curve.bounded`.
 _BOUNDED = {
@@ -96,6 +97,11 @@ class Group:
     def is_control(self) -> bool:
         """Whether this is the undefended control, of whichever run."""
         return self.defense.lower().split(" (")[0] == CONTROL
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether these models had fresh weights, so that nothing was left to defend."""
+        return any(curve.from_scratch for curve in self.curves)
 
     @property
     def label(self) -> str:

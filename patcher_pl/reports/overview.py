@@ -3,8 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from patcher_pl.reports.formats import MARKS, MISSING, explained, interval, latex, number, signs
+from patcher_pl.reports.formats import MARKS, MISSING, explained, interval, latex, number
 from patcher_pl.reports.grouping import COST_AXES, Frame, Group, group_curves, labels
+from patcher_pl.reports.reference import (
+    MEANING,
+    SIGN,
+    References,
+    cost_from_scratch,
+    is_taught_anew,
+)
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average
 from patcher_pl.reports.statistics import (
     Estimate,
@@ -52,6 +59,8 @@ _CSV_COLUMNS = [
     "bounded_steps_to_break_median",
     "bounded_seeds_broken",
     "is_bounded_worst",
+    "steps_from_scratch",
+    "is_taught_anew",
 ]
 # Of the severest attack.
 _PEAK = ["attack", "peak_asr", "peak_asr_low", "peak_asr_high", "peak_attack_steps"]
@@ -69,7 +78,9 @@ def overview(curves: Sequence[Curve]) -> Frame:
     import pandas as pd
 
     # Objects: counts stay counts where others are unknown.
-    frame = pd.DataFrame([_row(group) for group in group_curves(curves)], dtype=object)
+    groups = group_curves(curves)
+    references = cost_from_scratch(groups)
+    frame = pd.DataFrame([_row(group, references) for group in groups], dtype=object)
     scored = frame[frame["peak_asr"].astype(float) > 0]
     frame["is_worst"] = frame.index.isin(severest(scored, ["label"]).index).astype(int)
     scored = frame[frame["bounded_peak_asr"].astype(float) > 0]
@@ -92,15 +103,34 @@ def matrix(frame: Frame, by: str) -> list[tuple[str, list[Any]]]:
     """Names of attacks (`by` is `attack`) or their families, each with a cell per defense.
 
     A cell is the row of the severest such attack, with `num_settings` of how many; None where the
-    defense was not attacked so.
+    defense was not attacked so. What is bounded in it is of the severest such attack that leaves a
+    useful model, which may be another.
     """
     sizes = frame.groupby([by, "label"])["attack"].transform("size")
     found = severest(frame.assign(num_settings=sizes), [by, "label"])
-    cells = {(getattr(row, by), row.label): row for row in rows_of(found)}
+    bounded = {
+        (getattr(row, by), row.label): row
+        for row in rows_of(severest(frame, [by, "label"], prefix="bounded_"))
+    }
+    cells = {
+        key: _with_bounded(row, bounded[key])
+        for row in rows_of(found)
+        for key in [(getattr(row, by), row.label)]
+    }
     return [
         (name, [cells.get((name, label)) for label in labels(frame["group"])])
         for name in dict.fromkeys(frame[by])
     ]
+
+
+def _with_bounded(row: Any, bounded: Any) -> Any:
+    """A row with what is bounded of another one, where that is known."""
+    if row.attack == bounded.attack or bounded.bounded_peak_asr is None:
+        return row
+    shown = bounded.bounded_outcome or f"bounded: {bounded.outcome}"
+    return row._replace(
+        bounded_outcome=f"{shown} ({bounded.attack})", is_bounded_worst=bounded.is_bounded_worst
+    )
 
 
 def is_past_its_peak(row: Any) -> bool:
@@ -123,7 +153,9 @@ def standings(frame: Frame) -> Frame:
     import pandas as pd
 
     rows = []
-    for label in labels(frame["group"]):
+    # Fresh weights are no defense, but may be all that there is.
+    groups = [group for group in frame["group"] if not group.is_reference]
+    for label in labels(groups or frame["group"]):
         own = frame[frame["label"] == label]
         worst = own.loc[own["is_worst"] == 1, _PEAK].to_dict("records")
         bounded = own.loc[own["is_bounded_worst"] == 1, ["attack", *_BOUNDED_PEAK]]
@@ -163,6 +195,7 @@ def legend(frame: Frame) -> list[str]:
     if (frame["is_bounded_worst"] > frame["is_worst"]).any():
         lines.append("The severest bounded attack on a defense is in italics where it is another.")
     lines += bounded_notes(frame["group"])
+    lines += [MEANING] if frame["is_taught_anew"].eq(1).any() else []
     found = set(frame["marks"].explode())
     return [*lines, *explained(mark for mark in MARKS if mark in found)]
 
@@ -195,7 +228,7 @@ def overview_latex(frame: Frame) -> str:
     return "".join(f"% {note}\n" for note in notes) + body
 
 
-def _row(group: Group) -> dict[str, Any]:
+def _row(group: Group, references: References) -> dict[str, Any]:
     means = group.over_seeds("asr")["mean"].dropna()
     # The last of equals.
     peak_steps = None if means.empty else int(means.index[means == means.max()][-1])
@@ -206,7 +239,8 @@ def _row(group: Group) -> dict[str, Any]:
         {axis: cost_to_break(group, axis) for axis in COST_AXES},
     )
     steps = costs["steps"]
-    bounded = _bounded(group)
+    bounded, anew = _bounded(group), is_taught_anew(group, references)
+    scratch = references.get(group.attack)
     return {
         "group": group,
         "label": group.label,
@@ -224,6 +258,9 @@ def _row(group: Group) -> dict[str, Any]:
         "worst_seed_asr": worst_asr(group),
         "area_steps": linear and linear.value,
         "seeds_broken": steps and steps.num_broken,
+        "steps_from_scratch": scratch and scratch.median,
+        "from_scratch": scratch,
+        "is_taught_anew": None if anew is None else int(anew),
         "bounded_outcome": group.bounded_outcome,
         **bounded,
         **_ends("asr", final),
@@ -305,7 +342,7 @@ def _markdown_cell(cell: Any) -> str:
         rate = f"**{rate}**" if cell.is_worst else f"*{rate}*"
     figures = " ".join(filter(None, [rate, interval(cell.asr_low, cell.asr_high)]))
     outcomes = ", ".join(filter(None, [figures, cell.outcome, cell.bounded_outcome]))
-    return f"{outcomes} {signs(cell.marks)}".rstrip()
+    return " ".join([outcomes, *cell_signs(cell)])
 
 
 def _latex_cell(cell: Any) -> str:
@@ -318,7 +355,12 @@ def _latex_cell(cell: Any) -> str:
     small = [interval(cell.asr_low, cell.asr_high), latex(cell.outcome)]
     small.append(latex(cell.bounded_outcome or ""))
     parts += [rf"{{\scriptsize {part}}}" for part in small if part]
-    return " ".join([*parts, latex(signs(cell.marks))]).rstrip()
+    return " ".join([*parts, *map(latex, cell_signs(cell))])
+
+
+def cell_signs(row: Any) -> list[str]:
+    """Signs that go with a row of the frame."""
+    return [*(MARKS[mark] for mark in row.marks), *([SIGN] if row.is_taught_anew else [])]
 
 
 def _one_line(text: str) -> str:

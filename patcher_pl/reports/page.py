@@ -23,6 +23,7 @@ from patcher_pl.reports.page_tables import (
     search_table,
     utility_table,
 )
+from patcher_pl.reports.reference import MEANING as NOTHING_LEFT
 from patcher_pl.reports.results import BENIGN_MEASURES, BenignMeasure, Curve
 from patcher_pl.reports.runs import Run, searches_of
 from patcher_pl.reports.saturation import saturation_figure
@@ -75,6 +76,7 @@ def render_page(
     environment.globals |= {
         "MARKS": MARKS,
         "MEANINGS": MEANINGS,
+        "NOTHING_LEFT": NOTHING_LEFT,
         "MOST_ROWS": _MOST_ROWS,
         "MOST_SIGNS": _MOST_SIGNS,
         "BENIGN_MEASURES": BENIGN_MEASURES,

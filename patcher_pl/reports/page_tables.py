@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from patcher_pl.reports.formats import MISSING, amount, interval, number, signed, signs, span
 from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, Group, defense_label
+from patcher_pl.reports.reference import SIGN
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, Sample, average
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.searches import SearchOutcome
@@ -28,15 +29,18 @@ def break_table(frame: Frame) -> Captioned:
     header = ["attack", "defense", "seeds broken", *(f"median {COST_AXES[axis]}" for axis in axes)]
     is_bounded = any(curve.benign for curve in _curves(frame))
     header += ["bounded: seeds broken", "bounded: median attack steps"] if is_bounded else []
+    has_reference = bool(frame["from_scratch"].notna().any())
+    header += ["from scratch", "at least as many"] if has_reference else []
     return Captioned(
         "Cost to break. Seeds that held count as longer than measured: the median is Kaplan and "
         'Meier\'s ("> 320": beyond the longest attack), and the mean is a lower bound (">=") '
         "where a seed held. Areas under the curve of attack success, as a share of the most "
         "there could be, are over log2(1 + steps) and over steps. Bounded: only breaks that leave a "
-        "useful model count.",
+        "useful model count. From scratch: median attack steps that teach a model with fresh weights the "
+        "same rows in the same way; where an attack needs at least as many, nothing was left to defend.",
         text_table(
             [*header, "mean steps", "area (log steps)", "area (steps)"],
-            [_break_row(row, axes, is_bounded) for row in rows_of(frame)],
+            [_break_row(row, axes, is_bounded, has_reference) for row in rows_of(frame)],
         ),
     )
 
@@ -234,7 +238,9 @@ def samples_of(group: Group, most: int) -> tuple[int, list[Sample]] | None:
     return None
 
 
-def _break_row(row: Any, axes: Sequence[CostAxis], is_bounded: bool) -> list[str]:
+def _break_row(
+    row: Any, axes: Sequence[CostAxis], is_bounded: bool, has_reference: bool
+) -> list[str]:
     steps: BreakCost | None = row.steps_to_break
     mean_steps, bounded = MISSING, row.bounded_steps_to_break
     if steps is not None:
@@ -244,8 +250,13 @@ def _break_row(row: Any, axes: Sequence[CostAxis], is_bounded: bool) -> list[str
         *(row.attack, row.label, _seeds_broken(steps)),
         *(_median(getattr(row, f"{axis}_to_break"), axis) for axis in axes),
         *([_seeds_broken(bounded), _median(bounded, "steps")] if is_bounded else []),
+        *([_median(row.from_scratch, "steps"), _anew(row)] if has_reference else []),
         *(mean_steps, " ".join(area).strip(), number(row.area_steps)),
     ]
+
+
+def _anew(row: Any) -> str:
+    return MISSING if row.is_taught_anew is None else f"yes {SIGN}" if row.is_taught_anew else "no"
 
 
 def _seeds_broken(cost: BreakCost | None) -> str:

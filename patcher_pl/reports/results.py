@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
 from patcher_pl.errors import DataError
 from patcher_pl.files import single_keys, write_json
 from patcher_pl.reports.bounds import Bounded, bounded
+from patcher_pl.reports.checks import check_lists, measured_lists
 from patcher_pl.reports.searches import SearchOutcome
 
 SCHEMA_VERSION = 3
@@ -116,6 +117,8 @@ class Curve:
         min_benign_kept: Share of the released benign accuracy or compliance that a model keeps as long
             as it counts as useful.
         released_benign: That of the released model; None takes what was measured after 0 steps.
+        from_scratch: Whether the model had fresh weights: the reference for what an attack takes where
+            nothing is left to defend.
     """
 
     defense: str
@@ -158,6 +161,7 @@ class Curve:
     budget: int | None = None
     min_benign_kept: float = MIN_BENIGN_KEPT
     released_benign: float | None = None
+    from_scratch: bool = False
 
     @property
     def key(self) -> CurveKey:
@@ -174,9 +178,9 @@ class Curve:
     def bounded(self) -> Bounded:
         """What the attack achieved while the model stayed useful."""
         released = self.released_benign
-        if released is None and self.benign and self.attack_steps[0] == 0:
-            # An attack without steps is measured when it is done, never before.
-            released = self.benign[0] if len(self.attack_steps) > 1 else None
+        # An attack without steps is measured when it is done, never before.
+        if released is None and self.benign and self.attack_steps[0] == 0 < self.attack_steps[-1]:
+            released = self.benign[0]
         return bounded(
             self.attack_steps,
             self.asr,
@@ -218,7 +222,7 @@ class Curve:
         def extended(values: list[Any]) -> list[Any]:
             return values + values[-1:] * num_missing
 
-        lists = {name: extended(getattr(self, name)) for name in _measured_lists()}
+        lists = {name: extended(getattr(self, name)) for name in measured_lists(_kinds())}
         for name, kind in (("attack_tokens", int), ("attack_flops", float)):
             if last and (spent := getattr(self, name)):
                 grown = [kind(spent[-1] * steps / last) for steps in self.skipped_steps]
@@ -242,7 +246,7 @@ class Curve:
                 entries[entry.name] = content[entry.name]
             elif entry.default is MISSING and entry.default_factory is MISSING:
                 raise KeyError(entry.name)
-        _check_lists(entries)
+        check_lists(entries, _kinds())
         entries["samples"] = [Sample(**sample) for sample in entries.get("samples", [])]
         return cls(**entries)
 
@@ -386,40 +390,8 @@ def average(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _measured_lists() -> list[str]:
-    """Fields of a curve with an entry per measurement."""
-    others = ("samples", "skipped_steps")
-    lists = [entry.name for entry in fields(Curve) if get_origin(entry.type) is list]
-    return [name for name in lists if name not in others]
-
-
-def _check_lists(entries: dict[str, Any]) -> None:
-    """Holds every list against `attack_steps`, and turns NaN among rates into None."""
-    steps = entries["attack_steps"]
-    if list(steps) != sorted(steps):
-        raise ValueError(f"attack_steps must ascend, got {steps}")
-    skipped = list(entries.get("skipped_steps", []))
-    if skipped != sorted(skipped) or (steps and skipped and skipped[0] <= steps[-1]):
-        raise ValueError(f"skipped_steps must ascend from {steps[-1:]}, got {skipped}")
-    kinds = {entry.name: entry.type for entry in fields(Curve) if entry.name in entries}
-    lists = {name: entries[name] for name in _measured_lists() if name in entries}
-    del lists["attack_steps"]
-    lists |= {f"utility.{name}": values for name, values in entries.get("utility", {}).items()}
-    for name, values in lists.items():
-        if len(values) != len(steps) and (values or name == "asr"):
-            raise ValueError(f"{name} has {len(values)} entries, attack_steps {len(steps)}")
-    for name, kind in kinds.items():
-        # Kappa is below 0 where judges agree less than by chance.
-        if kind == list[float | None] and name != "judge_agreement":
-            entries[name] = [None if rate is None else finite(rate) for rate in entries[name]]
-            for rate in entries[name]:
-                if rate is not None and not 0 <= rate <= 1:
-                    raise ValueError(f"{name} must be in 0..1, got {rate}")
-    lengths = {len(row) for row in entries.get("scores", [])}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"scores must have as many prompts at every measurement, got {sorted(lengths)}"
-        )
+def _kinds() -> dict[str, Any]:
+    return {entry.name: entry.type for entry in fields(Curve)}
 
 
 def _broken(path: Path, reason: str) -> DataError:

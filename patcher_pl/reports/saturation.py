@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from patcher_pl.reports.drawing import GREY, Styles, clear, legend, panels, plain_text
+from patcher_pl.reports.drawing import Styles, clear, legend, panels, plain_text
 from patcher_pl.reports.grouping import defense_label
 from patcher_pl.reports.searches import SearchOutcome
 
@@ -38,6 +38,7 @@ def saturation_figure(searches: Sequence[SearchOutcome], styles: Styles) -> "Fig
                 _draw(axis, outcome, name, styles, is_bounded=is_bounded, held=held)
         axis.set_xlabel("Trials of the search")
         axis.set_ylabel(title)
+        axis.locator_params(axis="x", integer=True)
         axis.set_xlim(0, max(1, *(len(outcome.trials) for outcome in searches)))
         clear(axis)
     for axis in axes[:2]:
@@ -46,8 +47,9 @@ def saturation_figure(searches: Sequence[SearchOutcome], styles: Styles) -> "Fig
     ticks = [0, *(2**power for power in range(0, held.bit_length() - 1, 2))]
     axes[2].set_yticks([*ticks, held], [*map(str, ticks), "held"])
     axes[2].minorticks_off()
+    axes[2].set_ylim(0, held)
     for label, line in ((_BOUNDED, "-"), (_UNBOUNDED, ":")):
-        axes[0].plot([], [], color=GREY, linestyle=line, label=label)
+        axes[0].plot([], [], color="black", linestyle=line, label=label)
     legend(figure, axes, loc="outside upper left", ncols=6)
     return figure
 

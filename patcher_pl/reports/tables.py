@@ -13,6 +13,13 @@ from patcher_pl.reports.formats import (
     span,
 )
 from patcher_pl.reports.grouping import Frame, Group, group_curves, measurements
+from patcher_pl.reports.reference import (
+    MEANING,
+    SIGN,
+    References,
+    cost_from_scratch,
+    is_taught_anew,
+)
 from patcher_pl.reports.results import (
     BENIGN_MEASURES,
     LARGEST_CUT_OFF,
@@ -107,7 +114,8 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
     measures = known_benign(curves)
     for name in [*map(str, steps), *(BENIGN_MEASURES[name] for name in measures), "breaks at"]:
         table.add_column(name, justify="right", overflow="fold")
-    shows = _columns(groups)
+    references = cost_from_scratch(groups)
+    shows = _columns(groups, references)
     for name in shows:
         table.add_column(name, justify="right", overflow="fold")
     for attack in attacks:
@@ -116,7 +124,7 @@ def to_rich(curves: Sequence[Curve], title: str | None = None) -> "Table":
             table.add_row(Text(attack, style="bold"))
         for group in groups:
             if group.attack == attack:
-                table.add_row(*map(Text, _cells(group, steps, measures, "\n", shows)))
+                table.add_row(*map(Text, _cells(group, steps, measures, "\n", shows, references)))
     return table
 
 
@@ -124,12 +132,15 @@ def to_markdown(curves: Sequence[Curve]) -> str:
     """The same table in Markdown, with the attack as a column of its own."""
     groups = group_curves(curves)
     steps, notes = _all_steps(groups), _notes(groups, curves)
-    shows = _columns(groups)
+    references = cost_from_scratch(groups)
+    shows = _columns(groups, references)
     header = ["attack", "defense", *(f"ASR at N={step}" for step in steps)]
     measures = known_benign(curves)
     header += [BENIGN_MEASURES[name] for name in measures]
     header += ["steps to break", *shows]
-    rows = [[group.attack, *_cells(group, steps, measures, " ", shows)] for group in groups]
+    rows = [
+        [group.attack, *_cells(group, steps, measures, " ", shows, references)] for group in groups
+    ]
     table = markdown_table(text_table(header, rows), num_names=2)
     return table + "".join(f"{line}\n" for line in (["", *notes] if notes else []))
 
@@ -186,9 +197,13 @@ def _endings(groups: Sequence[Group], attacks: Sequence[str], title: str | None)
     curves = [curve for group in groups for curve in group.curves]
     labels = list(dict.fromkeys(group.label for group in groups))
     found = {(group.attack, group.label): group for group in groups}
+    references = cost_from_scratch(groups)
     table = text_table(
         ["attack", *labels],
-        ([name, *(_ending(found.get((name, label))) for label in labels)] for name in attacks),
+        (
+            [name, *(_ending(found.get((name, label)), references) for label in labels)]
+            for name in attacks
+        ),
     )
     return rich_table(
         title,
@@ -198,12 +213,12 @@ def _endings(groups: Sequence[Group], attacks: Sequence[str], title: str | None)
     )
 
 
-def _ending(group: Group | None) -> str:
+def _ending(group: Group | None, references: References) -> str:
     if group is None or not group.attack_steps:
         return MISSING
     rate = number(group.over_seeds("asr")["mean"].iloc[-1])
     bounded = f"\n{_BOUNDED}: {group.bounded_steps_to_break}" if group.bounded_differs else ""
-    return f"{rate}\n{group.steps_to_break} {_signs(group)}".rstrip() + bounded
+    return f"{rate}\n{group.steps_to_break} {_signs(group, references)}".rstrip() + bounded
 
 
 def _empty_table(title: str | None, notes: Sequence[str]) -> "Table":
@@ -227,10 +242,10 @@ def _all_steps(groups: Sequence[Group]) -> list[int]:
     return sorted({step for group in groups for step in group.attack_steps})
 
 
-def _columns(groups: Sequence[Group]) -> list[str]:
+def _columns(groups: Sequence[Group], references: References) -> list[str]:
     """Headings of columns that only some tables need: bounded steps to break, and signs."""
     is_bounded = any(group.bounded_differs for group in groups)
-    is_marked = any(_signs(group) for group in groups)
+    is_marked = any(_signs(group, references) for group in groups)
     return [*([_BOUNDED] if is_bounded else []), *([""] if is_marked else [])]
 
 
@@ -240,10 +255,11 @@ def _cells(
     measures: Sequence[BenignMeasure],
     separator: str,
     shows: Sequence[str],
+    references: References,
 ) -> list[str]:
     """Label, rate at each of `steps`, benign measures, when it broke, and what else is shown."""
     asr = _ranged(group, "asr", separator)
-    more = {_BOUNDED: group.bounded_steps_to_break, "": _signs(group)}
+    more = {_BOUNDED: group.bounded_steps_to_break, "": _signs(group, references)}
     return [
         group.label,
         *(asr.get(step, MISSING) for step in steps),
@@ -268,9 +284,10 @@ def _ranged(group: Group, name: str, separator: str) -> dict[int, str]:
     }
 
 
-def _signs(group: Group) -> str:
-    """Signs of a group whose low rate is no evidence of safety."""
-    return signs([mark for mark in group.marks if mark in _SIGNED])
+def _signs(group: Group, references: References) -> str:
+    """Signs of a group whose low rate is no evidence of safety, or in which nothing was defended."""
+    shown = signs([mark for mark in group.marks if mark in _SIGNED])
+    return f"{shown} {SIGN}".lstrip() if is_taught_anew(group, references) else shown
 
 
 def _notes(
@@ -292,5 +309,8 @@ def _notes(
         notes.append(f"The judge failed on {unscored} answers; they are left out of the rates.")
     notes += bounded_notes(groups)
     notes += [*stopped_notes(curves), *cut_off_notes(curves)]
+    references = cost_from_scratch(groups)
+    if any(is_taught_anew(group, references) for group in groups):
+        notes.append(MEANING)
     found = {mark for group in groups for mark in group.marks}
     return [*notes, *explained(mark for mark in _SIGNED if mark in found)]

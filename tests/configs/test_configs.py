@@ -192,6 +192,9 @@ def test_the_testbed_red_team_is_built_with_the_models_that_it_hardens(
     assert (options.search is None) == (search is None)
     assert len(options.redteam.cells()) == 24 * len(options.redteam.seeds)
     for target in options.models:
+        if target.fit is None:
+            assert target.from_scratch_seed is not None
+            continue
         fit = Fit.plan(tmp_path, Path(target.fit), options.fit_options)
         PatcherCLI("fit", [*fit.arguments, "--run_dir", str(tmp_path)])
 

@@ -160,13 +160,14 @@ def compare_all(
     """Compares every defense with the baseline under every attack, and corrects for their number.
 
     Args:
-        groups: Defenses under attacks.
+        groups: Defenses under attacks; models with fresh weights are none, and left out.
         baseline: Name or label of the defense that the others are compared with; None takes the
             control, and where there is none, compares all with each other.
         over: The whole attack, or its end.
         is_bounded: See `compare`.
     """
     found: list[PairedComparison | NotComparable] = []
+    groups = [group for group in groups if not group.is_reference]
     for attack in dict.fromkeys(group.attack for group in groups):
         members = [group for group in groups if group.attack == attack]
         named = [group for group in members if _is_baseline(group, baseline)]

@@ -18,9 +18,10 @@ from patcher_pl.evaluation import Benchmark
 from patcher_pl.evaluation.judges import LlmJudge
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
-from patcher_pl.redteam import Attack, FullFinetuning, RedTeam
+from patcher_pl.redteam import Attack, FullFinetuning, RedTeam, Search
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, AttackJob, Bench
+from patcher_pl.redteam.target import Target
 from patcher_pl.reports import Results
 
 
@@ -128,6 +129,24 @@ def test_another_bound_of_usefulness_repeats_no_attack(model_dir, quick, tmp_pat
     assert cell.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"RedTeam\.min_benign_kept must be in \[0, 1\], got 90"):
         replace(team, min_benign_kept=90)
+
+
+def test_fresh_weights_are_a_model_like_others_and_marked(model_dir, quick, tmp_path):
+    """Wrong if the reference were a defense, or missed the strongest attack that was found."""
+    pytest.importorskip("optuna")
+    team = replace(quick, seeds=[0])
+    models = [
+        Target(defense="sft", path=str(model_dir)),
+        Target(defense="from scratch", path=str(model_dir), from_scratch_seed=0),
+    ]
+    options = {"models": models, "device": "cpu", "search": Search(num_trials=1, lr=[1e-5, 1e-3])}
+    results = run_redteam(team, tmp_path, **options)
+    marked = {(curve.defense, curve.from_scratch) for curve in results.curves}
+    assert marked == {("sft", False), ("from scratch", True)}
+    assert [search.defense for search in results.searches] == ["sft"]
+    strongest = results.searches[0].strongest(is_bounded=True)
+    taught = {curve.attack for curve in results.curves if curve.from_scratch}
+    assert {"first", strongest.attack} <= taught
 
 
 def test_results_of_another_command_are_not_overwritten(model_dir, quick, tmp_path):

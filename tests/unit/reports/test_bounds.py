@@ -141,6 +141,17 @@ def test_tables_show_both_where_they_differ(destroyed):
     )
 
 
+def test_a_family_shows_its_severest_bounded_setting(curve):
+    """Wrong if a family looked held because its severest setting destroys the model."""
+    family = {"family": "full", "defense": "tar", "k1": None}
+    curves = [
+        curve(asr=[0, 1, 1], steps_to_break=20, attack="hot", benign_accuracy=[1, 0, 0], **family),
+        curve(asr=[0, 0, 0.9], steps_to_break=40, attack="mild", **family),
+    ]
+    text = overview_markdown(overview(curves))
+    assert "| full | **1.00**, breaks at 20, bounded: breaks at 40 (mild) |" in text
+
+
 def test_tables_without_a_difference_stay_as_they_are(curve):
     same = curve("sft", None, [0, 1], 20)
     mute = curve("tar", None, [0, 1], 20, benign_accuracy=[None, None])
