@@ -45,7 +45,9 @@ class Fits:
     @classmethod
     def of(cls, curves: Sequence[Curve], steps_to_break: StepsToBreak) -> "Fits":
         """Of curves with budgets, compared with the control, where there is one."""
-        found = reaches(curves, steps_to_break)
+        # The control comes first wherever it is shown.
+        ordered = sorted(curves, key=lambda curve: not _is_control(curve.defense))
+        found = reaches(ordered, steps_to_break)
         control = next((one.defense for one in found if _is_control(one.defense)), None)
         return cls(reaches=found, slopes=slopes(found, control), levels=levels(found, control))
 

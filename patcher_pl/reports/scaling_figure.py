@@ -99,8 +99,9 @@ def _draw_panel(
             pd.DataFrame(ends, columns=pd.Index(["mean", "low", "high"])),
             fill=0.12,
             label=plain_text(label),
-            # Thinner on top of thicker: lines that coincide can all be seen.
+            # Smaller on top of larger: lines that coincide can all be seen.
             linewidth=1.4 + 0.4 * (len(defenses) - 1 - place),
+            markersize=5 + (len(defenses) - 1 - place),
             zorder=3,
             **styles[label],
         )
@@ -154,6 +155,7 @@ def _scale(axes: Sequence["Axes"], reaches: Sequence[Reach]) -> None:
     room = 2 ** (1 + 0.6 * len({one.defense for one in reaches}))
     for axis in axes:
         axis.set_xscale("log", base=2)
+        axis.set_xlim(budgets[0] / 1.25, budgets[-1] * 1.25)
         axis.set_xticks(budgets, [amount(budget) for budget in budgets])
         axis.set_yscale("symlog", base=2, linthresh=first)
         axis.set_yticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])

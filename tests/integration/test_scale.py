@@ -10,7 +10,7 @@ LR = "model.init_args.optimizer.init_args.lr"
 
 
 @pytest.fixture
-def folder(inputs, tmp_path, monkeypatch):
+def folder(inputs, tmp_path, monkeypatch, fits_in_this_process):
     """A folder with two configurations of `fit` and a red team of two attacks."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     write_yaml(tmp_path / "sft.yaml", sft_settings(inputs) | {"num_threads": 1})
@@ -38,7 +38,10 @@ def settings(**changes):
 
 def scale(folder, content, *options):
     config = write_yaml(folder / "scale.yaml", content)
-    return cli("scale", "--config", config, "--run_dir", folder / "run", *options)
+    run_dir = ("--run_dir", folder / "run")
+    return cli(
+        "scale", "--config", config, *run_dir, "--engine=patcher_pl.jobs.InProcess", *options
+    )
 
 
 def test_a_dry_run_says_how_much_work_it_is_and_runs_nothing(folder):
