@@ -193,6 +193,8 @@ class Group:
     def bounded_differs(self) -> bool:
         """Whether `bounded_steps_to_break` says another thing, where usefulness was measured."""
         is_measured = any(curve.benign for curve in self.measured)
+        if self.is_reference:
+            return False  # Fresh weights are of no use that they could keep.
         return is_measured and self.bounded_steps_to_break != self.steps_to_break
 
     @property
@@ -288,5 +290,6 @@ def _entry(value: Any, place: int) -> Any:
     return value[place] if place < len(value) else None
 
 
-def _rank(group: Group) -> tuple[bool, str, int]:
-    return not group.is_control, group.defense, -1 if group.k1 is None else group.k1
+def _rank(group: Group) -> tuple[bool, bool, str, int]:
+    k1 = -1 if group.k1 is None else group.k1
+    return not group.is_control, group.is_reference, group.defense, k1
