@@ -100,7 +100,9 @@ class LanguageModel:
             )
         base = self.parts.base
         with suppress(OSError):  # Without one, the architecture's stays.
-            found = GenerationConfig.from_pretrained(base.location, revision=base.revision)
+            found = GenerationConfig.from_pretrained(
+                base.location, revision=base.revision or "main"
+            )
             model.generation_config = found
         return model.eval()
 

@@ -193,6 +193,8 @@ class Group:
     def bounded_differs(self) -> bool:
         """Whether `bounded_steps_to_break` says another thing, where usefulness was measured."""
         is_measured = any(curve.benign for curve in self.measured)
+        if self.is_reference:
+            return False  # Fresh weights are of no use that they could keep.
         return is_measured and self.bounded_steps_to_break != self.steps_to_break
 
     @property
@@ -297,7 +299,8 @@ def _budget_suffix(budget: int) -> str:
     return f" (budget {budget})"
 
 
-def _rank(group: Group) -> tuple[bool, str, int, int]:
+def _rank(group: Group) -> tuple[bool, bool, str, int, int]:
     budget = group.budget or 0
     name = group.defense.replace(_budget_suffix(budget), "")
-    return not group.is_control, name, budget, -1 if group.k1 is None else group.k1
+    k1 = -1 if group.k1 is None else group.k1
+    return not group.is_control, group.is_reference, name, budget, k1

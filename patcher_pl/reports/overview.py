@@ -278,9 +278,9 @@ def _bounded(group: Group) -> dict[str, Any]:
         for curve in group.measured
         for rate, of_any in zip(curve.bounded.asr, curve.asr, strict=True)
     )
-    means = group.over_seeds("bounded_asr")["mean"].dropna() if is_known else []
+    means = group.over_seeds("bounded_asr")["mean"].dropna()
     cost = cost_to_break(group, is_bounded=True)
-    peak = max(means, default=None)
+    peak = max(means, default=None) if is_known else None
     areas = [area_under_asr(curve.attack_steps, curve.bounded.asr) for curve in group.measured]
     return {
         "bounded_peak_asr": peak,

@@ -42,7 +42,7 @@ def is_taught_anew(group: Group, references: References) -> bool | None:
     """Whether an attack takes at least as many steps as teaching a model from scratch.
 
     A defense that holds for as long counts too: its weights are of no help to the attacker. None where
-    that is not known, because attacks were too short, and for models with fresh weights themselves.
+    that is not known, because attacks were too short or show nothing, and for models with fresh weights themselves.
 
     Args:
         group: A defense under an attack.
@@ -53,8 +53,9 @@ def is_taught_anew(group: Group, references: References) -> bool | None:
         return None
     from patcher_pl.reports.statistics import cost_to_break
 
-    if (cost := cost_to_break(group)) is None:
-        return None
+    cost = cost_to_break(group)
+    if cost is None or "untrusted" in group.marks or (cost.median is None and group.marks):
+        return None  # A model that collapsed, or an attack that stopped, did not hold.
     if reference.median is None:
         # More than what teaching from scratch was given; how much, nobody knows.
         is_less = cost.median is not None and cost.median <= reference.horizon

@@ -45,7 +45,7 @@ ON_ONE_DEVICE = {
 def kind(path: Path) -> str:
     """Which command, or option, a file is for, told by its keys."""
     folders = {"strategies": "strategy", "judges": "judge", "benchmarks": "benchmark"}
-    folders |= {"generation": "generation"}
+    folders |= {"generation": "generation", "attackers": "attacker"}
     if path.parent.name in folders:
         return folders[path.parent.name]
     keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
@@ -107,7 +107,7 @@ def red_team(path):
 def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
         *("fit", "strategy", "sweep", "ablation", "redteam", "red team"),
-        *("judge", "benchmark", "generation", "search", "comparison", "study"),
+        *("judge", "benchmark", "generation", "attacker", "search", "comparison", "study"),
     }
 
 
@@ -116,7 +116,17 @@ def test_there_are_configs_of_every_kind():
 def test_an_experiment_is_built_without_loading_anything(path, nothing_is_loaded, tmp_path):
     built = PatcherCLI("fit", ["--config", str(path), "--run_dir", str(tmp_path)])
     assert isinstance(built.options.redteam, RedTeam)
-    assert built.trainer.max_steps > 0
+    assert built.trainer.max_steps > 0 or built.options.max_gradient_evaluations is not None
+
+
+@ignoring_deprecations
+@pytest.mark.parametrize("attacker", of_kind("attacker"))
+def test_a_patcher_takes_an_attacker_by_its_path(attacker, nothing_is_loaded, tmp_path):
+    path = ROOT / "configs/testbed/patcher.yaml"
+    option = f"--model.init_args.attacker={attacker}"
+    built = PatcherCLI("fit", ["--config", str(path), "--run_dir", str(tmp_path), option])
+    attack = built.model.attack_source.attacker.draw(0, 0)
+    assert attack.attacker.num_steps >= 60
 
 
 @ignoring_deprecations

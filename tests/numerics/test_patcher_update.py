@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.attackers import Carry, FineTuningAttacker
 from patcher_pl.defenses import Patcher
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import AdamW
@@ -77,21 +77,30 @@ def train_by_the_paper(
     alpha: float,
     restart_optimizer: bool,
     num_micro_batches: int,
+    carry: Carry | None = None,
+    num_rounds: int = NUM_ROUNDS,
 ) -> list[float]:
     """Trains `model`; returns the gradient norms before clipping."""
     norms: list[float] = []
     defender = PlainAdamW(model, lr=1e-3, weight_decay=0.1)
-    v = None
-    for m in range(NUM_ROUNDS):
+    v, moments = None, None
+    for m in range(num_rounds):
         if m > 0:
             attacked = copy.deepcopy(model)
+            # The first attack and every R-th after it begin at theta, the others beyond theta + v.
+            goes_on = carry is not None and v is not None and (m - 1) % (carry.restart_every or m)
+            if goes_on:
+                attacked = moved(model, [carry.scale * change for change in v])
             attacker = PlainAdamW(attacked, lr=2e-3, weight_decay=0.05)
+            if goes_on and carry.keep_optimizer:
+                attacker.m, attacker.v, attacker.t = moments
             for _ in range(K1):
                 attacker.step(clipped(gradient_of(attacked, next(unsafe)), norms))
             v = [
                 (after - before).detach()
                 for after, before in zip(attacked.parameters(), model.parameters(), strict=True)
             ]
+            moments = attacker.m, attacker.v, attacker.t
             if restart_optimizer:
                 defender = PlainAdamW(model, lr=1e-3, weight_decay=0.1)
         for _ in range(K2):
@@ -114,31 +123,52 @@ def train_by_the_paper(
 def test_the_update_is_that_of_the_paper(
     llama, rows: Rows, monkeypatch, alpha, restart_optimizer, num_micro_batches
 ):
+    settings = {"alpha": alpha, "restart_optimizer": restart_optimizer}
+    assert_trained_alike(llama, rows, monkeypatch, settings, num_micro_batches)
+
+
+@pytest.mark.parametrize(
+    "carry",
+    [Carry(restart_every=3), Carry(restart_every=2, scale=1.5), Carry(keep_optimizer=True)],
+    ids=["restarts", "stretched", "moments"],
+)
+def test_carried_attacks_are_those_of_their_equation(llama, rows, monkeypatch, carry):
+    """v_n = A(theta_n + scale v_(n-1)) - theta_n, over five attacks."""
+    settings = {"alpha": 0.5, "restart_optimizer": False}
+    assert_trained_alike(llama, rows, monkeypatch, settings, 1, carry=carry, num_rounds=6)
+
+
+def assert_trained_alike(
+    llama, rows, monkeypatch, settings, num_micro_batches, *, carry=None, num_rounds=NUM_ROUNDS
+) -> None:
     make_llama_exact(monkeypatch)
     expected = load(llama, dtype="float64").train()
     start = copy.deepcopy(expected)
     defense = Patcher(
         LanguageModel(path=str(llama), dtype="float64"),
         FineTuningAttacker(
-            num_steps=K1, optimizer=AdamW(lr=2e-3, weight_decay=0.05), max_grad_norm=CLIP
+            num_steps=K1,
+            optimizer=AdamW(lr=2e-3, weight_decay=0.05),
+            max_grad_norm=CLIP,
+            carry=carry,
         ),
         optimizer=adamw(1e-3),
-        alpha=alpha,
         refresh_every=K2,
-        restart_optimizer=restart_optimizer,
+        **settings,
         max_grad_norm=CLIP,
         accumulate_grad_batches=num_micro_batches,
     )
-    fit(defense, rows.module(), NUM_ROUNDS * K2)
+    fit(defense, rows.module(), num_rounds * K2)
 
     tokenizer = defense.tokenizer
     norms = train_by_the_paper(
         expected,
         rows.batches("safe", tokenizer),
         rows.batches("attack", tokenizer),
-        alpha=alpha,
-        restart_optimizer=restart_optimizer,
         num_micro_batches=num_micro_batches,
+        carry=carry,
+        num_rounds=num_rounds,
+        **settings,
     )
     assert min(norms) > CLIP, "clipping must be active, or it is not tested"
     pairs = zip(defense.model.parameters(), expected.parameters(), strict=True)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from patcher_pl.reports import Results, asr_figure, to_markdown, to_rich
-from patcher_pl.reports.grouping import group_curves
+from patcher_pl.reports.grouping import group_curves, labels
 from patcher_pl.reports.overview import (
     overview,
     overview_csv,
@@ -58,6 +58,20 @@ def test_what_takes_as_long_as_teaching_anew_had_nothing_to_defend(curves):
         ("Vaccine", "sgd"): None,
         ("Booster", "sgd"): None,
     }
+
+
+def test_a_low_rate_that_shows_nothing_is_no_defense_that_held(curves, curve):
+    """Wrong if a model that babbled to the end, or that no judge saw, were as good as can be."""
+    fallen = curve("tar", None, [0] * 5, None, attack="sgd", collapsed=[False] * 4 + [True])
+    vague = curve("seam", None, [0, 0, 0, 0, 1], 160, attack="sgd", trusted=False)
+    marked = found([*curves[:2], fallen, vague])
+    assert (marked["TAR", "sgd"], marked["SEAM", "sgd"]) == (None, None)
+
+
+def test_the_reference_comes_last(curves):
+    """And no table asks whether what was never of use has stayed so."""
+    assert labels(group_curves(curves))[-1] == "From scratch"
+    assert "unknown" not in to_markdown(curves) + overview_markdown(overview(curves))
 
 
 def test_a_model_that_is_broken_as_it_was_released_needed_nothing(curve):
