@@ -135,9 +135,12 @@ def _draw_panel(
 
 def _slope_text(one: Slope) -> str:
     assert one.slope is not None
-    if one.low is None or one.high is None:
-        return f"slope {signed(one.slope)}"
-    return f"slope {signed(one.slope)} [{signed(one.low)}, {signed(one.high)}]"
+    # Adding 0 takes the sign from what is rounded to a negative zero.
+    slope, low, high = (
+        None if value is None else signed(round(value, 2) + 0.0)
+        for value in (one.slope, one.low, one.high)
+    )
+    return f"slope {slope}" if low is None else f"slope {slope} [{low}, {high}]"
 
 
 def _scale(axes: Sequence["Axes"], reaches: Sequence[Reach]) -> None:
