@@ -57,6 +57,7 @@ class PlanCLI(PatcherCLI):
             folders=[Path(path.absolute).parent for path in given.config or []],
             has_control=given.control not in (None, False),
             has_red_team=has_red_team,
+            max_gradient_evaluations=given.max_gradient_evaluations,
         )
 
     @property

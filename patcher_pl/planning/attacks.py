@@ -22,7 +22,7 @@ from patcher_pl.types import Batch
 NUM_SFT_STEPS = 1  # Steps of a rehearsal before the first attack.
 _NUM_TOY_WEIGHTS = 1024
 # Settings whose largest value needs the most memory.
-_LARGEST = ("batch_size", "lora.rank")
+_LARGEST = ("batch_size",)
 
 
 def attacks_of(defense: Defense) -> AttackSource | None:
@@ -38,8 +38,19 @@ def attacks_of(defense: Defense) -> AttackSource | None:
             "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
             "attacks and the defender's steps need."
         )
+    if source is not None and not _attacks_weights(source.attacker):
+        raise ConfigError(
+            f"{type(defense).__name__}.attacker: `plan` knows attacks on weights, got one on adapters "
+            "alone (lora). Plan with `lora: null`, which needs more memory."
+        )
     # What attacks within each step is rehearsed with the step.
     return None if isinstance(source, AlongTheWay) else source
+
+
+def _attacks_weights(attacker: Any) -> bool:
+    """Whether there is an attack that trains weights of the model itself."""
+    kinds = [kind.attacker for kind in getattr(attacker, "kinds", [])] or [attacker]
+    return any(getattr(one, "lora", None) is None for one in kinds)
 
 
 def is_first_order(attacks: AttackSource) -> bool:
@@ -68,7 +79,11 @@ def num_attacks_of(attacks: AttackSource | None) -> int:
 
 
 def _short(attacker: Any, num_steps: int) -> Any:
-    """The same attacks in few steps: with the largest batches and ranks, and in turn."""
+    """The same attacks in few steps: with the largest batches, and in turn.
+
+    Kinds that train adapters are left out beside others, which need more: peft's adapters cannot be
+    rehearsed on fake tensors.
+    """
     if isinstance(attacker, AttackDistribution):
         # As long as each other, so that every kind has its share of what is measured.
         num_steps = max(num_steps, attacker.num_vectors)
@@ -79,6 +94,7 @@ def _short(attacker: Any, num_steps: int) -> Any:
                 space={name: [max(kind.space[name])] for name in _LARGEST if name in kind.space},
             )
             for kind in attacker.kinds
+            if kind.attacker.lora is None
         ]
         return AttackDistribution(kinds=kinds)
     # As many vectors as configured, from as many steps at least.

@@ -90,6 +90,7 @@ class Run:
     folders: Sequence[Path] = ()  # Of its configuration files.
     has_control: bool = False
     has_red_team: bool = False
+    max_gradient_evaluations: int | None = None  # Ends it, where `trainer.max_steps` does not.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +187,11 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
     """
     defense, trainer, gpu = run.defense, run.trainer, find_gpu(settings.gpu)
     attacks, model = attacks_of(defense), defense.language_model
-    if trainer.max_steps < 1:
+    budget = run.max_gradient_evaluations
+    if trainer.max_steps < 1 and budget is None:
         raise ConfigError(
-            f"trainer.max_steps must be >= 1 to plan a run, got {trainer.max_steps}. Set it."
+            f"trainer.max_steps must be >= 1 to plan a run, got {trainer.max_steps}. Set it, or "
+            "max_gradient_evaluations."
         )
     architecture = find_architecture(model, settings.model_config, run.folders)
     wanted = settings.length or model.chat.max_length
@@ -216,6 +219,10 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
     )
     needs = [p.need(footprint_of(p), settings.overhead) for p in (configured, *others)]
     found = footprint_of(configured)
+    accumulated, num_steps = defense.accumulate_grad_batches, trainer.max_steps
+    if budget is not None:
+        within = found.steps_within(budget, accumulated, attacks)
+        num_steps = within if num_steps < 1 else min(num_steps, within)
     return Plan(
         model=model.path,
         defense=type(defense).__name__,
@@ -225,7 +232,7 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         gpu=gpu,
         configured=needs[0],
         alternatives=needs[1:],
-        work=found.of_run(trainer.max_steps, defense.accumulate_grad_batches, attacks),
+        work=found.of_run(num_steps, accumulated, attacks),
         dtype=_compute_dtype(run, configured.sharded),
         mfu=settings.mfu,
         host_gib_per_device=settings.host_gib_per_device,

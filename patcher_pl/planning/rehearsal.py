@@ -2,6 +2,7 @@
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +109,17 @@ class Footprint:
             num_steps = attacks.attacker.steps_before(0, num_attacks - num_fresh)
             found = found.plus(self.attack_step, num_steps)
         return Work(*(math.ceil(value) for value in vars(found).values()))
+
+    def steps_within(
+        self, budget: int, accumulate_grad_batches: int, attacks: AttackSource | None
+    ) -> int:
+        """Defender steps of a run that ends once it has spent so many gradient evaluations (count)."""
+
+        def spent(num_steps: int) -> float:
+            return self.of_run(num_steps, accumulate_grad_batches, attacks).gradient_evaluations
+
+        # Every step takes one at least.
+        return bisect_left(range(budget + 1), budget, lo=1, key=spent)
 
     def with_longer_estimates(self, more_bytes: int, more: Work) -> "Footprint":
         """Returns the footprint with a longer attack to differentiate."""
