@@ -107,7 +107,7 @@ def memory() -> MemoryLogger:
     return MemoryLogger()
 
 
-def in_two_processes(worker: str, folder: Path, timeout_s: float = 400) -> None:
+def in_two_processes(worker: str, folder: Path, timeout_s: float = 1200) -> None:
     """Runs a module of the tests in two processes that know of each other, as torchrun would.
 
     Raises:
@@ -143,4 +143,5 @@ def in_two_processes(worker: str, folder: Path, timeout_s: float = 400) -> None:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     assert statuses == [0, 0], "\n\n".join(log.read_text()[-6000:] for log in logs)

@@ -179,3 +179,30 @@ def test_concurrent_attackers_are_refused(config):
     }
     told = cli("plan", "--config", config(model={"attacker": attacker})).expect(2).err
     assert "got a ConcurrentAttacker. Plan with a member" in told
+
+
+def test_a_distribution_needs_a_vector_per_carried_kind_and_the_work_of_its_draws(
+    config, tmp_path, weight_bytes
+):
+    optimizer = {"class_path": "patcher_pl.optim.AdamW", "init_args": {"lr": 1e-3}}
+
+    def kind(label, num_steps, **settings):
+        full = {"num_steps": num_steps, "optimizer": optimizer, **settings}
+        return {"label": label, "attacker": full}
+
+    carried = [kind("a", 20, carry={}), kind("b", 10, carry={}), kind("c", 40, lora={"rank": 2})]
+    carried[1]["space"] = {"batch_size": [1, 4]}
+    attacker = {
+        "class_path": "patcher_pl.attackers.AttackDistribution",
+        "init_args": {"kinds": carried},
+    }
+    settings = {"attacker": attacker, "refresh_every": 5, "num_sft_steps": 5}
+    path = config(settings)
+    budget = ("--max_gradient_evaluations", 200, "--trainer.max_steps", -1)
+    plan = planned(path, tmp_path, *budget)
+    # Its own and that of the other kind, while the third attack is made.
+    assert parts(plan, ATTACK)[Part.ATTACK_VECTOR] == pytest.approx(2 * weight_bytes, rel=0.01)
+    assert 200 <= plan["gradient_evaluations"] < 220
+    alone = config({**settings, "attacker": {**attacker, "init_args": {"kinds": carried[2:]}}})
+    said = cli("plan", "--config", alone).expect(1).err
+    assert "`plan` knows attacks on weights" in said
