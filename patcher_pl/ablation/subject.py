@@ -48,7 +48,12 @@ class Subject:
     ) -> InnerProblem:
         """The attack of `num_steps` steps by `optimizer`."""
         attacker = replace(
-            self.attacker, num_steps=num_steps, optimizer=optimizer, vector_steps=None
+            self.attacker,
+            num_steps=num_steps,
+            optimizer=optimizer,
+            vector_steps=None,
+            num_random_points=None,
+            growth=None,
         )
         return attacker.inner_problem(iter(batches.attack))
 

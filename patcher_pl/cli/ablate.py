@@ -155,7 +155,8 @@ def _subject(base: Path, model: str) -> Subject:
         )
     if not attacker.is_differentiable or data.attack is None:
         raise ConfigError(
-            f"base: {base} must attack all weights (`attacker.lora: null`) with AdamW or SGD, and have `data.attack`."
+            f"base: {base} must attack all weights (no `attacker.lora`, `carry` or `optimizer_restart_every`, `trains: all`) "
+            "with AdamW or SGD, and have `data.attack`."
         )
     batch_size, attack_batch_size = data.batch_sizes
     return Subject(
