@@ -35,6 +35,7 @@ FAMILY_OF = {"/Qwen2.5-": "qwen2", "/Qwen3-": "qwen3", "/Meta-Llama-3-": "llama"
 # What cannot be sharded, and what is said about it.
 ON_ONE_DEVICE = {
     "ConcurrentAttacker": "a ConcurrentAttacker needs",
+    "lora: {": "attacker must work on sharded weights",
     "defenses.Tar": "Tar works on one device only",
     "defenses.Seam": "Seam works on one device only",
     "defenses.TVaccine": "TVaccine works on one device only",
@@ -307,16 +308,19 @@ def shortened(path):
     init_args = content["model"]["init_args"]
     if "attacker" in init_args:
         # One plain step, then one that is attacked.
-        for attacker in simulated(init_args["attacker"]):
-            attacker["init_args"]["num_steps"] = 1
+        for settings in simulated(init_args["attacker"]):
+            settings["num_steps"] = 1
         init_args |= {"num_sft_steps": 1, "refresh_every": 1}
     return content
 
 
 def simulated(attacker):
-    """The attackers behind an attacker: itself, or its population."""
-    population = attacker["init_args"].get("population")
-    return [attacker] if population is None else [member["attacker"] for member in population]
+    """Settings of the attackers behind an attacker: itself, its population, or its kinds."""
+    settings = attacker["init_args"]
+    if "kinds" in settings:
+        return [kind["attacker"] for kind in settings["kinds"]]
+    population = settings.get("population")
+    return [settings] if population is None else [m["attacker"]["init_args"] for m in population]
 
 
 def mixtures_of(content):
@@ -371,7 +375,8 @@ def test_an_experiment_runs_for_two_steps(path, tmp_path):
     config = write_yaml(tmp_path / "config.yaml", content)
     cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(0)
     curves = Results.load(tmp_path / "run" / "results.json").curves
-    assert [curve.error for curve in curves] == [None] * (1 + bool(content.get("control")))
+    num_models, num_attacks = 1 + bool(content.get("control")), len(content["redteam"]["attacks"])
+    assert [curve.error for curve in curves] == [None] * (num_models * num_attacks)
     assert all(len(curve.asr) == 2 for curve in curves)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
