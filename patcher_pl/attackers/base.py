@@ -140,5 +140,6 @@ class Attacker(ABC):
             batches: Endless stream of harmful (or mixed) training batches.
             before_step: Called before every step; may raise to call the attack off, in which case
                 the weights are restored all the same.
-            start: Where an earlier attack ended, to go on from there; None begins at the weights.
+            start: Where an earlier attack ended, to go on from there; None begins at the weights. Given
+                to those alone whose attacks are carried.
         """

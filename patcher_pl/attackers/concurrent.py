@@ -41,7 +41,7 @@ class Member:
         if self.attacker.num_vectors > 1:
             raise ValueError(
                 "Member.attacker must give one attack vector, as that is what a mailbox carries, got "
-                f"{self.attacker.num_vectors} (vector_steps or num_random_points). Set them to null, or use a "
+                f"{self.attacker.num_vectors} (vector_steps, num_random_points). Set `vector_steps: null`, or use a "
                 "FineTuningAttacker without a ConcurrentAttacker."
             )
 

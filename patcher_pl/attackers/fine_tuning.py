@@ -114,6 +114,10 @@ class FineTuningAttacker(FineTuning, Attacker):
 
     def draw(self, seed: int, number: int) -> DrawnAttack:
         """See `Attacker.draw`."""
+        anew = self.carry is None or self.carry.begins_anew(seed, number)
+        drawn = DrawnAttack(attacker=self, begins_anew=anew, is_carried=self.is_carried)
+        if self.growth is None and self.num_random_points is None:
+            return drawn
         steps = self.num_steps
         if self.growth is not None:
             steps = self.growth.num_steps(self.num_steps, number)
@@ -131,8 +135,7 @@ class FineTuningAttacker(FineTuning, Attacker):
             num_random_points=None,
             num_warmup_steps=min(self.num_warmup_steps, steps),
         )
-        anew = self.carry is None or self.carry.begins_anew(seed, number)
-        return DrawnAttack(attacker=attacker, begins_anew=anew, is_carried=self.is_carried)
+        return replace(drawn, attacker=attacker)
 
     def steps_before(self, seed: int, number: int) -> int:
         """See `Attacker.steps_before`."""

@@ -176,7 +176,8 @@ class AttackService:
             self._spent.under_way += evaluations
 
         outcome = drawn.attacker.attack(
-            self._model, self._weights, stream.endless(), before_step, start
+            *(self._model, self._weights, stream.endless(), before_step),
+            **({} if start is None else {"start": start}),
         )
         num_steps = outcome.num_steps_from(start)
         if drawn.is_carried:

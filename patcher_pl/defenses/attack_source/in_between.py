@@ -58,7 +58,7 @@ class InBetween(AttackSource):
             step.all_weights,
             step.attack_batches(drawn),
             before_step=step.check_for_stop,
-            start=start,
+            **({} if start is None else {"start": start}),
         )
         if self._adaptive is not None:
             self._replaced, self._next_due = self.vectors, step.number + self.refresh_every

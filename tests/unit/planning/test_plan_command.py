@@ -202,7 +202,7 @@ def test_a_distribution_needs_a_vector_per_carried_kind_and_the_work_of_its_draw
     plan = planned(path, tmp_path, *budget)
     # Its own and that of the other kind, while the third attack is made.
     assert parts(plan, ATTACK)[Part.ATTACK_VECTOR] == pytest.approx(2 * weight_bytes, rel=0.01)
-    assert 200 <= plan["gradient_evaluations"] < 220
+    assert 200 <= plan["work_per_device"]["gradient_evaluations"] < 220
     alone = config({**settings, "attacker": {**attacker, "init_args": {"kinds": carried[2:]}}})
-    said = cli("plan", "--config", alone).expect(1).err
+    said = cli("plan", "--config", alone).expect(2).err
     assert "`plan` knows attacks on weights" in said
