@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from patcher_pl.attackers import Attacker
+from patcher_pl.attackers import Attacker, Carried
 from patcher_pl.attackers.base import AttackOutcome
 from patcher_pl.attackers.loop import FinetuneStep, finetune
 from patcher_pl.data import BatchStream
@@ -235,6 +235,7 @@ class _Given(Attacker):
         weights: Weights,
         batches: Iterator[Batch],
         before_step: Callable[[], None] = lambda: None,
+        start: Carried | None = None,
     ) -> AttackOutcome:
         step = FinetuneStep(1, 0.0, 0.0, 0)
         return AttackOutcome(self.setting.vector(weights.parameters), [step])
