@@ -95,8 +95,7 @@ class Moments:
         for parameter, entry in zip(_parameters(optimizer), self.entries, strict=True):
             if entry is not None:
                 optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) if _is_moment(value) else value
-                    for key, value in entry.items()
+                    key: _placed(value, parameter) for key, value in entry.items()
                 }
 
 
@@ -112,6 +111,9 @@ def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _is_moment(value: Any) -> bool:
+def _placed(value: Any, parameter: Tensor) -> Any:
+    """A copy: optimizers count in place, and a checkpoint may hold one count for several."""
+    if not isinstance(value, Tensor):
+        return value
     # Counts stay where torch put them, on the CPU unless the kernel is fused.
-    return isinstance(value, Tensor) and value.ndim > 0
+    return value.to(parameter.device, copy=True) if value.ndim else value.clone()
