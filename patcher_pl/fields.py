@@ -3,6 +3,11 @@
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
+# Settings of attacks that are drawn or searched between two ends, by their logarithm or not; all
+# others are chosen from a list.
+RANGES = {"optimizer.lr": True, "num_steps": True, "num_warmup_steps": False}
+COUNTS = ("num_steps", "num_warmup_steps")
+
 
 def names_of(owner: Any) -> set[str]:
     """Names of the fields; empty for what is no dataclass."""

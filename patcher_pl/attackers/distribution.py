@@ -15,7 +15,7 @@ from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.variant import AttackData
 from patcher_pl.errors import ConfigError
-from patcher_pl.fields import has_field, with_field
+from patcher_pl.fields import COUNTS, RANGES, has_field, with_field
 from patcher_pl.models.weights import Weights
 from patcher_pl.randomness import derive_seed
 from patcher_pl.types import Batch
@@ -25,10 +25,7 @@ Setting = float | int | str
 
 # Short names, as those of the red team's grids.
 _FIELDS = {"lr": "optimizer.lr"}
-# Drawn from [low, high], by their logarithm or not, and rounded or not; all others from a list.
-_LOGARITHMIC = {"optimizer.lr": True, "num_steps": True, "num_warmup_steps": False}
-_LOGARITHMIC |= {"poison_ratio": False}
-_COUNTS = ("num_steps", "num_warmup_steps")
+_LOGARITHMIC = {**RANGES, "poison_ratio": False}
 _OF_DATA = ("poison_ratio", "batch_size")
 
 
@@ -115,15 +112,13 @@ class Kind:
         if path not in _LOGARITHMIC:
             is_list = bool(values)
             require(self, is_list, f"space.{name}", "choices, at least one", value=values)
-            tried = values
         else:
             numbers = len(values) == 2 and all(type(end) in (int, float) for end in values)
             low = 0 if not _LOGARITHMIC[path] else math.nextafter(0, 1)
             is_range = numbers and low <= values[0] <= values[1]
             rule = "[low, high] with low <= high" + (", above 0" if low else "")
             require(self, is_range, f"space.{name}", rule, value=values)
-            tried = values
-        for value in tried:
+        for value in values:
             if name in _OF_DATA:
                 AttackData(**{name: value})
             elif path != "num_warmup_steps":
@@ -247,6 +242,6 @@ def _drawn(name: str, values: list[Any], generator: random.Random) -> Setting:
         value = math.exp(generator.uniform(math.log(low), math.log(high)))
     else:
         value = generator.uniform(low, high)
-    if name in _COUNTS:
+    if name in COUNTS:
         return min(high, max(low, round(value)))
     return min(high, max(low, float(f"{value:.3g}")))

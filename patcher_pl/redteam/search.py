@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.errors import ConfigError
+from patcher_pl.fields import COUNTS, RANGES
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.grid import Grid, ModelName
 from patcher_pl.redteam.red_team import RedTeam
@@ -32,14 +33,7 @@ RunSettings = Callable[[Sequence[tuple[Attack, dict[str, Setting]]]], list[list[
 """Runs attacks with these settings with every seed, and returns the curves of each."""
 
 _ATTACK = "attack"
-# Searched over ranges, by their logarithm or not; all other settings are chosen from a list.
-_RANGES = {
-    "optimizer.lr": True,
-    NUM_STEPS: True,
-    "num_warmup_steps": False,
-    "data.poison_ratio": False,
-}
-_COUNTS = (NUM_STEPS, "num_warmup_steps")
+_RANGES = {**RANGES, "data.poison_ratio": False}
 
 
 @dataclass(frozen=True, init=False)
@@ -222,7 +216,7 @@ class Search:
                 space[name] = CategoricalDistribution(self.space[name])
                 continue
             low, high = self.space[name]
-            kind: Any = IntDistribution if name in _COUNTS else FloatDistribution
+            kind: Any = IntDistribution if name in COUNTS else FloatDistribution
             space[name] = kind(low, high, log=_RANGES[field_of(name)])
         return space
 
