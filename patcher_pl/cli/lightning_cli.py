@@ -26,7 +26,7 @@ from patcher_pl.callbacks import (
 from patcher_pl.callbacks.checkpoint_files import is_whole
 from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.control import Control
-from patcher_pl.cli.given_files import require_single_keys
+from patcher_pl.cli.given_files import require_single_keys, with_found_files
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported, shards
@@ -70,6 +70,7 @@ class PatcherCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without LightningCLI's warning that `args` were given."""
+        args = with_found_files(args)
         require_single_keys(args)
         self.config = parser.parse_args(args)
 

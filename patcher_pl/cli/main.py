@@ -137,10 +137,11 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
             process is working in `run_dir`.
     """
     from patcher_pl.cli.errors import readable_config_errors
-    from patcher_pl.cli.given_files import require_single_keys
+    from patcher_pl.cli.given_files import require_single_keys, with_found_files
     from patcher_pl.jobs.lock import held
     from patcher_pl.quiet import quiet_libraries
 
+    arguments = with_found_files(arguments)
     require_single_keys(arguments)
     parser = function_parser(command, function)
     with readable_config_errors():

@@ -17,8 +17,9 @@ def run_report_command(arguments: Sequence[str]) -> None:
     """
     from jsonargparse import ArgumentParser
 
-    from patcher_pl.cli.given_files import require_single_keys
+    from patcher_pl.cli.given_files import require_single_keys, with_found_files
 
+    arguments = with_found_files(arguments)
     require_single_keys(arguments)
     parser = ArgumentParser(prog="python -m patcher_pl report", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
@@ -27,7 +28,7 @@ def run_report_command(arguments: Sequence[str]) -> None:
     )
     parser.add_function_arguments(run_report, skip={"dirs"})
     try:
-        options = parser.parse_args(list(arguments))
+        options = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
     options.pop("config", None)
