@@ -49,15 +49,18 @@ def shipped_file(name: str) -> Path | None:
 
 
 def find_beside(name: str, folder: Path, start: Path) -> Path | None:
-    """The model or data of a relative path, where it lies in `folder` and not in `start`.
+    """The model or data of a relative path, where it lies beside the configuration that names it.
 
     Args:
-        name: What a configuration says.
+        name: What the configuration says. With `./` or `../` in front, it means that first.
         folder: That of the configuration.
-        start: The working directory, which comes first.
+        start: The working directory, which comes first otherwise.
     """
     is_built_in = resolve_model(name) != name or resolve_data(name) != name
-    if is_built_in or Path(name).is_absolute() or _existing(name, start, Path.exists):
+    if is_built_in or Path(name).is_absolute():
+        return None
+    is_explicit = name.startswith(("./", "../"))
+    if not is_explicit and _existing(name, start, Path.exists):
         return None
     return _existing(name, folder, Path.exists)
 

@@ -25,8 +25,8 @@ def with_found_files(arguments: Sequence[str]) -> list[str]:
     """Lets a command line, and the configurations that it names, name shipped files from anywhere.
 
     A name that means no file where it always did, and begins with `configs/`, means the shipped file.
-    Relative paths of models and data (keys `path`) that are not in the working directory are looked for
-    beside the configuration that names them.
+    Relative paths of models and data (keys `path`) that are not in the working directory, or begin with
+    `./` or `../`, are looked for beside the configuration that names them.
 
     Args:
         arguments: Command line after the command.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Commands in the order of the help text; each is imported when it is chosen.
 COMMANDS = {
+    "init": "write configurations that harden and attack a model of your own, with data of your own",
     "fit": "harden a model, export it, and attack it to see whether it holds",
     "plan": "memory, work and time that `fit` will need, and which GPUs it fits; trains nothing",
     "validate": "loss of a model on the validation data",
@@ -110,6 +111,11 @@ def _run(command: str, arguments: list[str]) -> None:
 
     log_progress()
     quiet_warnings()
+    if command == "init":
+        from patcher_pl.cli.init import run_init_command
+
+        run_init_command(arguments)
+        return
     if command in _FUNCTIONS:
         run_function(command, _imported(_FUNCTIONS[command]), arguments)
         return

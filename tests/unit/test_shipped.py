@@ -107,6 +107,14 @@ def test_models_and_data_are_looked_for_beside_the_configuration(elsewhere, tmp_
     assert Fit.plan(elsewhere / "many", config, {}).digest != before
 
 
+def test_a_path_beside_comes_first_where_it_says_so(elsewhere, tmp_path):
+    """Wrong if `./data` of a configuration meant the data of whoever runs it."""
+    for folder in (elsewhere, tmp_path):
+        (folder / "rows.jsonl").write_text("")
+    assert shipped.find_beside("rows.jsonl", tmp_path, elsewhere) is None
+    assert shipped.find_beside("./rows.jsonl", tmp_path, elsewhere) == tmp_path / "rows.jsonl"
+
+
 def test_the_built_in_testbed_is_no_folder_beside(elsewhere):
     """Wrong if `testbed` meant `configs/testbed` in a configuration that lies in `configs`."""
     assert shipped.find_beside("testbed", ROOT / "configs", elsewhere) is None

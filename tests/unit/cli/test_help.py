@@ -23,6 +23,7 @@ SPARED = {
     ("--help",): NEVER | OF_LIGHTNING | OF_MODELS | {"jsonargparse", "rich"},
     ("attacker", "--help"): NEVER | OF_LIGHTNING | OF_MODELS | {"jsonargparse"},
     ("report", "--help"): NEVER | OF_LIGHTNING | OF_MODELS,
+    ("init", "--help"): NEVER | OF_LIGHTNING | OF_MODELS,
     ("testbed", "--help"): NEVER | OF_LIGHTNING | OF_MODELS,
     ("redteam", "--help"): NEVER | OF_LIGHTNING,
     ("sweep", "--help"): NEVER | OF_LIGHTNING,
@@ -74,6 +75,6 @@ def test_every_command_explains_its_options(command):
     said = cli(command, "--help").expect(0)
     assert f"python -m patcher_pl {command} " in said.out or command in SPOKEN_OF_BY_LIGHTNING
     option = {"plan": "--gpu", "testbed": "--out", "redteam": "--model", "sweep": "--variants"}
-    option["report"] = "--out"
+    option |= {"report": "--out", "init": "--unsafe"}
     assert option.get(command, "--run_dir") in said.out
     assert "--config" in said.out
