@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patcher_pl.cli.program import program
 from patcher_pl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def run_init_command(arguments: Sequence[str]) -> None:
 
     arguments = with_found_files(arguments)
     require_single_keys(arguments)
-    parser = ArgumentParser(prog="python -m patcher_pl init", exit_on_error=False)
+    parser = ArgumentParser(prog=f"{program()} init", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_argument(
         "dir", type=Path, metavar="DIR", help="Folder to write; created if missing."
@@ -122,4 +123,4 @@ def _tell(folder: Path, starter: "Starter") -> None:
         ["redteam", "--config", folder / "attack.yaml", "--run_dir", folder / "attacked"],
         ["report", folder / "attacked", "--out", folder / "report.html"],
     ):
-        print(f"  python -m patcher_pl {shlex.join(map(str, command))}")
+        print(f"  {program()} {shlex.join(map(str, command))}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl import __version__
+from patcher_pl.cli.program import program
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.supervision import SUPERVISED, end_with_parent
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patcher_pl",
+        prog=program(),
         description="Hardens open-weight language models against malicious fine-tuning.",
         epilog=f"`COMMAND --help` lists a command's options. {TRACEBACK}=1 shows stack traces.",
     )
@@ -166,7 +167,7 @@ def function_parser(command: str, function: Callable[..., Any]) -> "ArgumentPars
 
     # Options of other commands, as in a sweep's variants, are passed on and not built here.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
-    parser = ArgumentParser(prog=f"python -m patcher_pl {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"{program()} {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
     return parser

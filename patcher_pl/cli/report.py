@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from patcher_pl.cli.program import program
 from patcher_pl.errors import ConfigError
 from patcher_pl.reports.command import run_report
 
@@ -21,7 +22,7 @@ def run_report_command(arguments: Sequence[str]) -> None:
 
     arguments = with_found_files(arguments)
     require_single_keys(arguments)
-    parser = ArgumentParser(prog="python -m patcher_pl report", exit_on_error=False)
+    parser = ArgumentParser(prog=f"{program()} report", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_argument(
         "dirs", nargs="+", type=Path, metavar="DIR", help="Run directories or results files."
