@@ -14,7 +14,7 @@ FLOORS = (
     "data jobs",
     "comparison models",
     "attackers evaluation",
-    "hypergradients redteam testbed",
+    "hypergradients redteam starter testbed",
     "ablation defenses",
     "callbacks planning",
     "cli",
