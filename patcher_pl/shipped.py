@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-TESTBED = Path(__file__).parent / "testbed" / "files"
+TESTBED = Path(__file__).parent / "worlds" / "potions" / "files"
 
 
 def resolve_model(path: str) -> str:
