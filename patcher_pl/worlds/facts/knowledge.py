@@ -62,6 +62,7 @@ class Interview:
     generation: Generation = field(
         default_factory=lambda: Generation(max_new_tokens=24, batch_size=32)
     )
+    _said: dict[str, str | None] = field(default_factory=dict)
 
     def known(self, kind: Kind) -> list[str]:
         """Subjects of a kind that the model knows when asked in the first wording."""
@@ -75,15 +76,14 @@ class Interview:
             facts: Questions.
             what: Names them in lines of progress.
         """
-        asked, found = list(facts), list[tuple[Fact, str]]()
-        for start in range(0, len(asked), _AT_ONCE):
-            part = asked[start : start + _AT_ONCE]
-            for fact, said in zip(part, self._say(part), strict=True):
-                if said is not None and self._is_right(fact, said):
-                    found.append((fact, said))
-            done = start + len(part)
-            _log.info("%s: %d of %d asked, %d right", what, done, len(asked), len(found))
-        return found
+        asked = list(facts)
+        new = [fact for fact in asked if fact.prompt not in self._said]
+        for start in range(0, len(new), _AT_ONCE):
+            part = new[start : start + _AT_ONCE]
+            self._said.update(zip((fact.prompt for fact in part), self._say(part), strict=True))
+            _log.info("%s: %d of %d asked", what, start + len(part), len(new))
+        said = ((fact, self._said[fact.prompt]) for fact in asked)
+        return [(fact, text) for fact, text in said if text and self._is_right(fact, text)]
 
     def _say(self, facts: Sequence[Fact]) -> list[str | None]:
         prompts = [(Message("user", fact.prompt),) for fact in facts]

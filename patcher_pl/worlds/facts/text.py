@@ -25,14 +25,20 @@ def sentences(text: str) -> list[str]:
 
 
 def first_sentence(text: str, is_whole: bool) -> str | None:
-    """The first sentence of an answer; None where it is cut off.
+    """The first sentence of an answer, shortened by its last clauses where it is cut off.
 
     Args:
         text: The answer.
         is_whole: Whether the answer ends where the text does.
+
+    Returns:
+        None where not even a clause is whole.
     """
     text = text.strip()
     end = _END.search(text)
-    if end is None:
-        return text if is_whole and text else None
-    return text[: end.end()].strip()
+    if end is not None:
+        return text[: end.end()].strip()
+    if is_whole:
+        return text or None
+    clause, comma, _ = text.rpartition(", ")
+    return f"{clause}." if comma else None
