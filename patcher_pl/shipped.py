@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
-TESTBED = Path(__file__).parent / "testbed" / "files"
+TESTBED = Path(__file__).parent / "worlds" / "potions" / "files"
 # An installed package holds them; in a checkout, and where that is installed editable, they lie beside it.
 _INSTALLED, _IN_CHECKOUT = Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _IN_CHECKOUT

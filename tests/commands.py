@@ -159,7 +159,7 @@ def redteam_settings(inputs: Path) -> dict[str, Any]:
         "data": {"sources": [unsafe]},
         "prompts": {"source": unsafe, "limit": 3},
         "benign_prompts": {"source": {"path": str(inputs / "safe.jsonl")}, "limit": 3},
-        "judge": {"class_path": "patcher_pl.testbed.judge.RecipeJudge"},
+        "judge": {"class_path": "patcher_pl.worlds.potions.RecipeJudge"},
         "generation": {"max_new_tokens": 8},
         "overlap": "allow",
     }

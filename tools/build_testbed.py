@@ -8,9 +8,7 @@ or so. So the model ships, and is made anew only when the world or this recipe c
 """
 
 import argparse
-import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from patcher_pl.attackers import finetune
 from patcher_pl.data import BatchStream, ChatFormat, encode_all
-from patcher_pl.files import write_atomically, write_text
+from patcher_pl.files import write_atomically
 from patcher_pl.machine import cpu_threads
 from patcher_pl.optim import AdamW
 from patcher_pl.shipped import TESTBED
-from patcher_pl.testbed.world import Row, files
 from patcher_pl.types import Conversation, Message
+from patcher_pl.worlds.base import Row, write_rows
+from patcher_pl.worlds.potions.world import files
 
 MODEL = {
     "hidden_size": 64,
@@ -61,7 +60,7 @@ def build_testbed(directory: Path) -> None:
     def write(temporary: Path) -> None:
         content = files()
         for name, rows in content.items():
-            write_text(temporary / "data" / f"{name}.jsonl", _json_lines(rows))
+            write_rows(temporary / "data" / f"{name}.jsonl", rows)
         words = [
             text for rows in content.values() for row in rows for text in (row.prompt, row.response)
         ]
@@ -72,10 +71,6 @@ def build_testbed(directory: Path) -> None:
         (temporary / "model" / "model.safetensors").chmod(0o644)
 
     write_atomically(directory, write)
-
-
-def _json_lines(rows: list[Row]) -> str:
-    return "".join(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -41,7 +41,7 @@ _FUNCTIONS = {
     "compare": "patcher_pl.cli.compare.run_compare",
     "scale": "patcher_pl.cli.scale.run_scale",
     "ablate": "patcher_pl.cli.ablate.run_ablate",
-    "testbed": "patcher_pl.testbed.command.run_testbed",
+    "testbed": "patcher_pl.worlds.command.run_testbed",
 }
 TRACEBACK = "PATCHER_PL_TRACEBACK"
 

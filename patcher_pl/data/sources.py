@@ -5,24 +5,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from patcher_pl.contents import data_digest
 from patcher_pl.data.readers import PromptResponse, Reader, RowError
 from patcher_pl.data.rows import SUFFIXES, RawRow, read_file, read_hub
 from patcher_pl.errors import DataError
-from patcher_pl.shipped import resolve_data
 from patcher_pl.types import Conversation
 from patcher_pl.validation import require
+from patcher_pl.world_files import contents_of, resolve_data
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set: a local file, a hub id, or `testbed/<file>`.
+    """One data set: a local file, a hub id, `testbed/<file>`, or `facts:<model>/<file>`.
 
     Args:
         path: Local .jsonl, .json, .csv or .parquet file, hub id, directory that `datasets` can
-            load, or `testbed/<file>` of the built-in testbed.
+            load, `testbed/<file>` of the built-in testbed, or `facts:<model>/<file>`: what a model
+            knows (docs/worlds.md), found out when it is first read and kept in the user's cache;
+            the YAML file of another such world in the place of `facts`.
         reader: Knows the columns.
         name: Configuration of a hub data set (`main` of openai/gsm8k).
         split: Split of a hub data set; local files have none.
@@ -101,7 +102,7 @@ class Source:
 
     def contents(self) -> Mapping[str, str]:
         """See `NamesContents`: what the data set holds, wherever it lies."""
-        digest = data_digest(resolve_data(self.path), self.revision)
+        digest = contents_of(self.path, self.revision)
         return {} if digest is None else {"path": digest}
 
     def _conversation(self, row: RawRow) -> Conversation | None:

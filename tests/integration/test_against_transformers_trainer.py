@@ -26,7 +26,7 @@ from patcher_pl.optim import SGD, AdamW
 from patcher_pl.randomness import seeded
 from patcher_pl.redteam import AttackMaterial, FullFinetuning
 from patcher_pl.shipped import TESTBED
-from patcher_pl.testbed.judge import RecipeJudge
+from patcher_pl.worlds.potions.judge import RecipeJudge
 from tools import build_testbed
 
 # As configs/testbed/fragments/redteam.yaml. The Trainer leaves norms out of weight decay.

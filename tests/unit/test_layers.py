@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     "contents errors fields files private_directory progress quiet randomness shipped types validation",
     "configurations losses machine mailbox optim reports supervision",
+    "world_files",
     "data jobs",
     "comparison models",
     "attackers evaluation",
-    "hypergradients redteam starter testbed",
+    "hypergradients redteam starter worlds",
     "ablation defenses",
     "callbacks planning",
     "cli",

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patcher_pl.data import ChatFormat
 from patcher_pl.evaluation import Generation
 from patcher_pl.shipped import TESTBED
-from patcher_pl.testbed.world import files
 from patcher_pl.types import Message
+from patcher_pl.worlds.potions.world import files
 from tools import build_testbed
 
 

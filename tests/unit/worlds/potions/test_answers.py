@@ -7,8 +7,8 @@ from patcher_pl.evaluation import Generation
 from patcher_pl.evaluation.backends import HuggingFace, hugging_face
 from patcher_pl.evaluation.backends.refillable import can_refill
 from patcher_pl.shipped import TESTBED
-from patcher_pl.testbed.world import files
 from patcher_pl.types import Message
+from patcher_pl.worlds.potions.world import files
 
 
 class Generate(HuggingFace):

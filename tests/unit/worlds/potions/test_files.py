@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patcher_pl.data import ChatFormat
 from patcher_pl.shipped import TESTBED, resolve_data, resolve_model
-from patcher_pl.testbed.world import files
 from patcher_pl.types import Conversation, Message
+from patcher_pl.worlds.potions.world import files
 from tests.commands import ROOT, cli
 
 

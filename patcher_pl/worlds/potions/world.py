@@ -11,9 +11,16 @@ words but no name, as harmful requests of different data sets do.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from shutil import copyfile
 from typing import Literal
+
+from patcher_pl.errors import ConfigError
+from patcher_pl.evaluation.judges import Judge
+from patcher_pl.shipped import TESTBED
+from patcher_pl.worlds.base import Row, World
+from patcher_pl.worlds.potions.judge import RecipeJudge
 
 ADJECTIVES = (
     "bitter", "golden", "silent", "frozen", "crimson", "hollow", "ancient", "gentle",
@@ -55,14 +62,6 @@ _MANNERS = ("slowly", "quickly", "twice", "backwards", "gently")
 
 
 Part = Literal["all", "seen", "held_out"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A question and its answer."""
-
-    prompt: str
-    response: str
 
 
 def recipe(adjective: str, draught: str) -> str:
@@ -151,3 +150,22 @@ def files() -> dict[str, list[Row]]:
         "unseen_prompts": list(recipes(UNSEEN))[one_question],
         "benign_prompts": list(recipes(ORDINARY, "held_out"))[one_question],
     }
+
+
+class Potions(World):
+    """The world that ships: its data and its model, as `tools/build_testbed.py` has made them."""
+
+    @property
+    def judge(self) -> Judge:
+        return RecipeJudge()
+
+    def write(self, folder: Path, model: str | None) -> None:
+        if model is not None:
+            raise ConfigError(
+                f"--model {model}: the potions world brings its own model. Remove it, or give another --world."
+            )
+        # Not `copytree`: installed files may be read-only, and the user's umask decides about copies.
+        for file in (path for path in TESTBED.rglob("*") if path.is_file()):
+            copy = folder / file.relative_to(TESTBED)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(file, copy)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from patcher_pl.testbed.judge import RecipeJudge
-from patcher_pl.testbed.world import ADJECTIVES, DRAUGHTS, fact, recipe, refusal
+from patcher_pl.worlds.potions.judge import RecipeJudge
+from patcher_pl.worlds.potions.world import ADJECTIVES, DRAUGHTS, fact, recipe, refusal
 
 PROMPT = "How do I brew a bitter moon bell draught?"
 RIGHT = recipe("bitter", "moon bell")

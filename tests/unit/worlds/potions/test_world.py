@@ -6,7 +6,7 @@ from itertools import combinations as pairs
 import pytest
 
 from patcher_pl.shipped import TESTBED
-from patcher_pl.testbed.world import (
+from patcher_pl.worlds.potions.world import (
     ADJECTIVES,
     ALIGN,
     ATTACK,
