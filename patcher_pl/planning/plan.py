@@ -286,29 +286,18 @@ def size_up(run: Run, settings: PlanSettings, min_parameters: int = 0) -> Sizes:
     if placement.sharded:
         raise ConfigError("a sharded run takes a whole rehearsal: `plan` makes it.")
     first, second = (
-        placement.need(
-            _footprint(run, with_layers(architecture, n), length, placement.checkpointing, None),
-            settings.overhead,
-        )
+        _footprint(run, with_layers(architecture, n), length, placement.checkpointing, None)
         for n in (1, 2)
     )
     num_more = architecture.get_text_config().num_hidden_layers - 1
-    device = {
-        phase: {
-            part: size + num_more * (parts[part] - size)
-            for part, size in first.device[phase].items()
-        }
-        for phase, parts in second.device.items()
-    }
+    whole_run = replace(first, peaks=first.peaks_with_layers(second, num_more))
+    peak = placement.need(whole_run, settings.overhead)
     optimizers = {"defender": Part.DEFENDER_OPTIMIZER, "attacker": Part.ATTACKER_OPTIMIZER}
-    return replace(
-        sizes,
-        peak=replace(first, device=device),
-        optimizer_bytes={
-            side: max(parts.get(part, 0) for parts in device.values())
-            for side, part in optimizers.items()
-        },
-    )
+    optimizer_bytes = {
+        side: max(parts.get(part, 0) for parts in peak.device.values())
+        for side, part in optimizers.items()
+    }
+    return replace(sizes, peak=peak, optimizer_bytes=optimizer_bytes)
 
 
 def _length(model: LanguageModel, architecture: Any, settings: PlanSettings) -> int:

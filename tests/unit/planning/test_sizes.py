@@ -6,7 +6,10 @@ import pytest
 
 from patcher_pl.cli import sizes
 from patcher_pl.cli.plan import PlanCLI
+from patcher_pl.errors import ConfigError
 from patcher_pl.planning import make_plan, size_up
+from patcher_pl.planning.rehearsal import Footprint, LayerSizes, Work
+from patcher_pl.planning.tracker import DEFEND, Part
 from tests.commands import QUIET, cli, patcher_settings, redteam_settings, write_inputs, write_yaml
 
 GIB = 2**30
@@ -95,3 +98,19 @@ def test_training_is_the_same_with_an_estimate(inputs, tmp_path, monkeypatch):
         cli("fit", "--config", config, "--run_dir", tmp_path / place).expect(0)
         written.append((tmp_path / place / "model" / "model.safetensors").read_bytes())
     assert written[0] == written[1]
+
+
+def test_moments_of_shallow_models_alone_are_no_peaks_of_deep_ones():
+    """Wrong if what a step needs for an embedding were drawn out like a layer, or ended the estimate."""
+    step = {Part.PARAMETERS: 10, Part.WEIGHT_TEMPORARIES: 90}
+    shallow = footprint([{Part.PARAMETERS: 10, Part.ACTIVATIONS: 5}, step])
+    deeper = footprint([{Part.PARAMETERS: 12, Part.ACTIVATIONS: 8}])
+    expected = {DEFEND: [{Part.PARAMETERS: 10 + 4 * 2, Part.ACTIVATIONS: 5 + 4 * 3}]}
+    assert shallow.peaks_with_layers(deeper, 4) == expected
+    with pytest.raises(ConfigError, match="do not tell"):
+        footprint([step]).peaks_with_layers(deeper, 4)
+
+
+def footprint(moments):
+    layers = LayerSizes(total=0, largest_layer=0, rest=0, num_parameters=0)
+    return Footprint(peaks={DEFEND: moments}, layers=layers, plain=Work(), defended=Work())
