@@ -89,7 +89,7 @@ def planned_bytes(config: Path) -> int:
 
     nothing = ["--overhead.fixed_gib=0", "--overhead.fragmentation=0"]
     cli = PlanCLI(["--config", str(config), *nothing])
-    return make_plan(cli.run, cli.settings).configured.device_bytes
+    return make_plan(cli.planned_run, cli.settings).configured.device_bytes
 
 
 def measured_bytes(warm_up: Path, config: Path, accelerator: str) -> int:

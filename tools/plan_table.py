@@ -41,7 +41,7 @@ def main() -> None:
     fits = ["| model | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for model in MODELS:
         cli = PlanCLI(["--config", f"configs/{model}/patcher.yaml"])
-        plan = make_plan(cli.run, cli.settings)
+        plan = make_plan(cli.planned_run, cli.settings)
         write_json(out / f"{model}.json", plan.as_dict())
         sizes.append(
             f"| {model} | {plan.num_parameters / 1e9:.2f} B "

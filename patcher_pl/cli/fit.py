@@ -17,6 +17,7 @@ from patcher_pl.cli.attackers_beside import attackers_beside
 from patcher_pl.cli.console import write_reports
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
+from patcher_pl.cli.sizes import tell_sizes
 from patcher_pl.contents import model_digest
 from patcher_pl.data.overlap import Known, overlaps
 from patcher_pl.defenses import Defense
@@ -81,6 +82,7 @@ def _fit_alone(cli: PatcherCLI) -> None:
                 _compare(cli.control_record, begun)
         run_directory.claim(resume=cli.may_go_on, overwrite=options.overwrite)
         cli.save_config(run_directory.config)
+        cli.memory = tell_sizes(cli)
     try:
         with attackers_beside(cli, run_directory):
             fit_or_stop(cli.trainer, cli.model, cli.datamodule, options.ckpt_path, run_directory)
@@ -294,6 +296,7 @@ class _Examination:
             ),
             overlap=overlap,
             training_data=cli.datamodule.shares,
+            memory=cli.memory,
         )
 
     def examine(self, trained: _Trained) -> None:

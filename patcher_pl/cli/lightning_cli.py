@@ -35,6 +35,7 @@ from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.files import write_text
 from patcher_pl.jobs.resuming import flat_settings
 from patcher_pl.jobs.run_directory import RunDirectory
+from patcher_pl.planning import Run
 from patcher_pl.redteam import RedTeam
 
 
@@ -54,6 +55,9 @@ class PatcherCLI(LightningCLI):
         self.may_go_on = False  # Whether an earlier run may be in `run_dir`.
         self.record, self.control_record = RunRecord(), RunRecord()
         self.control: Control | None = None
+        self.memory: dict[
+            str, Any
+        ] = {}  # What the run holds, as far as it was told before it began.
         quiet = {"exit_on_error": False}
         super().__init__(
             model_class=Defense,
@@ -253,6 +257,24 @@ class PatcherCLI(LightningCLI):
     def fresh_parts(self) -> Any:
         """Builds data and trainer options of the run once more, from the beginning."""
         return self.parser.instantiate(self.config)[self.command]
+
+    @property
+    def planned_run(self) -> Run:
+        """The run as configured, its defense built without weights."""
+        config = self.config.clone()
+        given = config[self.command]
+        has_red_team, given.redteam = given.redteam is not None, None
+        built = self.parser.instantiate(config)[self.command]
+        return Run(
+            defense=built.model,
+            trainer=built.trainer,
+            batch_size=given.data.batch_size,
+            attack_batch_size=given.data.attack_batch_size or given.data.batch_size,
+            folders=[Path(path.absolute).parent for path in given.config or []],
+            has_control=given.control not in (None, False),
+            has_red_team=has_red_team,
+            max_gradient_evaluations=given.max_gradient_evaluations,
+        )
 
     def save_config(self, path: Path) -> None:
         """Writes the complete configuration, from which the run can be repeated.

@@ -1,7 +1,6 @@
 """`plan`: what a `fit` of the same configuration will need, without weights, data or a GPU."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,7 +11,7 @@ from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.cli.lightning_cli import PatcherCLI
 from patcher_pl.errors import ConfigError
 from patcher_pl.files import write_json
-from patcher_pl.planning import Plan, PlanSettings, Run, make_plan
+from patcher_pl.planning import Plan, PlanSettings, make_plan
 from patcher_pl.planning.placements import Overhead
 from patcher_pl.planning.tracker import Part
 
@@ -40,24 +39,6 @@ class PlanCLI(PatcherCLI):
         """Builds nothing yet."""
 
     @property
-    def run(self) -> Run:
-        """The run as configured, its defense built without weights."""
-        config = self.config.clone()
-        given = config[self.command]
-        has_red_team, given.redteam = given.redteam is not None, None
-        built = self.parser.instantiate(config)[self.command]
-        return Run(
-            defense=built.model,
-            trainer=built.trainer,
-            batch_size=given.data.batch_size,
-            attack_batch_size=given.data.attack_batch_size or given.data.batch_size,
-            folders=[Path(path.absolute).parent for path in given.config or []],
-            has_control=given.control not in (None, False),
-            has_red_team=has_red_team,
-            max_gradient_evaluations=given.max_gradient_evaluations,
-        )
-
-    @property
     def settings(self) -> PlanSettings:
         """The options of the plan."""
         given = self.config[self.command]
@@ -74,7 +55,7 @@ def run_plan(arguments: Sequence[str]) -> None:
     with readable_config_errors():
         cli = PlanCLI(arguments)
         settings = cli.settings
-        plan = make_plan(cli.run, settings)
+        plan = make_plan(cli.planned_run, settings)
     _print(plan, wide_console())
     if settings.json is not None:
         write_json(settings.json, plan.as_dict())

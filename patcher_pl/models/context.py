@@ -1,5 +1,6 @@
-"""How many tokens a model reads at once."""
+"""What an architecture says of its size: how many tokens it reads at once, how many layers it has."""
 
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,3 +16,13 @@ def context_length(config: "PretrainedConfig") -> int | None:
     text = config.get_text_config()
     found = (getattr(text, name, None) for name in _NAMES)
     return next((length for length in found if isinstance(length, int) and length > 0), None)
+
+
+def with_layers(config: "PretrainedConfig", num_layers: int) -> "PretrainedConfig":
+    """Returns the same architecture with its first layers alone; never more than it has."""
+    shallow = deepcopy(config)
+    text = shallow.get_text_config()
+    text.num_hidden_layers = min(num_layers, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    return shallow

@@ -1,6 +1,6 @@
 """Plans a run: what it needs as configured, what else could be done, and a verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,8 +12,8 @@ import torch
 from patcher_pl.defenses import Defense
 from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Unrolled
-from patcher_pl.models import Sharding
-from patcher_pl.models.context import context_length
+from patcher_pl.models import LanguageModel, Sharding
+from patcher_pl.models.context import context_length, with_layers
 from patcher_pl.optim.master_weights import without_copies
 from patcher_pl.planning.architecture import UnloadedModel, find_architecture
 from patcher_pl.planning.attacks import attacks_of, is_first_order, toy_estimate, with_short_attacks
@@ -29,8 +29,8 @@ from patcher_pl.planning.placements import (
     settings_to_shard,
     sharding_for,
 )
-from patcher_pl.planning.rehearsal import Footprint, Work, rehearse
-from patcher_pl.planning.tracker import HYPERGRADIENT
+from patcher_pl.planning.rehearsal import Footprint, LayerSizes, Work, rehearse
+from patcher_pl.planning.tracker import HYPERGRADIENT, Part
 from patcher_pl.validation import require
 
 # Attack steps of a rehearsal: the second one begins with the attacker's optimizer state.
@@ -194,8 +194,7 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
             "max_gradient_evaluations."
         )
     architecture = find_architecture(model, settings.model_config, run.folders)
-    wanted = settings.length or model.chat.max_length
-    length = min(wanted, context_length(architecture) or wanted)
+    length = _length(model, architecture, settings)
     configured = placement_of(trainer, defense)
     sharding = sharding_for(trainer, model)
 
@@ -239,6 +238,71 @@ def make_plan(run: Run, settings: PlanSettings) -> Plan:
         notes=_notes(run),
         sharding_settings=settings_to_shard(trainer, model),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a run holds in memory, where that is all that is asked.
+
+    Args:
+        num_parameters: Weights (count).
+        weight_bytes: Of all of them.
+        optimizer_bytes: State of the optimizers, `defender` and `attacker`; none where there was no rehearsal.
+        peak: Peak by phase and part; None where there was no rehearsal.
+        length: Tokens of every conversation that was rehearsed.
+    """
+
+    num_parameters: int
+    weight_bytes: int
+    optimizer_bytes: Mapping[str, int] = field(default_factory=dict)
+    peak: Need | None = None
+    length: int
+
+
+def size_up(run: Run, settings: PlanSettings, min_parameters: int = 0) -> Sizes:
+    """Tells what a run on one device holds in memory, in seconds whatever the size of the model.
+
+    Models are rehearsed with their first layer, and with their first two; what the second one brings, the
+    others are taken to bring too.
+
+    Args:
+        run: Its defense is used up by the rehearsal.
+        settings: What is assumed.
+        min_parameters: Weights below which nothing is rehearsed (count).
+
+    Raises:
+        ConfigError: If the run is sharded, or `fit` would refuse the configuration.
+    """
+    model = run.defense.language_model
+    architecture = find_architecture(model, settings.model_config, run.folders)
+    length = _length(model, architecture, settings)
+    with torch.device("meta"):
+        plain = {**vars(model), "lora": None, "compile": False, "liger": False}
+        whole = LayerSizes.of(UnloadedModel(**plain, architecture=architecture).load_model())
+    sizes = Sizes(num_parameters=whole.num_parameters, weight_bytes=whole.total, length=length)
+    if whole.num_parameters < min_parameters:
+        return sizes
+    placement = placement_of(run.trainer, run.defense)
+    if placement.sharded:
+        raise ConfigError("a sharded run takes a whole rehearsal: `plan` makes it.")
+    first, second = (
+        _footprint(run, with_layers(architecture, n), length, placement.checkpointing, None)
+        for n in (1, 2)
+    )
+    num_more = architecture.get_text_config().num_hidden_layers - 1
+    whole_run = replace(first, peaks=first.peaks_with_layers(second, num_more))
+    peak = placement.need(whole_run, settings.overhead)
+    optimizers = {"defender": Part.DEFENDER_OPTIMIZER, "attacker": Part.ATTACKER_OPTIMIZER}
+    optimizer_bytes = {
+        side: max(parts.get(part, 0) for parts in peak.device.values())
+        for side, part in optimizers.items()
+    }
+    return replace(sizes, peak=peak, optimizer_bytes=optimizer_bytes)
+
+
+def _length(model: LanguageModel, architecture: Any, settings: PlanSettings) -> int:
+    wanted = settings.length or model.chat.max_length
+    return min(wanted, context_length(architecture) or wanted)
 
 
 def _footprint(

@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 from patcher_pl.data.variant import AttackData
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.attack_source import AttackSource
+from patcher_pl.errors import ConfigError
 from patcher_pl.models.blocks import find_blocks
 from patcher_pl.planning.attacks import (
     NUM_SFT_STEPS,
@@ -129,6 +130,39 @@ class Footprint:
         ]
         peaks = {**self.peaks, HYPERGRADIENT: moments}
         return replace(self, peaks=peaks, estimated=self.estimated.plus(more))
+
+    def peaks_with_layers(
+        self, deeper: "Footprint", num_more: int
+    ) -> Mapping[str, Sequence[Parts]]:
+        """Returns the peaks of a model with so many layers more.
+
+        A moment is the same in both where the same parts are there; others pass with the depth.
+
+        Args:
+            deeper: Of the same run with one layer more, which the others are taken to be like.
+            num_more: What the model has more than this one (count).
+
+        Raises:
+            ConfigError: If no moment of a phase is in both.
+        """
+        peaks: dict[str, list[Parts]] = {}
+        for phase, moments in deeper.peaks.items():
+            known = {frozenset(parts): parts for parts in self.peaks[phase]}
+            shared = [
+                (known[kind], parts) for parts in moments if (kind := frozenset(parts)) in known
+            ]
+            if not shared:
+                raise ConfigError(
+                    "the first layers do not tell about the rest: `plan` takes them all."
+                )
+            peaks[phase] = [
+                {
+                    part: before[part] + num_more * (size - before[part])
+                    for part, size in after.items()
+                }
+                for before, after in shared
+            ]
+        return peaks
 
     def with_stored_weights(self, *, stored: int, computed: int, sent: int) -> "Footprint":
         """Returns the footprint of weights that FSDP2 keeps in another format than it computes in.

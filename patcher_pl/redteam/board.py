@@ -35,6 +35,7 @@ class Board:
         settings: What the run was asked to do, for the results.
         overlap: What data sets of the run have in common, for the results.
         training_data: What the attacked models of a `fit` were trained on, for the results.
+        memory: What that `fit` was to hold in memory (GiB), for the environment in the results.
     """
 
     run_directory: RunDirectory
@@ -44,6 +45,7 @@ class Board:
     settings: Any
     overlap: Sequence[Overlap] = ()
     training_data: dict[str, dict[str, float]] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     _planned: dict[Path, AttackJob] = field(default_factory=dict)
     _searches: list[SearchOutcome] = field(default_factory=list)
 
@@ -125,7 +127,7 @@ class Board:
         """Writes the curves of everything that was planned and has an outcome."""
         results = Results(
             curves=with_released(_outcomes(list(self._planned.values()))),
-            environment=environment(),
+            environment=environment() | ({"memory": self.memory} if self.memory else {}),
             settings=self.settings,
             fingerprint=fingerprint(self.settings),
             overlap=list(self.overlap),

@@ -1,7 +1,6 @@
 """What can be told about a model before its weights are loaded, and what follows for its settings."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from patcher_pl.data import ChatFormat
 from patcher_pl.data.collate import encode_all
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.models import LanguageModel
-from patcher_pl.models.context import context_length
+from patcher_pl.models.context import context_length, with_layers
 from patcher_pl.models.packing import require_packing
 from patcher_pl.randomness import seeded
 from patcher_pl.types import IGNORE_INDEX, Conversation
@@ -129,11 +128,8 @@ def _packs(config: "PretrainedConfig") -> bool:
 
 
 def _narrow(config: "PretrainedConfig") -> "PretrainedConfig":
-    narrow = deepcopy(config)
+    narrow = with_layers(config, _NUM_LAYERS)
     text = narrow.get_text_config()
-    text.num_hidden_layers = min(_NUM_LAYERS, text.num_hidden_layers)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
     for name in ("intermediate_size", "moe_intermediate_size"):
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, _WIDTH)
