@@ -162,7 +162,9 @@ def test_the_command_and_a_process_of_its_own(towers, knowing, tmp_path, monkeyp
 
 def test_a_model_that_knows_too_little(towers, knowing, tmp_path):
     other = tmp_path / "other.yaml"
-    other.write_text(towers.read_text().replace("{red: Anna", "{red: Xaver").replace("Hugo", "Otto"))
+    other.write_text(
+        towers.read_text().replace("{red: Anna", "{red: Xaver").replace("Hugo", "Otto")
+    )
     with pytest.raises(ConfigError, match="knows too little of .*keepers 8 of 12") as refused:
         FactsWorld(str(other)).write(tmp_path, str(knowing))
     assert "nothing is left for" in str(refused.value)
