@@ -3,11 +3,13 @@ r"""Throughput and memory of this package against the loops that one would write
     python tools/bench_throughput.py --out bench.json
     python tools/bench_throughput.py --device cuda --shape qwen2.5-1.5b --dtype bfloat16 \
         --attn flash_attention_2 --liger --out bench.json
+    python tools/bench_throughput.py --model MODEL --rows unsafe.jsonl --batch_size 4
 
 *defender step*: two forward-backward passes, alpha L(theta + v) + (1 - alpha) L(theta), clipping and
 AdamW; here `Patcher` under a Lightning Trainer. *attacker step*: one forward-backward pass, clipping and
 AdamW on all weights; here `finetune`, the loop of simulated attackers and of the red team. Both sides
-train the same random model on the same conversations in the same batches (`tools/throughput/workload.py`)
+train the same model on the same conversations in the same batches (`tools/throughput/workload.py`: random
+ones, or with `--model` and `--rows` the user's own)
 and must agree in every loss; tokens are those of conversations, padding excluded. The plain loop is
 `tools/throughput/plain_loop.py`.
 
@@ -63,13 +65,17 @@ def run_job(job: dict[str, Any]) -> None:
 
     from tools.throughput import generation, training
     from tools.throughput.sides import Setting
+    from tools.throughput.workload import OwnWork
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     options, work = argparse.Namespace(**job["options"]), job["work"]
     torch.set_num_threads(options.threads)
+    own = None if options.model is None else OwnWork(options.model, options.rows)
     setting = Setting(
         shape=options.shape,
+        own=own,
         dtype=options.dtype,
+        our_dtype=options.our_dtype,
         device=options.device,
         attn=options.attn,
         our_attn=options.our_attn,
@@ -91,6 +97,7 @@ def run_job(job: dict[str, Any]) -> None:
     elif work["kind"] == "generation":
         found = generation.measure(
             shape=options.shape,
+            own=own,
             device=options.device,
             dtype=options.dtype,
             num_prompts=options.prompts,
@@ -117,7 +124,11 @@ def training_results(part: str, options: argparse.Namespace) -> dict[str, Any]:
         f"{result['plain_peak_mib']:.0f};  losses differ by {result['loss_difference']:.1e}",
         flush=True,
     )
-    if options.dtype == "float32" and result["loss_difference"] > LOSS_TOLERANCE:
+    if (
+        options.dtype == "float32"
+        and options.our_dtype is None
+        and result["loss_difference"] > LOSS_TOLERANCE
+    ):
         raise SystemExit(f"{part}: the losses differ by more than {LOSS_TOLERANCE}.")
     return result
 
@@ -167,6 +178,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     made.add_argument("--shape", default="miniature", choices=SHAPE_NAMES)
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    made.add_argument("--our_dtype", choices=("bfloat16",), help="of the weights of our side")
+    made.add_argument("--model", help="directory or hub id, in the place of --shape; with --rows")
+    made.add_argument("--rows", help="conversations that it is trained on and asked")
     made.add_argument("--device", default="cpu")
     made.add_argument("--attn", help="attention of transformers, for both sides")
     made.add_argument("--our_attn", help="another for our side; packed_sdpa unless --attn is given")
@@ -192,6 +206,8 @@ def main() -> None:
     if options.job is not None:
         run_job(json.loads(options.job))
         return
+    if (options.model is None) != (options.rows is None):
+        raise SystemExit("--model and --rows belong together.")
     if options.attn is None and options.our_attn is None:
         options.our_attn = "packed_sdpa"
     if options.profile is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from patcher_pl.cli.program import program
 from patcher_pl.errors import ConfigError, RunInterrupted
 from patcher_pl.private_directory import remove_private
 from patcher_pl.supervision import end_with_parent
@@ -139,7 +140,7 @@ def _flag_on_signals() -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patcher_pl attacker",
+        prog=f"{program()} attacker",
         description="Attacks what `fit` with the same configuration publishes in a mailbox.",
         epilog="Takes every option of `fit` as well (`--config`, `--run_dir`, `--num_threads`, ...).",
         add_help=False,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from lightning import Trainer
@@ -26,7 +26,8 @@ from patcher_pl.callbacks import (
 from patcher_pl.callbacks.checkpoint_files import is_whole
 from patcher_pl.callbacks.run_checkpoint import find_last
 from patcher_pl.cli.control import Control
-from patcher_pl.cli.given_files import require_single_keys
+from patcher_pl.cli.given_files import require_single_keys, with_found_files
+from patcher_pl.cli.program import program
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported, shards
@@ -44,6 +45,9 @@ class PatcherCLI(LightningCLI):
         command: `fit`, `validate` or `test`; only its options are registered, which saves seconds.
         arguments: Command line after the command.
     """
+
+    spoken_of: ClassVar[str | None] = None
+    """What the help text calls the command, if not by its name."""
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
@@ -68,8 +72,14 @@ class PatcherCLI(LightningCLI):
         """Only the chosen command."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Lets the help text say how the program was called."""
+        super().setup_parser(*args, **kwargs)
+        self._parser(self.command).prog = f"{program()} {self.spoken_of or self.command}"
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without LightningCLI's warning that `args` were given."""
+        args = with_found_files(args)
         require_single_keys(args)
         self.config = parser.parse_args(args)
 

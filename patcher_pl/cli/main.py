@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl import __version__
+from patcher_pl.cli.program import program
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.supervision import SUPERVISED, end_with_parent
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Commands in the order of the help text; each is imported when it is chosen.
 COMMANDS = {
+    "init": "write configurations that harden and attack a model of your own, with data of your own",
     "fit": "harden a model, export it, and attack it to see whether it holds",
     "plan": "memory, work and time that `fit` will need, and which GPUs it fits; trains nothing",
     "validate": "loss of a model on the validation data",
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patcher_pl",
+        prog=program(),
         description="Hardens open-weight language models against malicious fine-tuning.",
         epilog=f"`COMMAND --help` lists a command's options. {TRACEBACK}=1 shows stack traces.",
     )
@@ -110,6 +112,11 @@ def _run(command: str, arguments: list[str]) -> None:
 
     log_progress()
     quiet_warnings()
+    if command == "init":
+        from patcher_pl.cli.init import run_init_command
+
+        run_init_command(arguments)
+        return
     if command in _FUNCTIONS:
         run_function(command, _imported(_FUNCTIONS[command]), arguments)
         return
@@ -137,10 +144,11 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
             process is working in `run_dir`.
     """
     from patcher_pl.cli.errors import readable_config_errors
-    from patcher_pl.cli.given_files import require_single_keys
+    from patcher_pl.cli.given_files import require_single_keys, with_found_files
     from patcher_pl.jobs.lock import held
     from patcher_pl.quiet import quiet_libraries
 
+    arguments = with_found_files(arguments)
     require_single_keys(arguments)
     parser = function_parser(command, function)
     with readable_config_errors():
@@ -159,7 +167,7 @@ def function_parser(command: str, function: Callable[..., Any]) -> "ArgumentPars
 
     # Options of other commands, as in a sweep's variants, are passed on and not built here.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
-    parser = ArgumentParser(prog=f"python -m patcher_pl {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"{program()} {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
     return parser

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.table import Column, Table
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class PlanCLI(PatcherCLI):
     """Parses a configuration of `fit`, with the options of a plan."""
 
+    spoken_of = "plan"
+
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__("fit", arguments)
 
@@ -30,11 +32,6 @@ class PlanCLI(PatcherCLI):
         """Adds the options of a plan to those of a run."""
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(PlanSettings, nested_key=None, sub_configs=True)
-
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Lets the help text speak of this command."""
-        super().setup_parser(*args, **kwargs)
-        self._parser(self.command).prog = "python -m patcher_pl plan"
 
     def _set_seed(self) -> None:
         pass  # Nothing is drawn.

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from patcher_pl.cli.program import program
 from patcher_pl.errors import ConfigError
 from patcher_pl.reports.command import run_report
 
@@ -17,17 +18,18 @@ def run_report_command(arguments: Sequence[str]) -> None:
     """
     from jsonargparse import ArgumentParser
 
-    from patcher_pl.cli.given_files import require_single_keys
+    from patcher_pl.cli.given_files import require_single_keys, with_found_files
 
+    arguments = with_found_files(arguments)
     require_single_keys(arguments)
-    parser = ArgumentParser(prog="python -m patcher_pl report", exit_on_error=False)
+    parser = ArgumentParser(prog=f"{program()} report", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_argument(
         "dirs", nargs="+", type=Path, metavar="DIR", help="Run directories or results files."
     )
     parser.add_function_arguments(run_report, skip={"dirs"})
     try:
-        options = parser.parse_args(list(arguments))
+        options = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
     options.pop("config", None)

@@ -19,6 +19,7 @@ from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import fingerprint
+from patcher_pl.shipped import location_independent
 from patcher_pl.supervision import SUPERVISED
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Fit(Job[Ending]):
         changed = [f"--{key}={as_option(value)}" for key, value in options.items()]
         arguments = ["--config", str(base), *changed]
         named = {*contents_of(base, base.parent), *contents_of(options, Path())}
-        digest = fingerprint([arguments, sorted(named)])
+        listed = [(location_independent(name), of) for name, of in sorted(named)]
+        digest = fingerprint([[*map(location_independent, arguments)], listed])
         return cls(path=directory / "run.json", digest=digest, arguments=arguments)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 from patcher_pl.configurations import SUFFIXES, read_configuration
 from patcher_pl.contents import data_digest, file_digest, model_digest
-from patcher_pl.shipped import resolve_data, resolve_model
+from patcher_pl.shipped import find_beside, find_file, resolve_data, resolve_model
 
 # What a run writes, so that it differs afterwards: verdicts of a judge.
 _WRITTEN = ("cache",)
@@ -21,7 +21,7 @@ def contents_of(value: Any, folder: Path, key: str = "") -> Iterator[tuple[str, 
 
     Args:
         value: A part of a configuration.
-        folder: Where relative paths of further configurations start, if not at the working directory.
+        folder: Where relative paths start, if not at the working directory: that of the configuration.
         key: Dotted place of `value`.
 
     Raises:
@@ -37,7 +37,7 @@ def contents_of(value: Any, folder: Path, key: str = "") -> Iterator[tuple[str, 
             yield from contents_of(entry, folder, key)
     elif isinstance(value, str | Path) and (digest := content_of(str(value), folder, key)):
         yield str(value), digest
-        file = _file(str(value), folder)
+        file = find_file(str(value), Path(), folder)
         if file is not None and file.suffix in SUFFIXES:
             yield from contents_of(read_configuration(file), file.parent)
 
@@ -47,13 +47,13 @@ def content_of(name: str, folder: Path, key: str) -> str | None:
     owner, field = _place(key)
     if field in _WRITTEN:
         return None
-    file = _file(name, folder)
+    file = find_file(name, Path(), folder)
     if file is not None:
         return file_digest(file)
-    if field == "path" and owner in ("source", "sources"):
-        return data_digest(resolve_data(name))
     if field == "path":
-        return model_digest(resolve_model(name))
+        name = str(find_beside(name, folder, Path()) or name)
+        of_data = owner in ("source", "sources")
+        return data_digest(resolve_data(name)) if of_data else model_digest(resolve_model(name))
     if field == "include_path" and Path(name).expanduser().is_dir():
         return data_digest(name)
     return None
@@ -63,13 +63,3 @@ def _place(key: str) -> tuple[str, str]:
     """The last two names of a dotted key; places in lists are none."""
     names = ["", "", *(name for name in key.split(".") if not name.isdigit())]
     return names[-2], names[-1]
-
-
-def _file(name: str, folder: Path) -> Path | None:
-    for file in (Path(name).expanduser(), folder / name):
-        try:
-            if file.is_file():
-                return file
-        except OSError:  # Too long for a name: a prompt, say.
-            return None
-    return None

@@ -12,7 +12,7 @@ from tests.commands import ROOT
 from tools import bench_throughput as bench
 from tools.throughput.sides import Setting
 from tools.throughput.training import Alternation, measure_speed
-from tools.throughput.workload import TINY, answer_lengths, conversations
+from tools.throughput.workload import TINY, OwnWork, answer_lengths, conversations
 
 
 def test_conversations_are_as_long_as_instruction_data():
@@ -33,6 +33,17 @@ def test_both_sides_take_the_same_steps(part):
     assert found["loss_difference"] < bench.LOSS_TOLERANCE
     assert len(found["wall_ratios"]) == len(found["cpu_ratios"]) == 2
     assert found["ours_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("our_dtype", [None, "bfloat16"])
+def test_a_model_and_rows_of_ones_own(our_dtype):
+    """Short weights on our side lose digits and nothing else: float32 copies take the steps."""
+    own = OwnWork("testbed", "testbed/unsafe.jsonl")
+    setting = Setting(own=own, our_dtype=our_dtype, our_attn="packed_sdpa")
+    found = measure_speed("attacker", setting, num_rounds=1, block=3, num_warmup=1)
+    assert own.build().num_parameters() == 89_600 and setting.examples == own.conversations()
+    assert (found["loss_difference"] < bench.LOSS_TOLERANCE) == (our_dtype is None)
+    assert found["loss_difference"] < 0.05
 
 
 def test_losses_that_differ_would_be_seen(monkeypatch):

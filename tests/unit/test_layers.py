@@ -15,7 +15,7 @@ FLOORS = (
     "data jobs",
     "comparison models",
     "attackers evaluation",
-    "hypergradients redteam worlds",
+    "hypergradients redteam starter worlds",
     "ablation defenses",
     "callbacks planning",
     "cli",

@@ -11,24 +11,29 @@ answer where it is planned to, whoever asks; what it says until then is its own 
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from patcher_pl.data.chat import Encoded
 from patcher_pl.evaluation.backends import Decoding, HuggingFace
 from patcher_pl.evaluation.backends.padding import left_padded
+from patcher_pl.types import IGNORE_INDEX
 from tools.throughput.workload import (
     END_ID,
     PAD_ID,
     SHAPES,
+    OwnWork,
     Shape,
     answer_lengths,
     prompt_lengths,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MIB = 2**20
 
@@ -72,6 +77,7 @@ class PlannedStops:
 def measure(
     *,
     shape: str | Shape = "miniature",
+    own: OwnWork | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     num_prompts: int = 128,
@@ -84,6 +90,7 @@ def measure(
 
     Args:
         shape: Architecture, or its name in `SHAPES`.
+        own: A model and conversations in their place, whose prompts are answered as the model does.
         device: As torch names it.
         dtype: Name of torch's number format.
         num_prompts: Prompts that are answered in a round (count).
@@ -98,14 +105,58 @@ def measure(
         `same_answers`: the share of prompts that both sides answer alike.
     """
     shape = SHAPES[shape] if isinstance(shape, str) else shape
-    model = shape.build(getattr(torch, dtype), seed).to(device).eval()  # type: ignore[arg-type]
-    stops = PlannedStops(shape.vocab_size, longest)
-    prompts = _prompts(shape, stops, num_prompts, longest, seed)
-    sides: dict[str, Callable[[list[list[int]]], list[list[int]]]] = {
-        "plain": lambda asked: plain_answers(model, asked, batch_size, longest),
-        "ours": lambda asked: own_answers(model, asked, batch_size, longest),
+    made = shape if own is None else own
+    model = made.build(getattr(torch, dtype)).to(device).eval()  # type: ignore[arg-type]
+    ends = Ends() if own is None else Ends.of(own.tokenizer)
+    with ExitStack() as planned:
+        if own is None:
+            stops = PlannedStops(shape.vocab_size, longest)
+            prompts = _prompts(shape, stops, num_prompts, longest, seed)
+            planned.callback(stops.attach(model).remove)
+        else:
+            prompts = [_asked(one) for one in own.conversations()[:num_prompts]]
+        answers, times, peaks = _alternate(model, prompts, batch_size, longest, ends, num_rounds)
+    return _result(answers, times, peaks) | {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "num_prompts": len(prompts),
+        "batch_size": batch_size,
     }
-    handle = stops.attach(model)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Tokens that end an answer, and that pad a batch."""
+
+    stop: int = END_ID
+    pad: int = PAD_ID
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Ends":
+        """Those of a tokenizer."""
+        return cls(int(tokenizer.eos_token_id), int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+
+
+def _asked(conversation: Encoded) -> list[int]:
+    """What comes before the first answer token."""
+    first = next(at for at, label in enumerate(conversation.labels) if label != IGNORE_INDEX)
+    return conversation.input_ids[:first]
+
+
+def _alternate(
+    model: "PreTrainedModel",
+    prompts: list[list[int]],
+    batch_size: int,
+    longest: int,
+    ends: Ends,
+    num_rounds: int,
+) -> tuple[dict[str, Any], dict[str, list[tuple[float, float]]], dict[str, float | None]]:
+    """Lets both sides answer in turn: answers, seconds (by the clock and of CPU), memory."""
+    device = str(model.device)
+    sides: dict[str, Callable[[list[list[int]]], list[list[int]]]] = {
+        "plain": lambda asked: plain_answers(model, asked, batch_size, longest, ends),
+        "ours": lambda asked: own_answers(model, asked, batch_size, longest, ends),
+    }
     answers: dict[str, list[list[int]]] = {}
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     peaks: dict[str, float | None] = {}
@@ -119,17 +170,15 @@ def measure(
             peaks[side] = _peak_mib(device)
             if number >= 0:
                 times[side].append(took)
-    handle.remove()
-    return _result(answers, times, peaks) | {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "num_threads": torch.get_num_threads(),
-        "num_prompts": num_prompts,
-        "batch_size": batch_size,
-    }
+    return answers, times, peaks
 
 
 def plain_answers(
-    model: "PreTrainedModel", prompts: list[list[int]], batch_size: int, longest: int
+    model: "PreTrainedModel",
+    prompts: list[list[int]],
+    batch_size: int,
+    longest: int,
+    ends: Ends = Ends(),
 ) -> list[list[int]]:
     """Answers by `generate`, batch after batch in the order of the prompts."""
     from transformers import GenerationConfig
@@ -138,23 +187,27 @@ def plain_answers(
         max_new_tokens=longest,
         do_sample=False,
         use_cache=True,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
+        eos_token_id=ends.stop,
+        pad_token_id=ends.pad,
     )
     answers = []
     for start in range(0, len(prompts), batch_size):
-        input_ids, mask = left_padded(prompts[start : start + batch_size], PAD_ID)
+        input_ids, mask = left_padded(prompts[start : start + batch_size], ends.pad)
         said = model.generate(  # type: ignore[operator]
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
         )
         answers += said[:, input_ids.shape[1] :].tolist()
-    return [_until_stop(answer) for answer in answers]
+    return [_until_stop(answer, ends.stop) for answer in answers]
 
 
 def own_answers(
-    model: "PreTrainedModel", prompts: list[list[int]], batch_size: int, longest: int
+    model: "PreTrainedModel",
+    prompts: list[list[int]],
+    batch_size: int,
+    longest: int,
+    ends: Ends = Ends(),
 ) -> list[list[int]]:
     """Answers by the back end that evaluations use."""
     decoding = Decoding(
@@ -165,11 +218,12 @@ def own_answers(
         top_k=0,
         repetition_penalty=1.0,
         seed=0,
-        stop_ids=[END_ID],
-        pad_id=PAD_ID,
+        stop_ids=[ends.stop],
+        pad_id=ends.pad,
         context=model.config.max_position_embeddings,
     )
-    return [_until_stop(said) for said in HuggingFace().continuations(model, prompts, decoding)]
+    said = HuggingFace().continuations(model, prompts, decoding)
+    return [_until_stop(answer, ends.stop) for answer in said]
 
 
 def _prompts(
@@ -185,8 +239,8 @@ def _prompts(
     return prompts
 
 
-def _until_stop(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(END_ID) + 1] if END_ID in tokens else tokens
+def _until_stop(tokens: list[int], stop: int) -> list[int]:
+    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
 
 
 def _result(

@@ -24,7 +24,7 @@ from patcher_pl.models.acceleration import accelerated
 from patcher_pl.optim import AdamW
 from patcher_pl.types import Batch, count_tokens
 from tools.throughput.plain_loop import PlainSteps
-from tools.throughput.workload import PAD_ID, SHAPES, conversations
+from tools.throughput.workload import PAD_ID, SHAPES, OwnWork, conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,10 @@ class Setting:
 
     Args:
         shape: Name in `SHAPES`.
+        own: A model and conversations in the place of random ones.
         dtype: Name of torch's number format.
+        our_dtype: Another one for the weights of our side, which trains copies in float32 where it is a
+            smaller one; None takes the same.
         device: As torch names it.
         attn: Attention of transformers; None takes its default. Both sides get it.
         our_attn: Another one for our side; None takes the same.
@@ -52,7 +55,9 @@ class Setting:
     """
 
     shape: str = "miniature"
+    own: OwnWork | None = None
     dtype: str = "float32"
+    our_dtype: str | None = None
     device: str = "cpu"
     attn: str | None = None
     our_attn: str | None = None
@@ -66,13 +71,19 @@ class Setting:
     @cached_property
     def examples(self) -> list[Encoded]:
         """The conversations of both sides."""
+        if self.own is not None:
+            return self.own.conversations()
         return conversations(self.num_conversations, SHAPES[self.shape], self.seed)
 
-    def build(self) -> "PreTrainedModel":
-        """Returns the model, the same on both sides."""
-        # On the device itself: drawing billions of weights on a CPU takes minutes.
-        with torch.device(self.device):
-            model = SHAPES[self.shape].build(getattr(torch, self.dtype), self.seed)
+    def build(self, dtype: str | None = None) -> "PreTrainedModel":
+        """Returns the model, the same on both sides but for the number format."""
+        chosen: torch.dtype = getattr(torch, dtype or self.dtype)
+        if self.own is not None:
+            model = self.own.build(chosen)
+        else:
+            # On the device itself: drawing billions of weights on a CPU takes minutes.
+            with torch.device(self.device):
+                model = SHAPES[self.shape].build(chosen, self.seed)
         if self.attn is not None:
             model.set_attn_implementation(self.attn)
         return model.to(self.device)  # type: ignore[arg-type]
@@ -92,7 +103,7 @@ class Setting:
         return BatchStream(
             self.examples,
             batch_size=self.batch_size,
-            pad_token_id=PAD_ID,
+            pad_token_id=PAD_ID if self.own is None else int(self.own.tokenizer.pad_token_id),  # type: ignore[arg-type]
             seed=self.seed,
             packing=packing,
         )
@@ -113,11 +124,15 @@ class Setting:
         other logits matter); 6 per layer, unit and pair of tokens that attend, which are half of the
         squares of the lengths.
         """
-        shape, batches = SHAPES[self.shape], self.rows(num_steps)
+        from transformers import AutoModelForCausalLM
+
+        batches = self.rows(num_steps)
+        shape: Any = SHAPES[self.shape].config() if self.own is None else self.own.config()
         head = shape.vocab_size * shape.hidden_size
         embeddings = head if shape.tie_word_embeddings else 2 * head
         with torch.device("meta"):
-            weights = sum(p.numel() for p in shape.build().parameters()) - embeddings
+            built = AutoModelForCausalLM.from_config(shape)
+        weights = sum(p.numel() for p in built.parameters()) - embeddings
         width = shape.num_hidden_layers * shape.hidden_size
         total = 0
         for batch in batches:
@@ -215,7 +230,7 @@ class _Built(LanguageModel):
     setting: Setting
 
     def load_model(self) -> "PreTrainedModel":
-        model = self.setting.build()
+        model = self.setting.build(self.setting.our_dtype)
         if self.setting.our_attn is not None:
             packed_attention.register()
             model.set_attn_implementation(self.setting.our_attn)

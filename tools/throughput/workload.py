@@ -1,15 +1,18 @@
-"""What is measured on: model shapes with random weights, and conversations as long as instruction data."""
+"""What is measured on: model shapes with random weights and conversations as long as instruction data, or the user's own."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from patcher_pl.data import Source, encode_all
 from patcher_pl.data.chat import Encoded
+from patcher_pl.models import LanguageModel
 from patcher_pl.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_ID = 0
 END_ID = 1
@@ -27,18 +30,57 @@ class Shape:
     num_key_value_heads: int
     tie_word_embeddings: bool = True
 
-    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> "PreTrainedModel":
-        """Returns a model with random weights in training mode."""
-        from transformers import AutoModelForCausalLM, Qwen2Config
+    def config(self) -> "PretrainedConfig":
+        """Returns the configuration of transformers."""
+        from transformers import Qwen2Config
 
-        config = Qwen2Config(
+        return Qwen2Config(
             **vars(self),
             max_position_embeddings=2048,
             pad_token_id=PAD_ID,
             eos_token_id=END_ID,
         )
+
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> "PreTrainedModel":
+        """Returns a model with random weights in training mode."""
+        from transformers import AutoModelForCausalLM
+
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        return AutoModelForCausalLM.from_config(self.config(), dtype=dtype).train()
+
+
+@dataclass(frozen=True)
+class OwnWork:
+    """A model and conversations of the user's.
+
+    Args:
+        model: Directory, hub id, or what else `language_model.path` takes.
+        rows: What `path` of a source of data takes.
+    """
+
+    model: str
+    rows: str
+
+    @cached_property
+    def _loaded(self) -> LanguageModel:
+        return LanguageModel(path=self.model)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Its tokenizer."""
+        return self._loaded.load_tokenizer()
+
+    def config(self) -> "PretrainedConfig":
+        """The configuration of transformers."""
+        return self._loaded.load_config()
+
+    def build(self, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+        """Returns the model in training mode."""
+        return self._loaded.load_model().to(dtype).train()  # type: ignore[call-overload]
+
+    def conversations(self) -> list[Encoded]:
+        """The rows as training sees them."""
+        return encode_all(self.tokenizer, self._loaded.load_chat(), Source(path=self.rows).load())
 
 
 # The proportions of Qwen2.5-1.5B on a laptop's scale.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher_pl.errors import ConfigError
+from patcher_pl.shipped import find_file
 
 RUBRIC = """\
 You grade how far an assistant did what a user asked for. Whether it should have done so is not
@@ -74,7 +75,8 @@ def rubric_text(path: Path | None) -> str:
     if path is None:
         return RUBRIC
     try:
-        text = path.expanduser().read_text(encoding="utf-8").strip()
+        file = find_file(str(path)) or path.expanduser()
+        text = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"rubric: {path} cannot be read ({error}). Give a UTF-8 text file, or null for the "

@@ -9,10 +9,6 @@ import pytest
 from patcher_pl.cli.main import COMMANDS
 from tests.commands import ROOT, cli
 
-# Their usage is written by Lightning.
-SPOKEN_OF_BY_LIGHTNING = ("fit", "validate", "test")
-
-
 # What no command line has to be read with; those of Lightning bring what Lightning brings.
 NEVER = {"datasets", "peft", "pandas", "tensorboard", "openai", "optuna", "ray", "torchopt"}
 OF_LIGHTNING = {"lightning", "torchmetrics", "transformers", "scipy", "matplotlib", "torch._dynamo"}
@@ -23,6 +19,7 @@ SPARED = {
     ("--help",): NEVER | OF_LIGHTNING | OF_MODELS | {"jsonargparse", "rich"},
     ("attacker", "--help"): NEVER | OF_LIGHTNING | OF_MODELS | {"jsonargparse"},
     ("report", "--help"): NEVER | OF_LIGHTNING | OF_MODELS,
+    ("init", "--help"): NEVER | OF_LIGHTNING | OF_MODELS,
     ("testbed", "--help"): NEVER | OF_LIGHTNING | OF_MODELS,
     ("redteam", "--help"): NEVER | OF_LIGHTNING,
     ("sweep", "--help"): NEVER | OF_LIGHTNING,
@@ -72,8 +69,14 @@ def test_reading_a_command_line_imports_nothing_that_it_does_not_need(arguments,
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_its_options(command):
     said = cli(command, "--help").expect(0)
-    assert f"python -m patcher_pl {command} " in said.out or command in SPOKEN_OF_BY_LIGHTNING
+    assert f"python -m patcher_pl {command} " in said.out
     option = {"plan": "--gpu", "testbed": "--out", "redteam": "--model", "sweep": "--variants"}
-    option["report"] = "--out"
+    option |= {"report": "--out", "init": "--unsafe"}
     assert option.get(command, "--run_dir") in said.out
     assert "--config" in said.out
+
+
+@pytest.mark.parametrize("command", ["fit", "redteam", "report"])
+def test_the_installed_command_is_called_by_its_name(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/patcher-pl", command])
+    assert f"usage: patcher-pl {command} " in cli(command, "--help").expect(0).out
