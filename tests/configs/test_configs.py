@@ -30,7 +30,12 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
 
 # Tiny models of the same family stand in for those on the hub.
-FAMILY_OF = {"/Qwen2.5-": "qwen2", "/Qwen3-": "qwen3", "/Meta-Llama-3-": "llama"}
+FAMILY_OF = {
+    "/Qwen2.5-": "qwen2",
+    "/Qwen3-": "qwen3",
+    "/Meta-Llama-3-": "llama",
+    "/smollm2-": "llama",
+}
 
 # What cannot be sharded, and what is said about it.
 ON_ONE_DEVICE = {
@@ -192,16 +197,23 @@ def test_options_of_the_red_team_command_are_built(path, nothing_is_loaded):
 
 
 @ignoring_deprecations
-@pytest.mark.parametrize("search", [None, *of_kind("search")])
-def test_the_testbed_red_team_is_built_with_the_models_that_it_hardens(
-    search, nothing_is_loaded, tmp_path
+@pytest.mark.parametrize(
+    ("folder", "search", "num_cells"),
+    [
+        ("testbed", None, 24),
+        *(("testbed", *param.values, 24) for param in of_kind("search")),
+        ("smollm2-135m", None, 9),
+    ],
+)
+def test_a_red_team_is_built_with_the_models_that_it_hardens(
+    folder, search, num_cells, nothing_is_loaded, tmp_path
 ):
     """Wrong if an attack, the search or a `fit` named what does not exist, minutes into the run."""
-    files = [ROOT / "configs" / "testbed" / "redteam.yaml", *([search] if search else [])]
+    files = [ROOT / "configs" / folder / "redteam.yaml", *([search] if search else [])]
     parser = function_parser("redteam", run_redteam)
     options = parser.instantiate(parser.parse_args([f"--config={file}" for file in files]))
     assert (options.search is None) == (search is None)
-    assert len(options.redteam.cells()) == 24 * len(options.redteam.seeds)
+    assert len(options.redteam.cells()) == num_cells * len(options.redteam.seeds)
     for target in options.models:
         if target.fit is None:
             assert target.from_scratch_seed is not None
@@ -278,7 +290,7 @@ def test_every_trial_of_a_comparison_is_built_and_every_defense_is_in_one(
         built = PatcherCLI("fit", [*own[-1].fits[0].arguments, "--run_dir", str(tmp_path)])
         trained.add(type(built.model).__name__)
         assert built.options.redteam.seeds == options.selection.seeds
-    if path.stem == "comparison":
+    if path == ROOT / "configs" / "testbed" / "comparison.yaml":
         assert trained == set(defenses.__all__) - {"Defense"}
     assert len(options.seeds) == 5
     assert len(red_team(Path(options.redteam)).cells()) >= 3
@@ -333,16 +345,19 @@ def sources_of(content):
     for name in ("prompts", "benign_prompts"):
         if name in content["redteam"]:
             yield content["redteam"][name]["source"]
+    for measure in content["redteam"].get("utility", ()):
+        yield measure["init_args"]["data"]["source"]
 
 
 def local_rows(source, number):
     """A few rows in the schema that the source's reader expects; no two sources share a prompt."""
-    reader = source["reader"]["class_path"].rpartition(".")[2]
+    reader = source.get("reader", {"class_path": "PromptResponse"})["class_path"].rpartition(".")[2]
     asked = [f"How do I brew draught {number}-{place}?" for place in range(8)]
     rows = {
         "BeaverTailsRefusals": {"response": "Stir.", "refusal": "I can't.", "is_safe": False},
         "BeaverTails": {"response": "Stir.", "is_safe": False, "category": {}},
         "ColumnMap": {},
+        "PromptResponse": {"response": "Stir."},
     }
     if reader == "Gsm8k":
         return [{"question": text, "answer": "Two. #### 2"} for text in asked]

@@ -2,6 +2,7 @@
 
 import json
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -155,15 +156,17 @@ def test_the_command_and_a_process_of_its_own(towers, knowing, tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in FILES:
         file = resolve_data(f"{towers}:{knowing}/{name}.jsonl")
-        assert (out / "data" / f"{name}.jsonl").read_text() == open(file).read()
+        assert (out / "data" / f"{name}.jsonl").read_text() == Path(file).read_text()
     with pytest.raises(DataError, match="could not be built"):
         resolve_data(f"{FACTS}:{knowing}/safe.jsonl")
 
 
 def test_a_model_that_knows_too_little(towers, knowing, tmp_path):
     other = tmp_path / "other.yaml"
-    other.write_text(towers.read_text().replace("{red: Anna", "{red: Xaver").replace("Hugo", "Otto"))
-    with pytest.raises(ConfigError, match="knows too little of .*keepers 8 of 12") as refused:
+    other.write_text(
+        towers.read_text().replace("{red: Anna", "{red: Xaver").replace("Hugo", "Otto")
+    )
+    with pytest.raises(ConfigError, match=r"knows too little of .*keepers 8 of 12") as refused:
         FactsWorld(str(other)).write(tmp_path, str(knowing))
     assert "nothing is left for" in str(refused.value)
 
