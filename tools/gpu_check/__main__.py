@@ -142,6 +142,7 @@ def parts_of(check: Check) -> dict[str, Callable[[], Any]]:
         "sharded": runs.sharded,
         "fsdp1": runs.fsdp1,
         "concurrent": runs.concurrent,
+        "facts": runs.facts,
         "planner": lambda: check.tool(
             "check_planner",
             ["--accelerator", accelerator, "--hypergradients", "FirstOrder", "--sizes", *sizes],
@@ -173,7 +174,7 @@ def parts_of(check: Check) -> dict[str, Callable[[], Any]]:
 # anything and run at once.
 FIRST = ("qwen2.5-1.5b",)
 ASIDE = ("potions_on_cpu",)
-TOGETHER = ("potions", "repeated", "sharded", "fsdp1", "concurrent", "planner")
+TOGETHER = ("potions", "repeated", "sharded", "fsdp1", "concurrent", "planner", "facts")
 LAST = ("qwen2.5-7b", "hypergradients", "generation")
 
 

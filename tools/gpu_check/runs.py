@@ -12,6 +12,7 @@ from typing import Any
 from tools.gpu_check.processes import Clock, PartError, kill, run, start, tail
 
 CONFIG = "configs/testbed/patcher.yaml"
+MODEL = "models/smollm2-135m"
 FSDP2 = {
     "trainer.strategy": "lightning.pytorch.strategies.ModelParallelStrategy",
     "trainer.strategy.init_args.data_parallel_size": "1",
@@ -124,6 +125,20 @@ class Runs:
             raise PartError("FSDP1 needs a GPU")
         strategy = {"trainer.strategy": "lightning.pytorch.strategies.FSDPStrategy"}
         return _summary(self.short("fsdp1", **strategy))
+
+    def facts(self) -> dict[str, Any]:
+        """SmolLM2's facts world: the paper's k1 with k2 scaled to minutes, and the SFT control."""
+        if not Path(MODEL).exists():
+            raise PartError(f"there is no {MODEL}; see tools/gpu_check/run.sh")
+        toy = self.device != "gpu"
+        options = {
+            "model.init_args.attacker.init_args.num_steps": "2" if toy else "300",
+            "model.init_args.refresh_every": "2" if toy else "200",
+            "model.init_args.num_sft_steps": "2" if toy else "200",
+            **(self._short if toy else {"trainer.precision": "bf16-mixed"}),
+            "trainer.max_steps": "4" if toy else "800",
+        }
+        return _summary(self.fit("facts", "configs/smollm2-135m/patcher.yaml", **options))
 
     def concurrent(self) -> dict[str, Any]:
         """Attacker and defender on one device."""
