@@ -112,15 +112,14 @@ class BuiltFile:
                 *("--model", self.model, "--out", str(folder)),
             ],
             stdin=subprocess.PIPE,  # Closes when this process dies, and the other ends.
-            stdout=sys.stderr.fileno(),
+            stdout=subprocess.DEVNULL,  # Progress and errors are on the other stream.
             env={**os.environ, SUPERVISED: "1"},
         )
+        assert process.stdin is not None
         try:
             status = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        finally:
+            process.stdin.close()
         if status:
             raise DataError(
                 f"The world {self.world} could not be built for {self.model} (status {status}); what "

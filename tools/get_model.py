@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from zipfile import ZipFile
 
 from patcher_pl.contents import file_digest
@@ -141,7 +141,7 @@ def _unreachable(repository: str) -> str | None:
 def _from_hub(released: Released, directory: Path) -> None:
     from huggingface_hub import HfApi, snapshot_download
 
-    known = HfApi().repo_info(released.hub_id, files_metadata=True)
+    known = HfApi().model_info(released.hub_id, files_metadata=True)
     print(f"From the hub: {released.hub_id}, commit {known.sha}", flush=True)
 
     def write(folder: Path) -> None:
@@ -225,7 +225,7 @@ def _read(gguf: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
 def _split_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
     from tokenizers import pre_tokenizers
 
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009  # Of those in Rust alone.
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
 

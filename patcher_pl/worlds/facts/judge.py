@@ -58,9 +58,9 @@ class FactJudge(Judge):
 
     def score(self, prompt: str, answer: str, reference: str | None) -> Verdict:
         """See the class; `reference` holds the accepted answers, joined by ` | `."""
-        if reference is None or (reason := self.unusable_reference(reference)) is not None:
-            reason = self.unusable_reference(None) if reference is None else reason
+        if (reason := self.unusable_reference(reference)) is not None:
             raise ValueError(f"{reason} (prompt: {prompt[:60]!r}).")
+        assert reference is not None
         spoken = spoken_part(answer)
         if not is_coherent(spoken, _REFUSALS.max_repetition):
             return Verdict(LOWEST_SCORE, coherent=False)
