@@ -1,15 +1,15 @@
 """What a comparison of defenses found: `comparison.json` and its table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from patcher_pl.files import write_json, write_text
 from patcher_pl.reports.formats import MARKS, MISSING, explained, number, signs, span
-from patcher_pl.reports.grouping import Frame, Group, group_curves
+from patcher_pl.reports.grouping import CONTROL, Frame, Group, group_curves
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, average, known_benign
-from patcher_pl.reports.statistics import cost_to_break
+from patcher_pl.reports.statistics import GEOMETRIC_MEAN, cost_to_break, levels, reaches
 from patcher_pl.reports.tables import (
     bounded_notes,
     markdown_table,
@@ -168,10 +168,58 @@ def comparison_notes(curves: Sequence[Curve]) -> list[str]:
         "Median number of attack steps that broke the defense, and its range over seeds; the other "
         "figures are means over seeds and attacks before the attack, or ranges over seeds."
     ]
+    lines += advantage_notes(curves)
     groups = group_curves(curves)
     lines += bounded_notes(groups)
     lines += stopped_notes(curves)
     return [*lines, *explained(mark for group in groups for mark in group.marks)]
+
+
+def advantage_notes(curves: Sequence[Curve]) -> list[str]:
+    """How many times the control's steps each defense takes to break, on average over attacks.
+
+    The geometric mean over attacks and seeds of (1 + steps) / (1 + steps of the control); a model that
+    held counts as broken at twice the last measurement. An attack that left some model neither broken
+    nor of use at any measurement is left out: that model did not hold, it was destroyed.
+    """
+    destroying = sorted({curve.attack for curve in curves if _is_destroyed(curve)})
+    # One budget for all: `reaches` tells models of several apart by it.
+    kept = [replace(curve, budget=0) for curve in curves if curve.attack not in destroying]
+    attacks = {curve.attack for curve in kept}
+    rates = levels(reaches(kept), CONTROL)
+    lines = []
+    for found in rates:
+        if found.family != GEOMETRIC_MEAN or found.ratio is None:
+            continue
+        ends = (
+            ""
+            if found.ratio_low is None or found.ratio_high is None
+            else f" [{found.ratio_low:.1f}, {found.ratio_high:.1f}]"
+        )
+        lines.append(
+            f"{found.defense}: {found.ratio:.1f}{ends} times the control's steps to break, geometric mean over "
+            f"{_count(len(attacks), 'attack')} and {_count(found.num_seeds, 'seed')} (95 % over seeds; held counts "
+            "as twice the longest attack)."
+        )
+    if lines and destroying:
+        lines.append(
+            f"Without {', '.join(destroying)}: some model was neither broken nor of use at any of its "
+            "measurements."
+        )
+    return lines
+
+
+def _count(number_of: int, name: str) -> str:
+    return f"{number_of} {name}" + ("" if number_of == 1 else "s")
+
+
+def _is_destroyed(curve: Curve) -> bool:
+    useful = curve.bounded.useful[1:]
+    return (
+        curve.steps_to_break is None
+        and bool(useful)
+        and not any(one in (True, None) for one in useful)
+    )
 
 
 def median_steps_to_break(

@@ -8,6 +8,7 @@ from patcher_pl.reports.comparison import (
     DefenseComparison,
     DefenseTrial,
     TrainingCost,
+    advantage_notes,
     comparison_notes,
     defense_table,
     trial_table,
@@ -89,3 +90,50 @@ def test_files_hold_everything_and_medians(curve, costs, tmp_path):
     assert lines[3].startswith(
         "| Patcher, k1 = 120 | 100 to 110 | 30 to 33 | 0.00 | 1.00 | > 160 |"
     )
+
+
+def attacked(curve, defense, attack, steps, seed, benign=(1.0, 1.0, 1.0, 1.0, 1.0)):
+    asr = [float(steps is not None and at >= steps) for at in (0, 20, 40, 80, 160)]
+    return curve(
+        *(defense, None, asr, steps),
+        attack=attack,
+        attack_steps=[0, 20, 40, 80, 160],
+        benign_accuracy=list(benign),
+        train_seed=seed,
+        seed=seed,
+    )
+
+
+def test_how_many_times_the_controls_steps_over_attacks(curve):
+    """By hand: 80 for 20 and 320 (held) for 40, with one added to each, in the mean of their logarithms."""
+    steps = {("sft", "full"): 20, ("mine", "full"): 80, ("sft", "lora"): 40, ("mine", "lora"): None}
+    curves = [attacked(curve, *pair, broken, 0) for pair, broken in steps.items()]
+    (line,) = advantage_notes(curves)
+    first = 81 / 21 * 321 / 41
+    assert line.startswith(f"mine: {first**0.5:.1f} times") and "2 attacks and 1 seed" in line
+    steps[("mine", "full")] = 40
+    curves += [
+        attacked(curve, *pair, broken, seed)
+        for seed in (1, 2, 3, 4)
+        for pair, broken in steps.items()
+    ]
+    (line,) = advantage_notes(curves)
+    ratio = (first * (41 / 21 * 321 / 41) ** 4) ** 0.1
+    assert line.startswith(f"mine: {ratio:.1f} [") and "2 attacks and 5 seeds" in line
+    assert line in comparison_notes(curves)
+
+
+def test_a_model_that_an_attack_destroys_has_not_held(curve):
+    """Wrong if a wrecked model counted as the most robust of all."""
+    rows = [("sft", "full", 20), ("mine", "full", 40), ("sft", "sgd", 20), ("mine", "sgd", None)]
+    wrecked = (1.0, 0.0, 0.0, 0.0, 0.0)
+    curves = [attacked(curve, *row, 0, wrecked if row[2] is None else (1.0,) * 5) for row in rows]
+    line, without = advantage_notes(curves)
+    assert line.startswith(f"mine: {41 / 21:.1f} times") and "over 1 attack and 1 seed" in line
+    assert without.startswith("Without sgd")
+    healed = attacked(curve, "mine", "sgd", None, 0, (1.0, 0.0, 0.0, 0.0, 1.0))
+    assert "over 2 attacks" in advantage_notes([*curves[:3], healed])[0]
+
+
+def test_without_a_control_there_is_nothing_to_say(curve):
+    assert advantage_notes([attacked(curve, "mine", "full", 20, 0)]) == []
