@@ -179,8 +179,8 @@ def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
     positive = [step for step in steps if step > 0]
     if len(positive) >= 3 and positive[-1] >= 8 * positive[0]:
         axis.set_xscale("symlog", base=2, linthresh=positive[0])
-        # Ten labels fit beside each other.
-        gap = max(1.3, 2 ** ((math.log2(positive[-1] / positive[0]) + 1) / 10))
+        room = _num_labels(axis, len(str(positive[-1])))
+        gap = max(1.3, 2 ** ((math.log2(positive[-1] / positive[0]) + 1) / room))
         kept = [positive[-1]]
         for step in reversed(positive[:-1]):
             if kept[-1] >= gap * step:
@@ -191,6 +191,14 @@ def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_xlim(0, max(steps[-1], 1))
+
+
+def _num_labels(axis: "Axes", num_digits: int) -> float:
+    """How many labels of so many digits fit beside each other (at most ten)."""
+    figure, grid = axis.get_figure(), axis.get_gridspec()
+    assert figure is not None and grid is not None
+    inches = figure.get_size_inches()[0] / grid.ncols
+    return min(10.0, 10 * inches / (num_digits + 1.5))
 
 
 def _scale_amounts(axis: "Axes", amounts: Sequence[float]) -> None:
