@@ -195,8 +195,10 @@ def _scale_steps(axis: "Axes", steps: Sequence[int]) -> None:
 
 def _num_labels(axis: "Axes", num_digits: int) -> float:
     """How many labels of so many digits fit beside each other (at most ten)."""
+    from matplotlib.figure import Figure
+
     figure, grid = axis.get_figure(), axis.get_gridspec()
-    assert figure is not None and grid is not None
+    assert isinstance(figure, Figure) and grid is not None
     inches = figure.get_size_inches()[0] / grid.ncols
     return min(10.0, 10 * inches / (num_digits + 1.5))
 
