@@ -2,12 +2,15 @@
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from patcher_pl.configurations import SUFFIXES, read_configuration
 from patcher_pl.contents import data_digest, file_digest, model_digest
-from patcher_pl.shipped import find_beside, find_file, resolve_data, resolve_model
+from patcher_pl.errors import DataError
+from patcher_pl.shipped import find_beside, find_file, resolve_model
+from patcher_pl.world_files import contents_of as contents_of_data
 
 # What a run writes, so that it differs afterwards: verdicts of a judge.
 _WRITTEN = ("cache",)
@@ -52,8 +55,11 @@ def content_of(name: str, folder: Path, key: str) -> str | None:
         return file_digest(file)
     if field == "path":
         name = str(find_beside(name, folder, Path()) or name)
-        of_data = owner in ("source", "sources")
-        return data_digest(resolve_data(name)) if of_data else model_digest(resolve_model(name))
+        if owner not in ("source", "sources"):
+            return model_digest(resolve_model(name))
+        # The run itself says what is wrong with a world that cannot be built.
+        with suppress(DataError):
+            return contents_of_data(name, None)
     if field == "include_path" and Path(name).expanduser().is_dir():
         return data_digest(name)
     return None

@@ -186,9 +186,8 @@ def advantage_notes(curves: Sequence[Curve]) -> list[str]:
     # One budget for all: `reaches` tells models of several apart by it.
     kept = [replace(curve, budget=0) for curve in curves if curve.attack not in destroying]
     attacks = {curve.attack for curve in kept}
-    rates = levels(reaches(kept), CONTROL)
     lines = []
-    for found in rates:
+    for found in levels(reaches(kept), CONTROL):
         if found.family != GEOMETRIC_MEAN or found.ratio is None:
             continue
         ends = (
@@ -215,11 +214,7 @@ def _count(number_of: int, name: str) -> str:
 
 def _is_destroyed(curve: Curve) -> bool:
     useful = curve.bounded.useful[1:]
-    return (
-        curve.steps_to_break is None
-        and bool(useful)
-        and not any(one in (True, None) for one in useful)
-    )
+    return curve.steps_to_break is None and bool(useful) and all(one is False for one in useful)
 
 
 def median_steps_to_break(

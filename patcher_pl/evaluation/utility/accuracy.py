@@ -2,20 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation.aggregate import Evaluation
 from patcher_pl.evaluation.benchmark import Benchmark, Question
-from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges import HIGHEST_SCORE
 from patcher_pl.evaluation.utility.base import JudgedMeasure
 from patcher_pl.validation import require
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +22,12 @@ class Accuracy(JudgedMeasure):
     Args:
         prompts: Prompts with known answers, by kind.
         judge: Gives the highest score to a right answer, and knows answers.
-        generation: How answers are drawn.
 
     Raises:
         ValueError: If there is no kind, or the judge knows no answers.
     """
 
     prompts: Mapping[str, Benchmark]
-    generation: Generation = field(default_factory=Generation)
 
     def __post_init__(self) -> None:
         require(self, bool(self.prompts), "prompts", "benchmarks by kind, at least one")
@@ -56,18 +48,6 @@ class Accuracy(JudgedMeasure):
     @cached_property
     def _by_kind(self) -> Mapping[str, Sequence[Question]]:
         return {kind: benchmark.questions() for kind, benchmark in self.prompts.items()}
-
-    def answers(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        chat: ChatFormat,
-        *,
-        seed: int,
-    ) -> list[Answer]:
-        generation = replace(self.generation, seed=self.generation.seed + seed)
-        prompts = [question.messages for question in self.questions]
-        return generation.generate(model, tokenizer, chat, prompts)
 
     def numbers(self, found: Evaluation) -> dict[str, float]:
         scores = [verdict.score for verdict in found.verdicts]

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation.aggregate import Evaluation, evaluate_answers
 from patcher_pl.evaluation.benchmark import Question
-from patcher_pl.evaluation.generate import Answer
+from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges import Judge
 
 if TYPE_CHECKING:
@@ -73,16 +73,17 @@ class JudgedMeasure(UtilityMeasure):
 
     Args:
         judge: Scores the answers.
+        generation: How answers are drawn.
     """
 
     judge: Judge
+    generation: Generation = field(default_factory=Generation)
 
     @property
     @abstractmethod
     def questions(self) -> Sequence[Question]:
         """What the model is asked."""
 
-    @abstractmethod
     def answers(
         self,
         model: "PreTrainedModel",
@@ -92,6 +93,9 @@ class JudgedMeasure(UtilityMeasure):
         seed: int,
     ) -> list[Answer]:
         """Asks the model, as `measure` does."""
+        generation = replace(self.generation, seed=self.generation.seed + seed)
+        prompts = [question.messages for question in self.questions]
+        return generation.generate(model, tokenizer, chat, prompts)
 
     @abstractmethod
     def numbers(self, found: Evaluation) -> dict[str, float]:

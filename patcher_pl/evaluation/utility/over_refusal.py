@@ -2,19 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation.aggregate import Evaluation
 from patcher_pl.evaluation.benchmark import Benchmark, Question
-from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges import LOWEST_SCORE
 from patcher_pl.evaluation.utility.base import JudgedMeasure
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +25,12 @@ class OverRefusal(JudgedMeasure):
     Args:
         prompts: Harmless prompts, best such as look harmful.
         judge: Gives the lowest score to a refusal.
-        generation: How answers are drawn.
 
     References:
         XSTest: Röttger et al., 2024, https://arxiv.org/abs/2308.01263.
     """
 
     prompts: Benchmark
-    generation: Generation = field(default_factory=Generation)
 
     @property
     def default_name(self) -> str:
@@ -54,18 +46,6 @@ class OverRefusal(JudgedMeasure):
     @cached_property
     def _questions(self) -> Sequence[Question]:
         return self.prompts.questions()
-
-    def answers(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        chat: ChatFormat,
-        *,
-        seed: int,
-    ) -> list[Answer]:
-        generation = replace(self.generation, seed=self.generation.seed + seed)
-        prompts = [question.messages for question in self.questions]
-        return generation.generate(model, tokenizer, chat, prompts)
 
     def numbers(self, found: Evaluation) -> dict[str, float]:
         scores = [verdict.score for verdict in found.verdicts if verdict.coherent and verdict.score]

@@ -66,3 +66,23 @@ def test_a_broken_configuration_is_named(files):
     (files / "configs" / "redteam.yaml").write_text("prompts: [")
     with pytest.raises(ConfigError, match=r"redteam\.yaml: not valid YAML"):
         digest(files)
+
+
+def digest_of_world(files, model):
+    options = {"data.val.sources": [Namespace(path=f"facts:{model}/safe.jsonl")]}
+    return Fit.plan(files / "run", files / "configs" / "base.yaml", options).digest
+
+
+def test_data_of_a_world_depends_on_the_model_that_it_is_built_for(files):
+    """Wrong if a run stayed "done already" after the model whose knowledge is its data was changed."""
+    (files / "asked").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (files / "asked" / name).write_text("some")
+    before = digest_of_world(files, "asked")
+    assert digest_of_world(files, "asked") == before
+    (files / "asked" / "model.safetensors").write_text("other weights")
+    assert digest_of_world(files, "asked") != before
+
+
+def test_a_world_without_its_model_is_for_the_run_to_refuse(files):
+    assert digest_of_world(files, "/no/such/model")
