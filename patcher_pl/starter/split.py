@@ -13,8 +13,8 @@ from patcher_pl.errors import DataError
 from patcher_pl.evaluation import RefusalPhraseJudge
 from patcher_pl.evaluation.judges.base import LOWEST_SCORE
 from patcher_pl.randomness import derive_seed
-from patcher_pl.world_files import resolve_data
 from patcher_pl.types import Conversation
+from patcher_pl.world_files import resolve_data
 
 # Different harmful prompts below which ASR would rest on a handful, and rows below which training would.
 MIN_PROMPTS, MIN_SAFE_ROWS = 20, 20
