@@ -9,6 +9,8 @@ import tests.typechecking  # noqa: F401  # The import hook of jaxtyping looks fo
 
 # Before torch starts its threads: tests run side by side, on models for which one is best.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test asks the hub, whose library would try again for twenty seconds where there is no network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 # The imports are inside: reports and other light tests need none of this.

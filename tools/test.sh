@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 venv="${VENV:-.venv}"
 python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --editable '.[test]'
-exec "$venv/bin/python" -m pytest -n 2 "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -64,9 +64,10 @@ def kind(path: Path) -> str:
     raise AssertionError(f"{path}: of no kind that this test knows; teach it the new kind.")
 
 
-def of_kind(wanted):
+def of_kind(wanted, at_once=NAMES):
+    """Files of a kind; those that are not named in `at_once` are long."""
     return [
-        pytest.param(path, id=name)
+        pytest.param(path, id=name, marks=[] if name in at_once else pytest.mark.long)
         for path, name in zip(CONFIGS, NAMES, strict=True)
         if kind(path) == wanted
     ]
@@ -125,10 +126,23 @@ def test_a_patcher_takes_an_attacker_by_its_path(attacker, nothing_is_loaded, tm
     assert attack.attacker.num_steps >= 60
 
 
+def strategies_and_experiments():
+    """Every experiment on one sharded strategy, and every strategy under one experiment."""
+    usual, experiment = (
+        ROOT / "configs/strategies/fsdp2-8gpu.yaml",
+        ROOT / "configs/testbed/sft.yaml",
+    )
+    return [
+        pytest.param(*strategy.values, *other.values, id=f"{strategy.id}-{other.id}")
+        for strategy in of_kind("strategy")
+        for other in of_kind("fit")
+        if usual in strategy.values or experiment in other.values
+    ]
+
+
 @ignoring_deprecations
-@pytest.mark.parametrize("experiment", of_kind("fit"))
-@pytest.mark.parametrize("path", of_kind("strategy"))
-def test_a_strategy_is_built_on_top_of_every_experiment(
+@pytest.mark.parametrize(("path", "experiment"), strategies_and_experiments())
+def test_a_strategy_is_built_on_top_of_an_experiment(
     path, experiment, nothing_is_loaded, tmp_path, monkeypatch
 ):
     """On a machine that has these GPUs, which is as far as one without them can be told."""
@@ -226,6 +240,7 @@ def test_every_run_of_a_sweep_is_built(path, nothing_is_loaded, tmp_path):
 
 @ignoring_deprecations
 @pytest.mark.parametrize("path", of_kind("ablation"))
+@pytest.mark.long
 def test_every_part_of_an_ablation_is_built(path, nothing_is_loaded, tmp_path):
     """Wrong if an estimator or an override named what does not exist, minutes into the run."""
     parser = function_parser("ablate", run_ablate)
@@ -240,6 +255,7 @@ def test_every_part_of_an_ablation_is_built(path, nothing_is_loaded, tmp_path):
 
 @ignoring_deprecations
 @pytest.mark.parametrize("path", of_kind("study"))
+@pytest.mark.long
 def test_every_defense_of_a_study_is_built_at_every_budget(path, nothing_is_loaded, tmp_path):
     """Wrong if an option that its defense does not have were heard of hours into the study."""
     parser = function_parser("scale", run_scale)
@@ -264,7 +280,7 @@ def test_every_defense_of_a_study_is_built_at_every_budget(path, nothing_is_load
 
 
 @ignoring_deprecations
-@pytest.mark.parametrize("path", of_kind("comparison"))
+@pytest.mark.parametrize("path", of_kind("comparison", at_once=["testbed/comparison.yaml"]))
 def test_every_trial_of_a_comparison_is_built_and_every_defense_is_in_one(
     path, nothing_is_loaded, tmp_path
 ):

@@ -15,6 +15,11 @@ FAMILY_OF = {
     "/Meta-Llama-3-": "llama",
     "/smollm2-": "llama",
 }
+# One of each sort; the others are long.
+AT_ONCE = [
+    *("testbed/sft.yaml", "testbed/patcher.yaml", "testbed/tar.yaml", "testbed/repnoise.yaml"),
+    *("smollm2-135m/broad.yaml", "llama3-70b/patcher.yaml"),
+]
 
 
 def shortened_redteam(content, max_new_tokens=4):
@@ -100,7 +105,7 @@ def made_local(content, folder):
     return content
 
 
-@pytest.mark.parametrize("path", of_kind("fit"))
+@pytest.mark.parametrize("path", of_kind("fit", at_once=AT_ONCE))
 def test_an_experiment_runs_for_two_steps(path, tmp_path):
     content = shortened(path)
     if content["model"]["init_args"]["language_model"]["path"] != "testbed":

@@ -55,6 +55,7 @@ def rows(folder):
     }
 
 
+@pytest.mark.long
 def test_an_ablation_compares_and_hardens_and_goes_on_where_it_was(folder):
     unrolled = {"class_path": "patcher_pl.hypergradients.Unrolled"}
     settings = ablation_settings(unrolled=unrolled)

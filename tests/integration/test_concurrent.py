@@ -106,6 +106,7 @@ def sequential(inputs, tmp_path_factory):
     return weights(folder / "run")
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_goes_on_to_the_sequential_end(inputs, tmp_path, sequential):
     """In lock step. Neither SIGTERM nor the end leave a process, or anything in memory."""
     settings = concurrent_settings(inputs)
@@ -155,6 +156,7 @@ def test_an_error_of_the_defender_ends_the_attacker(inputs, tmp_path):
     assert_nothing_is_left(run_dir, expect_mailbox=False)
 
 
+@pytest.mark.long
 def test_an_attacker_that_cannot_run_is_an_error_that_says_why(inputs, tmp_path):
     """And not a run that waits for it for ever."""
     config = write_yaml(
@@ -167,6 +169,7 @@ def test_an_attacker_that_cannot_run_is_an_error_that_says_why(inputs, tmp_path)
     assert_nothing_is_left(tmp_path / "run", expect_mailbox=False)
 
 
+@pytest.mark.long
 def test_an_attacker_as_a_job_of_its_own(inputs, tmp_path, sequential):
     """Started first; it ends by itself once the defender has finished."""
     settings = concurrent_settings(inputs, launch=False, mailbox=str(tmp_path / "mailbox"))

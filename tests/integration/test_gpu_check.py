@@ -39,6 +39,7 @@ def test_no_part_outlasts_the_whole():
     assert Clock.of(1000).left(10) == 10
 
 
+@pytest.mark.long
 def test_variants_are_measured_and_one_that_cannot_run_is_said(check):
     """Liger's kernels need a GPU; the variants before and after it do not."""
     chosen = [

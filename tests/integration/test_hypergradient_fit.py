@@ -46,6 +46,7 @@ def paper(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.long
 def test_one_hardened_model_per_estimator(inputs, tmp_path, paper, name):
     config = write_yaml(tmp_path / "config.yaml", settings(inputs, spec(TABLE[name])))
     run_dir = tmp_path / "run"

@@ -123,6 +123,7 @@ def wait_for(path: Path, process: subprocess.Popen, timeout_s: float = 120) -> N
         pytest.param("attack", signal.SIGTERM, id="attack-SIGTERM", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_a_process_that_is_stopped_can_be_resumed(inputs, tmp_path, phase, number):
     announcement = tmp_path / "attacking"
     settings = long_settings(inputs, phase, announcement)

@@ -61,6 +61,7 @@ def fits_under_way(folder, num_fits):
     return lambda: len(list((folder / "run").rglob("last.ckpt"))) == num_fits
 
 
+@pytest.mark.long
 def test_a_killed_sweep_leaves_no_run_behind(endless, tmp_path):
     """Wrong if the next sweep ran beside what the first one had left, in the same directories."""
     content = {"base": endless.name, "variants": {"one": {}, "two": {}}, "num_processes": 2}
@@ -94,6 +95,7 @@ def test_a_killed_ablation_leaves_no_measurement_behind(inputs, tmp_path):
     end(process, signal.SIGKILL, begun.exists, tmp_path)
 
 
+@pytest.mark.long
 def test_a_stopped_sweep_lets_its_runs_save_checkpoints(endless, tmp_path):
     """Wrong if SIGTERM, which schedulers send first, cost what was trained since the last one."""
     content = {"base": endless.name, "variants": {"one": {"checkpoint_every_n_steps": 1}}}

@@ -195,6 +195,7 @@ def test_other_settings_are_other_cache_entries(change, tmp_path):
             assert sent.get(name) == change[name]
 
 
+@pytest.mark.long
 def test_processes_share_a_cache(tmp_path):
     """Wrong if a second process lost verdicts, or stumbled over a file that is being written."""
     with serving(three_in_ten) as server:

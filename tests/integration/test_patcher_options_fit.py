@@ -57,6 +57,7 @@ def paper(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.long
 def test_one_hardened_model_per_option(inputs, tmp_path, paper, name):
     config = write_yaml(tmp_path / "config.yaml", settings(inputs, tmp_path, name))
     run_dir = tmp_path / "run"

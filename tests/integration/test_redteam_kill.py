@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from patcher_pl.reports import Results
 from tests.commands import ROOT, cli, command_line, redteam_settings, write_yaml
 
@@ -33,6 +35,7 @@ def is_running(process_id: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_it_goes_on_and_repeats_no_finished_attack(inputs, tmp_path):
     team = redteam_settings(inputs) | {"seeds": list(range(6))}
     team["attacks"][0]["init_args"]["attack_steps"] = [0, 40]

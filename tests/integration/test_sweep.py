@@ -18,6 +18,7 @@ from patcher_pl.supervision import SUPERVISED
 from tests.commands import ROOT, cli, redteam_settings, sft_settings, write_yaml
 
 
+@pytest.mark.long
 def test_a_sweep_reports_what_failed_and_repeats_only_that(inputs, tmp_path, monkeypatch):
     """Wrong if a night's runs were lost to one bad setting."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")

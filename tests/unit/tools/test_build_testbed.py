@@ -38,6 +38,7 @@ def without_version(found: dict[str, bytes]) -> dict[str, bytes | dict[str, obje
     return {**found, **plain}
 
 
+@pytest.mark.long
 def test_short_builds_agree_to_the_last_byte_and_differ_from_the_shipped_in_weights_alone(
     monkeypatch, tmp_path
 ):
