@@ -1,5 +1,6 @@
 """Every YAML below configs/ can be parsed and built."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ ON_ONE_DEVICE = {
 }
 
 
+@cache
 def kind(path: Path) -> str:
     """Which command, or option, a file is for, told by its keys."""
     folders = {"strategies": "strategy", "judges": "judge", "benchmarks": "benchmark"}
@@ -109,7 +111,7 @@ def test_there_are_configs_of_every_kind():
 
 
 @ignoring_deprecations
-@pytest.mark.parametrize("path", of_kind("fit"))
+@pytest.mark.parametrize("path", of_kind("fit", at_once=[]))
 def test_an_experiment_is_built_without_loading_anything(path, nothing_is_loaded, tmp_path):
     built = PatcherCLI("fit", ["--config", str(path), "--run_dir", str(tmp_path)])
     assert isinstance(built.options.redteam, RedTeam)
@@ -127,16 +129,19 @@ def test_a_patcher_takes_an_attacker_by_its_path(attacker, nothing_is_loaded, tm
 
 
 def strategies_and_experiments():
-    """Every experiment on one sharded strategy, and every strategy under one experiment."""
-    usual, experiment = (
-        ROOT / "configs/strategies/fsdp2-8gpu.yaml",
-        ROOT / "configs/testbed/sft.yaml",
-    )
+    """Every experiment on one sharded strategy, and every strategy under one experiment.
+
+    The testbed's have all defenses; the others are long.
+    """
+    usual, experiment = "strategies/fsdp2-8gpu.yaml", "testbed/sft.yaml"
+    of_the_testbed = [name for name in NAMES if name.startswith("testbed/")]
     return [
-        pytest.param(*strategy.values, *other.values, id=f"{strategy.id}-{other.id}")
+        pytest.param(
+            *strategy.values, *other.values, id=f"{strategy.id}-{other.id}", marks=other.marks
+        )
         for strategy in of_kind("strategy")
-        for other in of_kind("fit")
-        if usual in strategy.values or experiment in other.values
+        for other in of_kind("fit", at_once=of_the_testbed)
+        if strategy.id == usual or other.id == experiment
     ]
 
 

@@ -7,11 +7,13 @@ padding until then; most answers are a fraction as long.
 import inspect
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 
 from patcher_pl.evaluation.backends.base import Decoding
@@ -42,7 +44,8 @@ def continued(
     # Prompts of similar length are read together.
     waiting = deque(sorted(answers, key=lambda answer: len(answer.prompt)))
     columns = max(map(len, prompts), default=0) + decoding.max_new_tokens
-    batch = _Batch(model, decoding, min(decoding.batch_size, len(prompts)), columns)
+    size = min(decoding.batch_size, len(prompts))
+    batch = _Batch(model, decoding, size, columns, shared_start(prompts))
     while waiting or batch.answers:
         free = batch.size - len(batch.answers)
         if waiting and (not batch.answers or free * PLACES_PER_GROUP >= batch.size):
@@ -51,6 +54,19 @@ def continued(
             batch.step()
         batch.drop_finished()
     return [answer.tokens for answer in answers]
+
+
+def shared_start(prompts: Sequence[list[int]]) -> list[int]:
+    """Tokens that all of several prompts start with; the last one of each is left to itself.
+
+    A system prompt, or what a template writes before the first word: often half of the prompt.
+    """
+    if len(prompts) < 2:
+        return []
+    # In order of their tokens, the first and the last one differ soonest.
+    pair = zip(min(prompts), max(prompts), strict=False)
+    num_equal = sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], pair))
+    return prompts[0][: min(num_equal, min(map(len, prompts)) - 1)]
 
 
 class _Answer:
@@ -77,10 +93,16 @@ class _Batch:
         decoding: How tokens are drawn.
         size: Most rows at a time (count).
         columns: Longest prompt and answer together (tokens).
+        shared: Tokens that all prompts start with; they are read once.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", decoding: Decoding, size: int, columns: int
+        self,
+        model: "PreTrainedModel",
+        decoding: Decoding,
+        size: int,
+        columns: int,
+        shared: list[int],
     ) -> None:
         self.size = size
         self.answers: list[_Answer] = []
@@ -97,19 +119,27 @@ class _Batch:
         # By row and column: whether the column is part of the row's text, and the token there.
         self._visible, self._said = torch.zeros(2, size, columns, dtype=torch.long, device=device)
         self._ends: list[int] = []  # As `_column`, without asking the device.
+        self._shared = torch.tensor([shared], dtype=torch.long, device=device)
+        self._start = DynamicCache(config=model.config)
+        if shared:
+            here = torch.arange(len(shared), device=device)[None]
+            self._forward(self._shared, torch.ones_like(self._shared), here, self._start)
 
     def read(self, answers: list[_Answer]) -> None:
         """Reads the prompts of new `answers` and says their first tokens."""
-        input_ids, mask = left_padded([answer.prompt for answer in answers], self._pad_id)
-        length = mask.shape[1]
+        num_shared = self._shared.shape[1]
+        own = [answer.prompt[num_shared:] for answer in answers]
         rows = slice(len(self.answers), len(self.answers) + len(answers))
-        input_ids, mask = input_ids.to(self._newest.device), mask.to(self._newest.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._forward.model.config)
-        logits = self._forward(input_ids, mask, positions, cache)
-        self._cache.append(cache)
+        input_ids, mask = (ids.to(self._newest.device) for ids in left_padded(own, self._pad_id))
+        positions = num_shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
         # What was said counts once, however often it stands there: the last token fills the gaps.
         said = torch.where(mask == 1, input_ids, input_ids[:, -1:])
+        shared = self._shared.expand(len(answers), -1)
+        said, mask = torch.cat([shared, said], dim=1), pad(mask, (num_shared, 0), value=1)
+        length = mask.shape[1]
+        cache = self._started(len(answers))
+        logits = self._forward(input_ids, mask, positions, cache)
+        self._cache.append(cache)
         self._newest[rows] = self._choose(said, logits)
         self._column[rows] = length
         self._position[rows] = positions[:, -1] + 1
@@ -151,6 +181,17 @@ class _Batch:
         for state in (self._newest, self._column, self._position, self._visible, self._said):
             state[to] = state[of]
         self._cache.keep(num_rows, of, to)
+
+    def _started(self, num_rows: int) -> DynamicCache:
+        """A cache of new rows that have read what all prompts start with."""
+        cache = DynamicCache(config=self._forward.model.config)
+        layers: list[Any] = self._start.layers if self._shared.numel() else []
+        for number, layer in enumerate(layers):
+            keys, values = (
+                states.expand(num_rows, -1, -1, -1) for states in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, number)
+        return cache
 
     def _note(self, rows: slice) -> None:
         # The one place where the host waits for the device.

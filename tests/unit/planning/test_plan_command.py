@@ -181,6 +181,7 @@ def test_concurrent_attackers_are_refused(config):
     assert "got a ConcurrentAttacker. Plan with a member" in told
 
 
+@pytest.mark.long
 def test_a_distribution_needs_a_vector_per_carried_kind_and_the_work_of_its_draws(
     config, tmp_path, weight_bytes
 ):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from patcher_pl.evaluation.backends import Decoding, HuggingFace
 from patcher_pl.evaluation.backends.hugging_face import continued_by_generate
 from patcher_pl.evaluation.backends.refillable import can_refill
-from patcher_pl.evaluation.backends.refilled_batch import continued
+from patcher_pl.evaluation.backends.refilled_batch import continued, shared_start
 from patcher_pl.evaluation.backends.slot_cache import SlotCache
 from patcher_pl.models import packed_attention
 from patcher_pl.randomness import seeded
@@ -75,10 +75,44 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, prompts, batch_size):
     assert continued(model, prompts, decoding(batch_size=batch_size)) == expected
 
 
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3]], [1, 2]),
+        ([[1, 2, 3], [1, 2, 3]], [1, 2]),
+        ([[1, 2], [1, 2, 3]], [1]),
+        ([[1], [1, 2]], []),
+        ([[1, 2], [2, 2]], []),
+        ([[1, 2, 3]], []),
+    ],
+)
+def test_what_all_prompts_start_with(prompts, shared):
+    assert shared_start(prompts) == shared
+
+
+def test_what_all_prompts_start_with_is_read_once(model, prompts):
+    """Wrong if it were read with every prompt, or answers or penalties came to depend on it."""
+    asked = [[41, 7, 99, 41, 12, *prompt] for prompt in prompts]
+    settings = {"steps": 12, "penalty": 3.0}
+    expected = [one_by_one(model, prompt, **settings) for prompt in asked]
+    tokens = []
+    handle = model.register_forward_hook(
+        lambda *given: tokens.append(given[2]["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        assert continued(model, asked, decoding(repetition_penalty=3.0)) == expected
+    finally:
+        handle.remove()
+    assert next(shape for shape in tokens if shape[1] > 1) == (1, 5)
+    assert all(width <= max(map(len, prompts)) for _, width in tokens)
+
+
+@pytest.mark.parametrize("start", [[], [41, 7, 99]], ids=["alone", "shared_start"])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.parametrize("attention", ["sdpa", "packed_sdpa", "eager"])
-def test_answers_are_those_of_generate(name, attention, prompts, tmp_path):
+def test_answers_are_those_of_generate(name, attention, start, prompts, tmp_path):
     """Wrong if faster answers were other answers, in a supported family."""
+    prompts = [start + prompt for prompt in prompts]
     directory = build_family(name, tmp_path / name)
     packed_attention.register()
     model = lively(AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention))
