@@ -232,7 +232,7 @@ def test_a_red_team_is_built_with_the_models_that_it_hardens(
 
 
 @ignoring_deprecations
-@pytest.mark.parametrize("path", of_kind("sweep"))
+@pytest.mark.parametrize("path", of_kind("sweep", at_once=["testbed/headline.yaml"]))
 def test_every_run_of_a_sweep_is_built(path, nothing_is_loaded, tmp_path):
     """Wrong if an override of the sweep named an option that its base does not have."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -133,6 +133,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_sequential_end(inputs, tmp_path, s
     } <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.long
 def test_an_attacker_that_is_killed_is_restarted(inputs, tmp_path, sequential):
     """In the middle of an attack, which is repeated as it was."""
     settings = concurrent_settings(inputs)
