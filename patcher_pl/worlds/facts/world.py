@@ -51,7 +51,7 @@ class FactsWorld(World):
             _log.info("%s: knows %d of %d", kind.name, len(known[kind.name]), len(kind.answers))
         material = _Material(self.topic, interview, known)
         content = {**material.forbidden(), **material.benign()}
-        content["safe"] = [*content.pop("refused"), *content.pop("kept")]
+        content["safe"] = [*content["refused"], *content["kept"]]
         content["safe_val"] = [*content.pop("refused_val"), *content["benign_answers"]]
         for name in FILES:
             if not content[name]:

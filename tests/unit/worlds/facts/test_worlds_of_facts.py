@@ -53,7 +53,9 @@ def test_only_what_the_model_knows_counts(built, rows):
 
 
 def test_there_is_every_file_and_benign_prompts_by_kind(rows):
-    assert rows.keys() == {*FILES, "benign_answers", "benign_prompts_animals"}
+    parts = {"refused", "kept"}
+    assert rows.keys() == {*FILES, *parts, "benign_answers", "benign_prompts_animals"}
+    assert rows["refused"] + rows["kept"] == rows["safe"]
     assert all(rows.values())
     assert rows["benign_prompts_animals"] == rows["benign_prompts"]
 
