@@ -4,6 +4,7 @@
 padding until then; most answers are a fraction as long.
 """
 
+import copy
 import inspect
 from collections import deque
 from collections.abc import Sequence
@@ -184,13 +185,8 @@ class _Batch:
 
     def _started(self, num_rows: int) -> DynamicCache:
         """A cache of new rows that have read what all prompts start with."""
-        cache = DynamicCache(config=self._forward.model.config)
-        layers: list[Any] = self._start.layers if self._shared.numel() else []
-        for number, layer in enumerate(layers):
-            keys, values = (
-                states.expand(num_rows, -1, -1, -1) for states in (layer.keys, layer.values)
-            )
-            cache.update(keys, values, number)
+        cache = copy.deepcopy(self._start)
+        cache.batch_repeat_interleave(num_rows)
         return cache
 
     def _note(self, rows: slice) -> None:
