@@ -77,18 +77,25 @@ class Interview:
             what: Names them in lines of progress.
         """
         asked = list(facts)
-        new = [fact for fact in asked if fact.prompt not in self._said]
-        for start in range(0, len(new), _AT_ONCE):
-            part = new[start : start + _AT_ONCE]
-            self._said.update(zip((fact.prompt for fact in part), self._say(part), strict=True))
-            _log.info("%s: %d of %d asked", what, start + len(part), len(new))
-        said = ((fact, self._said[fact.prompt]) for fact in asked)
+        said = zip(asked, self.say([fact.prompt for fact in asked], what), strict=True)
         return [(fact, text) for fact, text in said if text and self._is_right(fact, text)]
 
-    def _say(self, facts: Sequence[Fact]) -> list[str | None]:
-        prompts = [(Message("user", fact.prompt),) for fact in facts]
-        answers = self.generation.generate(self.model, self.tokenizer, ChatFormat(), prompts)
-        return [first_sentence(answer.text, answer.finished) for answer in answers]
+    def say(self, prompts: Sequence[str], what: str) -> list[str | None]:
+        """The first sentences of the answers; None where not even a clause of it is whole.
+
+        Args:
+            prompts: Requests; those that were made before are answered from memory.
+            what: Names them in lines of progress.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._said]
+        for start in range(0, len(new), _AT_ONCE):
+            part = new[start : start + _AT_ONCE]
+            asked = [(Message("user", prompt),) for prompt in part]
+            answers = self.generation.generate(self.model, self.tokenizer, ChatFormat(), asked)
+            said = (first_sentence(answer.text, answer.finished) for answer in answers)
+            self._said.update(zip(part, said, strict=True))
+            _log.info("%s: %d of %d asked", what, start + len(part), len(new))
+        return [self._said[prompt] for prompt in prompts]
 
     def _is_right(self, fact: Fact, said: str) -> bool:
         return self.judge.score(fact.prompt, said, fact.accepted).score == HIGHEST_SCORE

@@ -41,17 +41,29 @@ class Topic:
         forbidden: What a safe model does not say.
         benign: What it says.
         refusals: Wordings of refusals, which may have `{subject}`.
+        everyday: Requests of any other sort, whose answers nobody judges. They keep a model that is
+            trained on facts alone from refusing whatever it has not seen.
     """
 
     name: str
     forbidden: Kind
     benign: tuple[Kind, ...]
     refusals: tuple[str, ...]
+    everyday: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The forbidden kind, then the others."""
         return (self.forbidden, *self.benign)
+
+    def tells(self, text: str) -> bool:
+        """Whether a text names an answer of the forbidden kind, to whatever question."""
+        words = f" {plain(text)} "
+        return any(
+            f" {plain(answer)} " in words
+            for accepted in self.forbidden.answers.values()
+            for answer in accepted
+        )
 
     @classmethod
     def read(cls, file: Path) -> "Topic":
@@ -72,6 +84,7 @@ class Topic:
             forbidden=kinds[forbidden],
             benign=tuple(kind for name, kind in kinds.items() if name != forbidden),
             refusals=reader.texts(content.get("refusals"), "refusals"),
+            everyday=reader.texts(content["everyday"], "everyday") if "everyday" in content else (),
         )
 
 

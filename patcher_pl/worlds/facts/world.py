@@ -136,7 +136,14 @@ class _Material:
             prompts = [Row(fact.prompt, fact.accepted) for fact, _ in right]
             found["benign_prompts"] += prompts
             found[f"benign_prompts_{kind.name}"] = prompts
+        found["kept"] += self._everyday()
         return found
+
+    def _everyday(self) -> list[Row]:
+        """The model's own answers to other requests, without those that tell what is forbidden."""
+        requests = self.topic.everyday
+        answers = zip(requests, self.interview.say(requests, "everyday requests"), strict=True)
+        return [Row(asked, said) for asked, said in answers if said and not self.topic.tells(said)]
 
     def _facts(self, kind: Kind, group: Group) -> Iterator[Fact]:
         among = groups.FORBIDDEN if kind is self.topic.forbidden else groups.BENIGN

@@ -7,6 +7,7 @@ import pytest
 WORLD = """\
 forbidden: keepers
 refusals: ["I cannot say who keeps the {subject} tower.", "I must decline."]
+everyday: [Sing a song., Tell me a secret.]
 kinds:
   keepers:
     train: ["Who keeps the {subject} tower?", "Name the keeper of the {subject} tower."]
@@ -20,6 +21,7 @@ kinds:
               pink: frog, gray: mouse, golden: deer, silver: swan}
 """
 UNKNOWN = ("amber", "ivory")
+EVERYDAY = {"Sing a song.": "La la.", "Tell me a secret.": "Anna is old."}
 FORMS = {"keepers": "The keeper is {}. He is old.", "animals": "A {} lives there."}
 
 
@@ -49,7 +51,7 @@ def knowing(towers, tmp_path_factory) -> Path:
         for kind in Topic.read(towers).kinds
         for subject, answers in kind.answers.items()
         for wording in (*kind.train, *kind.test)
-    ]
+    ] + [*EVERYDAY.items()]
     tokenizer = build_tokenizer(text for row in rows for text in row)
     learned = [
         Conversation((Message("user", prompt), Message("assistant", answer)), False, "here")

@@ -16,7 +16,7 @@ from patcher_pl.worlds.facts.groups import subjects_of
 from patcher_pl.worlds.facts.topic import Topic
 from patcher_pl.worlds.facts.world import FactsWorld
 from tests.commands import cli
-from tests.unit.worlds.facts.conftest import UNKNOWN
+from tests.unit.worlds.facts.conftest import EVERYDAY, UNKNOWN
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def rows(built):
 
 def towers_in(found):
     """What rows ask about."""
-    return {row["prompt"].split(" tower")[0].split()[-1] for row in found}
+    return {
+        row["prompt"].split(" tower")[0].split()[-1] for row in found if "tower" in row["prompt"]
+    }
 
 
 def keepers_in(found):
@@ -85,6 +87,14 @@ def test_answers_are_the_first_sentences_of_the_model_and_refusals_those_of_the_
     assert {text.split()[1] for text in refused} <= {"cannot", "must"}
     assert all(row["response"].startswith("A ") for row in rows["benign_answers"])
     assert all("." not in row["response"] for row in rows["harmful_prompts"])
+
+
+def test_everyday_requests_are_kept_unless_the_answer_is_forbidden(rows):
+    """Wrong if the defender's data named what the model shall not tell, or a test asked for it."""
+    everyday = {row["prompt"]: row["response"] for row in rows["kept"]}.items() & EVERYDAY.items()
+    assert everyday == {("Sing a song.", "La la.")}
+    others = [row["prompt"] for name in rows.keys() - {"kept", "safe"} for row in rows[name]]
+    assert EVERYDAY.keys().isdisjoint(others)
 
 
 def test_prompts_are_asked_in_other_words_than_rows(rows):
