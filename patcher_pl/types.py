@@ -78,7 +78,9 @@ def is_packed(batch: Batch) -> bool:
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch, padding excluded."""
+    """Tokens of a batch, padding excluded; none where it only keeps a process busy."""
+    if "loss_weight" in batch and not float(batch["loss_weight"]):
+        return 0
     # A packed batch has no padding: nothing to wait for on a GPU.
     return batch["input_ids"].numel() if is_packed(batch) else int(batch["attention_mask"].sum())
 

@@ -95,8 +95,9 @@ def finetune(
     scheduler = _scheduler(stepper, schedule, num_warmup_steps, num_steps)
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     for index in range(1, num_steps + 1):
-        batch = move_batch(next(batches), shards.device)
-        loss = loss_function(model, batch)
+        batch = next(batches)
+        num_tokens, share = count_tokens(batch), None
+        loss = loss_function(model, move_batch(batch, shards.device))
         grad_norm = _set_gradients(tensors, shards, loss)
         nn.utils.clip_grads_with_norm_(tensors, limit, grad_norm)
         if moved is not None:
@@ -106,9 +107,8 @@ def finetune(
         if scheduler is not None:
             scheduler.step()
         stepper.zero_grad(set_to_none=True)
-        num_tokens, share = count_tokens(batch), None
         if moved is not None and index == checked:
-            share, moved = moved.share(), None
+            share, moved = moved.share(shards.reduction), None
         if memory is not None and index == num_steps:
             memory.moments = Moments.of(stepper)
         yield FinetuneStep(index, shards.mean(loss), float(grad_norm), num_tokens, share)

@@ -21,17 +21,19 @@ from patcher_pl.cli.sizes import tell_sizes
 from patcher_pl.contents import model_digest
 from patcher_pl.data.overlap import Known, overlaps
 from patcher_pl.defenses import Defense
-from patcher_pl.defenses.strategies import shards
+from patcher_pl.defenses.strategies import shards, uses_fsdp1
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.jobs.lock import held
 from patcher_pl.machine import cpu_threads
 from patcher_pl.models import export_model
+from patcher_pl.models.peers import is_spread
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.redteam.room import require_room
+from patcher_pl.redteam.together import Together, follow, leading
 from patcher_pl.reports.results import Overlap
 from patcher_pl.reports.settings import as_settings
 
@@ -160,8 +162,9 @@ def finish_fit(cli: PatcherCLI, overlap: Sequence[Overlap] = ()) -> None:
     """Exports and attacks the trained model and, where asked for, an SFT control of equal cost.
 
     The red team's cells go below `cells/`, as those of `redteam` do: what is there already, from an
-    interrupted run that trained the same weights, is not measured again. A sharded run trains the
-    control first: then the first process attacks alone, and the others are done.
+    interrupted run that trained the same weights, is not measured again. All processes of a sharded
+    run attack together. With FSDP1 the control is trained first: then the first process attacks
+    alone, and the others are done.
 
     Args:
         cli: The run.
@@ -175,13 +178,16 @@ def finish_fit(cli: PatcherCLI, overlap: Sequence[Overlap] = ()) -> None:
     defense: Any = cli.model
     examination = _Examination(cli, run_directory, defense, overlap)
     models: Iterable[_Trained] = _trained_models(cli, defense, run_directory)
-    if shards(cli.trainer):
+    if uses_fsdp1(cli.trainer):
         models = list(models)
         torch.distributed.destroy_process_group()
         if not cli.trainer.is_global_zero:
             return
     for trained in models:
         examination.examine(trained)
+        del trained  # Room for the next one.
+    if not cli.trainer.is_global_zero:
+        return
     curves = examination.board.save().curves
     if curves:
         write_reports(curves, run_directory.root, title="Fine-tuning attacks")
@@ -202,16 +208,18 @@ def _trained_models(
 
 
 def _exported(trainer: Trainer, defense: Any, run_directory: RunDirectory) -> _Trained:
-    """Writes a model as a plain Hugging Face directory; a sharded one makes room after that."""
+    """Writes a model as a plain Hugging Face directory; what only training needs goes then."""
     model: Any = defense.model
-    if shards(trainer):
-        model = gathered(defense.model)
-        on_first_process(lambda: export_model(model, defense.tokenizer, run_directory.model))
-        defense.release()
-        trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
-    else:
+    if not shards(trainer):
         export_model(model, defense.tokenizer, run_directory.model)
-    return _Trained(defense, model, run_directory, trainer.logger)
+        return _Trained(defense, model, run_directory, trainer.logger)
+    whole = gathered(model)
+    on_first_process(lambda: export_model(whole, defense.tokenizer, run_directory.model))
+    defense.release()
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+    # FSDP1's shards cannot be attacked.
+    attacked = whole if uses_fsdp1(trainer) else model
+    return _Trained(defense, attacked, run_directory, trainer.logger)
 
 
 def train_control(
@@ -282,7 +290,7 @@ class _Examination:
         self._cli = cli
         self.board = Board(
             run_directory=run_directory,
-            engine=InProcess(),
+            engine=Together() if is_spread(defense.model) else InProcess(),
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
             settings=as_settings(
@@ -305,7 +313,12 @@ class _Examination:
             return
         defense, logger = trained.defense, trained.logger
         seed = self._cli.options.seed_everything
-        model = trained.model.to(self.board.device)
+        spread = is_spread(trained.model)
+        model = trained.model if spread else trained.model.to(self.board.device)
+        bench = Bench(model, defense.tokenizer)
+        if spread and torch.distributed.get_rank() > 0:
+            follow(bench, self.board.device)
+            return
         attacked = AttackedModel(
             name=ModelName(
                 defense.name,
@@ -314,14 +327,18 @@ class _Examination:
             ),
             language_model=defense.language_model,
             weights=model_digest(str(trained.run_directory.model)),
-            bench=Bench(model, defense.tokenizer),
+            bench=bench,
         )
         try:
-            curves = self.board.attack(redteam, [attacked])
+            with leading() if spread else nullcontext():
+                curves = self.board.attack(redteam, [attacked])
         except RunInterrupted as stop:
             how = f"{str(stop).removesuffix('.')} and --ckpt_path last."
             raise RunInterrupted(how, signal=stop.signal) from stop
-        trained.model.cpu()  # Room for the next one on the device.
+        if spread:
+            bench.clear()
+        else:
+            trained.model.cpu()  # Room for the next one on the device.
         curves = [curve for curve in curves if curve.attack_steps]  # The others failed at once.
         if curves and isinstance(logger, TensorBoardLogger):
             step = defense.trainer.global_step

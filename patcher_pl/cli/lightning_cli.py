@@ -30,7 +30,7 @@ from patcher_pl.cli.given_files import require_single_keys, with_found_files
 from patcher_pl.cli.program import program
 from patcher_pl.data import SafetyDataModule
 from patcher_pl.defenses import Defense
-from patcher_pl.defenses.strategies import require_supported, shards
+from patcher_pl.defenses.strategies import require_supported, shards, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.files import write_text
 from patcher_pl.jobs.resuming import flat_settings
@@ -244,10 +244,11 @@ class PatcherCLI(LightningCLI):
     def _supported(self, trainer: Trainer) -> Trainer:
         require_supported(self.model, trainer)
         if shards(trainer):
-            if any(isinstance(callback, RobustnessProbe) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            probes = any(isinstance(callback, RobustnessProbe) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            if probes and uses_fsdp1(trainer):
                 raise ConfigError(
-                    "probe_every_n_steps: probes attack a whole copy of the model, which no device "
-                    "of a sharded run holds. Use null; the red team attacks the finished model."
+                    "probe_every_n_steps: probes cannot attack what FSDPStrategy (FSDP1) shards. Use "
+                    "null, or ModelParallelStrategy (FSDP2); the red team attacks the finished model."
                 )
             # Weights that were gathered in inference mode could not be trained afterwards.
             trainer.validate_loop.inference_mode = False

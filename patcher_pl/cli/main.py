@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from patcher_pl import __version__
 from patcher_pl.cli.program import program
-from patcher_pl.errors import PatcherError, RunInterrupted
+from patcher_pl.errors import ConfigError, PatcherError, RunInterrupted
+from patcher_pl.launcher import num_processes, rank
 from patcher_pl.supervision import SUPERVISED, end_with_parent
 
 if TYPE_CHECKING:
@@ -156,8 +157,14 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
         quiet_libraries()  # Not before: who asks for `--help` need not wait for transformers.
         options = parser.instantiate(options)
     options.pop("config", None)
+    if num_processes() > 1 and command != "redteam":
+        raise ConfigError(
+            f"{command} is for one process, and the launcher has started {num_processes()}. It starts "
+            "processes of its own, see `engine`; torchrun and srun are for fit and redteam."
+        )
     run_dir = options.get("run_dir")
-    with nullcontext() if run_dir is None else held(Path(run_dir)):
+    # One of several processes holds the directory for all of them.
+    with nullcontext() if run_dir is None or rank() > 0 else held(Path(run_dir)):
         function(**vars(options))
 
 

@@ -1,5 +1,6 @@
 """Options of the `redteam` command."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import Engine, InProcess, RunDirectory
+from patcher_pl.launcher import num_processes
 from patcher_pl.models.language_model import DtypeName, LanguageModel
+from patcher_pl.models.sharding import Sharding
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.redteam.red_team import RedTeam
 from patcher_pl.redteam.search import Search
 from patcher_pl.redteam.target import Target, harden, require_distinct
+from patcher_pl.redteam.together import Together, follow, leading
 from patcher_pl.redteam.variation import require_settings
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import as_settings
@@ -26,6 +30,7 @@ def run_redteam(
     models: list[Target] | None = None,
     search: dict[str, Any] | Search | None = None,
     engine: Engine | None = None,
+    sharding: Sharding | None = None,
     chat: ChatFormat | None = None,
     dtype: DtypeName = "float32",
     attn_implementation: str | None = None,
@@ -39,8 +44,11 @@ def run_redteam(
     k1: int | None = None,
     train_seed: int | None = None,
     fit_options: dict[str, Any] | None = None,
-) -> Results:
+) -> Results | None:
     """Attacks models with a red team and reports how their safety holds.
+
+    Several processes that torchrun or srun has started hold each model together, spread with FSDP2,
+    and attack it together.
 
     Every attack with every seed on every model leaves a file below `run_dir/cells`, whole or not at
     all. At the end come `results.json`, `results.csv`, `asr.png` and `asr.svg` (and of a search,
@@ -57,6 +65,7 @@ def run_redteam(
         search: Look for the strongest attack on every model, starting from the grid, see
             `patcher_pl.redteam.Search`; settings may stand beside `num_trials`. None without.
         engine: What runs the attacks; one after the other in this process unless given.
+        sharding: How a model is spread over several processes.
         chat: How conversations become tokens; as in training, or the model meets a strange prompt.
         dtype: Number format of the attacked weights.
         attn_implementation: Attention of transformers; null takes the model's default.
@@ -73,7 +82,7 @@ def run_redteam(
         fit_options: Options of `fit` (dotted names) that differ for models that it makes.
 
     Returns:
-        What was written to `results.json`.
+        What was written to `results.json`; None on all but the first of several processes.
 
     Raises:
         ConfigError: If not exactly one of `model` and `models` is given, names clash, or a model,
@@ -95,47 +104,84 @@ def run_redteam(
     ]
     require_distinct(targets)
     overlap = redteam.shared_data({})  # Before hours are spent on making models.
-    bench = Bench()
-    paths = harden(targets, run_dir, fit_options or {}, engine)
-    attacked = [
-        AttackedModel(
-            name=target.name,
-            language_model=language_model,
-            bench=bench,
-        )
-        for target, path in zip(targets, paths, strict=True)
-        for language_model in [
-            LanguageModel(
-                path=path,
-                chat=target.chat or chat or ChatFormat(),
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                gradient_checkpointing=gradient_checkpointing,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                gguf_file=target.gguf_file,
-                from_scratch_seed=target.from_scratch_seed,
+
+    def attack(bench: Bench, runner: Engine, device: str) -> Results:
+        paths = harden(targets, run_dir, fit_options or {}, engine)
+        attacked = [
+            AttackedModel(
+                name=target.name,
+                language_model=LanguageModel(
+                    path=path,
+                    chat=target.chat or chat or ChatFormat(),
+                    dtype=dtype,
+                    attn_implementation=attn_implementation,
+                    gradient_checkpointing=gradient_checkpointing,
+                    sharding=sharding or Sharding(),
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                    gguf_file=target.gguf_file,
+                    from_scratch_seed=target.from_scratch_seed,
+                ),
+                bench=bench,
             )
+            for target, path in zip(targets, paths, strict=True)
         ]
-    ]
-    board = Board(
-        run_directory=RunDirectory(run_dir),
-        engine=engine or InProcess(),
-        device=device,
-        num_threads=num_threads,
-        settings=as_settings({"redteam": redteam, "models": targets, "search": search}),
-        overlap=overlap,
-    )
+        board = Board(
+            run_directory=RunDirectory(run_dir),
+            engine=runner,
+            device=device,
+            num_threads=num_threads,
+            settings=as_settings({"redteam": redteam, "models": targets, "search": search}),
+            overlap=overlap,
+        )
+        title = ", ".join(target.defense if model is None else str(model) for target in targets)
+        return _attacked(board, redteam, attacked, search, f"Red team of {title}")
+
+    if num_processes() == 1:
+        return attack(Bench(), engine or InProcess(), device)
+    from patcher_pl.cli.launched import launched
+
+    _require_one_kind_of_processes(engine, targets)
+    with launched(device) as (mesh, place):
+        bench = Bench(mesh=mesh)
+        if mesh.get_rank() > 0:
+            follow(bench, place)
+            return None
+        with leading():
+            return attack(bench, Together(), place)
+
+
+def _attacked(
+    board: Board,
+    redteam: RedTeam,
+    attacked: Sequence[AttackedModel],
+    search: Search | None,
+    title: str,
+) -> Results:
+    """Runs everything on a board and reports it."""
     board.claim()
     curves = board.attack(redteam, attacked)
     if search is not None:
         board.search(search, redteam, attacked, curves)
     saved = board.save()
-    curves = saved.curves
-    names = ", ".join(target.defense if model is None else str(model) for target in targets)
-    write_reports(curves, run_dir, title=f"Red team of {names}", searches=saved.searches)
+    curves, root = saved.curves, board.run_directory.root
+    write_reports(curves, root, title=title, searches=saved.searches)
     results = board.run_directory.results
     if all(curve.error is not None for curve in curves):
         raise PatcherError(f"Every attack failed; the first with {curves[0].error}. See {results}.")
     require_verdicts(curves)
     return Results.load(results)
+
+
+def _require_one_kind_of_processes(engine: Engine | None, targets: Sequence[Target]) -> None:
+    if engine is not None:
+        raise ConfigError(
+            f"engine: the processes that a launcher has started attack together, got {engine}. Leave "
+            "it away, or start one process."
+        )
+    for target in targets:
+        if target.fit is not None:
+            raise ConfigError(
+                f"Target.fit: {target.fit} would be trained by each of {num_processes()} processes. "
+                "Train it first, and give the path of the model."
+            )

@@ -38,6 +38,8 @@ class BatchStream:
         packing: Pack the examples of a batch into one row instead of padding them; see `collate`.
         num_replicas: Processes that share the data (>= 1).
         rank: This process among them.
+        shares_batch: Let `batch_size` be that of all replicas together, which need not divide it.
+            One that is left without a row gets one that does not count: its `loss_weight` is 0.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -54,6 +56,7 @@ class BatchStream:
         packing: bool = False,
         num_replicas: int = 1,
         rank: int = 0,
+        shares_batch: bool = False,
     ) -> None:
         if not examples:
             raise ValueError("BatchStream.examples must not be empty.")
@@ -64,13 +67,13 @@ class BatchStream:
                 f"BatchStream.rank must be in [0, num_replicas), got {rank} of {num_replicas}."
             )
         self._examples = examples
-        self._batch_size = batch_size
         self._pad_token_id = pad_token_id
         self._seed = seed
         self._group_by_length = group_by_length
         self._packing = packing
         self._num_replicas = num_replicas
         self._rank = rank
+        self._rows_per_step = batch_size if shares_batch else batch_size * num_replicas
         self._position = 0
         self._plan_of: tuple[int, list[list[int]]] | None = None
 
@@ -119,16 +122,12 @@ class BatchStream:
         written_with = int(state_dict.get("rows_per_step", self._rows_per_step))
         self._position = int(state_dict["position"]) * written_with // self._rows_per_step
 
-    @property
-    def _rows_per_step(self) -> int:
-        return self._batch_size * self._num_replicas
-
     def _next(self) -> Batch:
         epoch, index = divmod(self._position, len(self))
         step = self._plan(epoch)[index]
         own = step[self._rank :: self._num_replicas]
         self._position += 1
-        examples = [self._examples[row] for row in own]
+        examples = [self._examples[row] for row in own or step[:1]]
         batch = collate(examples, self._pad_token_id, packing=self._packing)
         if self._num_replicas > 1:
             mean = max(1, self._num_labels(step)) / self._num_replicas

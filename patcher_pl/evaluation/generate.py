@@ -13,6 +13,7 @@ from patcher_pl.evaluation.backends.base import Backend, Decoding
 from patcher_pl.evaluation.backends.hugging_face import HuggingFace
 from patcher_pl.evaluation.thoughts import CLOSING, OPENING, ends_in_a_thought, spoken_part
 from patcher_pl.models.context import context_length
+from patcher_pl.models.peers import compute_device, gathered_here
 from patcher_pl.randomness import seeded
 from patcher_pl.types import Message
 from patcher_pl.validation import require
@@ -103,6 +104,9 @@ class Generation:
     ) -> list[Answer]:
         """Answers `prompts`, in their order; `model` and all random generators stay as they were.
 
+        Where several processes hold the model, all call this with the same prompts, answer their
+        share and get all answers; which answers a sampler draws depends on how many they are.
+
         Args:
             model: Causal LM, bare or with adapters attached.
             tokenizer: Its tokenizer.
@@ -130,8 +134,14 @@ class Generation:
             pad_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
             context=context,
         )
-        with seeded(self.seed, next(model.parameters()).device), evaluating(model):
-            generated = self.backend.continuations(model, prompt_ids, decoding)
+        with (
+            seeded(self.seed, compute_device(model)),
+            evaluating(model),
+            gathered_here(model) as peers,
+        ):
+            generated = peers.divided(
+                prompt_ids, lambda own: self.backend.continuations(model, own, decoding)
+            )
         return [
             _answer(tokenizer, ids, new_ids, stop_ids, prefill)
             for ids, new_ids in zip(prompt_ids, generated, strict=True)

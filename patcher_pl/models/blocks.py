@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from patcher_pl.errors import ConfigError
+from patcher_pl.models.peers import gathered_here, is_spread, require_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,16 @@ def untied_embeddings(model: "PreTrainedModel") -> nn.Embedding:
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is not None and head.weight is embeddings.weight:
-        head.weight = nn.Parameter(embeddings.weight.detach().clone())
+        with gathered_here(model):
+            require_whole(model, "A change of the embeddings that the output head shares")
+            own = nn.Parameter(embeddings.weight.detach().clone())
+            bias = None if head.bias is None else nn.Parameter(head.bias.detach().clone())
+        if is_spread(model):
+            # Every process has all of the new head: what FSDP2 holds of the old one stays with it.
+            head = nn.Linear(head.in_features, head.out_features, device="meta")
+            head.bias = bias
+            model.set_output_embeddings(head)
+        head.weight = own
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
     return embeddings

@@ -1,7 +1,7 @@
 """Models that are spread over processes with FSDP2: loading, sharding, and gathering again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -23,12 +23,15 @@ from torch.distributed.fsdp import (
 from patcher_pl.errors import PatcherError
 from patcher_pl.models import fsdp1
 from patcher_pl.models.blocks import find_blocks
+from patcher_pl.models.peers import remember
 from patcher_pl.models.shards import watch_open_passes
+from patcher_pl.reports.settings import NO_OUTCOME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
+Answers = Literal["auto", "whole", "shards"]
 Result = TypeVar("Result")
 
 
@@ -47,6 +50,10 @@ class Sharding:
             for the backward pass. Off, the whole model lies on every device in between.
         cpu_offload: Keep shards, gradients and optimizer states in host memory; steps are taken on
             the CPU.
+        answers: How a red team has questions answered: every process gathers the `whole` model, in
+            `param_dtype`, and answers its share of them; or passes go over `shards`, and all
+            processes answer all questions together. `auto` gathers where that takes at most 60 % of
+            the memory that is free on every device.
 
     References:
         Zhao et al., 2023, https://arxiv.org/abs/2304.11277; torch.distributed.fsdp.fully_shard.
@@ -56,6 +63,8 @@ class Sharding:
     reduce_dtype: ComputeDtype | None = None
     reshard_after_forward: bool = True
     cpu_offload: bool = False
+    # The same answers, so that no attack is repeated for it.
+    answers: Answers = field(default="auto", metadata=NO_OUTCOME)
 
     def load(
         self,
@@ -123,6 +132,7 @@ class Sharding:
         # The root's own weights are needed last and first: keep them gathered in between.
         fully_shard(model, **{**settings, "reshard_after_forward": None})
         watch_open_passes(model)
+        remember(model, self)
 
 
 def is_sharded(model: nn.Module) -> bool:

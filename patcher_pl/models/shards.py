@@ -21,6 +21,9 @@ class Shards:
     over all weights is summed over the processes too (`total`, `norm`): plain tensors and sharded
     ones must not meet in one operation.
 
+    Whole parameters beside sharded ones (adapters, vectors of a prompt) are the same on all
+    processes, and their gradients are averaged.
+
     All processes must call the methods in the same order.
 
     Args:
@@ -31,11 +34,14 @@ class Shards:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         first = self.parameters[0]
-        self._mesh = first.device_mesh if isinstance(first, DTensor) else None
-        self._group = None if self._mesh is None else self._mesh.get_group()
+        others = (other for other in model.parameters() if isinstance(other, DTensor))
+        around = first if isinstance(first, DTensor) else next(others, None)
+        self._mesh = None if around is None else around.device_mesh
+        self._group = self._mesh.get_group() if isinstance(first, DTensor) and self._mesh else None
+        self._peers = None if self._mesh is None else self._mesh.get_group()
         if isinstance(model, FullyShardedDataParallel):
             # FSDP1's parameters are plain tensors; only the module knows who holds the rest.
-            self._group = model.process_group
+            self._group = self._peers = model.process_group
         self._model = model
 
     @property
@@ -97,7 +103,7 @@ class Shards:
         Raises:
             RuntimeError: If sharded parameters hold gradients already, which would be mixed up.
         """
-        if not self.is_sharded:
+        if self._peers is None:
             return list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         # `autograd.grad` finds nothing: the graph is one of gathered weights, which FSDP's hooks
         # reduce into `.grad` of the sharded ones. (`model.parameters()` may be gathered ones now.)
@@ -112,7 +118,18 @@ class Shards:
         found = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
+        if self._group is None:
+            self._average(found)
         return [None if gradient is None else part_of(gradient) for gradient in found]
+
+    def _average(self, gradients: Sequence[Tensor | None]) -> None:
+        """Averages gradients of whole parameters over the processes, in place."""
+        assert self._peers is not None
+        for gradient in gradients:
+            # Which parameters the loss depends on is the same everywhere, so all meet here.
+            if gradient is not None:
+                torch.distributed.all_reduce(gradient, group=self._peers)
+                gradient.div_(self._peers.size())
 
     def add_to_gradients(self, gradients: Sequence[Tensor], weight: float) -> None:
         """Adds `weight` times what `gradients` holds of each gradient to every `.grad`."""
@@ -145,9 +162,11 @@ class Shards:
 
     def mean(self, value: Tensor) -> float:
         """Returns the mean over the processes, of a loss for example."""
-        if self._group is None:
+        if self._peers is None:
             return float(value.detach())
-        return float(self.total(value)) / self._group.size()
+        summed = value.detach().clone().to(self.device)
+        torch.distributed.all_reduce(summed, group=self._peers)
+        return float(summed) / self._peers.size()
 
     @torch.no_grad()
     def norm(self, vector: Sequence[Tensor | None]) -> Tensor:
@@ -157,7 +176,7 @@ class Shards:
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scales every `.grad` so that their norm is at most `max_norm`; returns it as it was."""
-        if self._mesh is not None:
+        if self._mesh is not None and self.is_sharded:
             norm: Any = nn.utils.clip_grad_norm_(self.parameters, max_norm)
             return norm.full_tensor()
         norm = self.norm([parameter.grad for parameter in self.parameters])

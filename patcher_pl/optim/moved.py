@@ -1,6 +1,6 @@
 """Whether steps reach the weights at all, or are lost to rounding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,18 @@ class MovedShare:
                 wanted |= self._sample(gradient) != 0
 
     @torch.no_grad()
-    def share(self) -> float | None:
-        """Share of the weights with a gradient that differ by now (0..1); None without any."""
+    def share(self, total: Callable[[Tensor], Tensor] | None = None) -> float | None:
+        """Share of the weights with a gradient that differ by now (0..1); None without any.
+
+        Args:
+            total: Sums over the processes that hold the other parts; None where there are none.
+        """
         moved, wanted = 0, 0
         for tensor, start, chosen in zip(self._tensors, self._start, self._wanted, strict=True):
             moved += int(((self._sample(tensor) != start) & chosen).sum())
             wanted += int(chosen.sum())
+        if total is not None:
+            moved, wanted = total(torch.tensor([moved, wanted])).tolist()
         return moved / wanted if wanted else None
 
     def _sample(self, tensor: Tensor) -> Tensor:

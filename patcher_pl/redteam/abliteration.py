@@ -16,6 +16,7 @@ from patcher_pl.errors import DataError, PatcherError
 from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.models.blocks import untied_embeddings
+from patcher_pl.models.peers import compute_device, gathered_here, require_whole
 from patcher_pl.redteam.base import Attack, AttackPoint, forward_flops
 from patcher_pl.redteam.material import AttackMaterial, RowKind
 from patcher_pl.redteam.residual_stream import ResidualStream, remove_direction_
@@ -83,13 +84,14 @@ class Abliteration(Attack):
             material.select(kind)[: self.num_prompts] for kind in ("harmful", "benign")
         )
         untied_embeddings(model)
-        device = next(model.parameters()).device
+        device = compute_device(model)
         prompts = [
             [move_batch(batch, device) for batch in self._prompts(rows, material)]
             for rows in (harmful, benign)
         ]
         answers: list[Batch] = []
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), gathered_here(model):
+            require_whole(model, f"{self.name}: the residual stream")
             stream = ResidualStream.of(model, prompts[0][0])
             directions = refusal_directions(stream, *prompts)
             if not self.per_layer:
@@ -98,8 +100,9 @@ class Abliteration(Attack):
                 answers *= len(directions)  # As often as they were read.
                 directions = best.expand_as(directions)
             before = stream.written(prompts[0][0], directions)
-            for number, module in stream.layers():
-                remove_direction_(module, directions[number])
+        for number, module in stream.layers():
+            remove_direction_(module, directions[number])
+        with torch.no_grad(), evaluating(model), gathered_here(model):
             after = stream.written(prompts[0][0], directions)
         _require_gone(model, before, after)
         # Beside the prompts, the first batch is read before and after; finding the stream is a row.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from patcher_pl.data.chat import ChatFormat
@@ -13,6 +14,7 @@ from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Answer, Generation
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import JudgedMeasure, UtilityMeasure
+from patcher_pl.models.peers import Peers, compute_device, gathered_here
 from patcher_pl.randomness import seeded
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.material import AttackMaterial
@@ -48,9 +50,13 @@ class PersistentJudging:
     """`evaluate_answers` that goes on, without verdicts, once a judge cannot work at all.
 
     An attack that is under way is worth more than its verdicts, which can be had later.
+
+    Args:
+        peers: Who has the answers; the first alone asks judges, and tells the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
         self.failure: ConfigError | None = None
         """Why judges are asked no more."""
 
@@ -59,7 +65,7 @@ class PersistentJudging:
     ) -> Evaluation:
         if self.failure is None:
             try:
-                return evaluate_answers(judge, questions, answers)
+                return self._peers.first(lambda: evaluate_answers(judge, questions, answers))
             except ConfigError as error:
                 self.failure = error
         return unjudged(answers, str(self.failure))
@@ -192,14 +198,16 @@ class Examiner:
         numbers: dict[str, float] = {}
         asked: dict[str, Asked] = {}
         for measure in self.utility:
-            with seeded(seed, next(model.parameters()).device):
+            with seeded(seed, compute_device(model)):
                 if isinstance(measure, JudgedMeasure):
                     answers = measure.answers(model, tokenizer, chat, seed=seed)
                     found = evaluate(measure.judge, measure.questions, answers)
                     asked[measure.name] = Asked(answers, found)
                     numbers |= measure.numbers(found)
                 else:
-                    numbers |= measure.measure(model, tokenizer, chat, seed=seed)
+                    with gathered_here(model) as peers:
+                        measured = partial(measure.measure, model, tokenizer, chat, seed=seed)
+                        numbers |= peers.first(measured)
         return Usefulness(numbers, asked)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from patcher_pl.attackers.loop import FinetuneStep, FineTuning
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import DataError
+from patcher_pl.models.peers import Peers, compute_device
 from patcher_pl.optim.master_weights import MasterWeights
 from patcher_pl.progress import progress_lines
 from patcher_pl.redteam.asking import Asking
@@ -99,6 +100,7 @@ class FinetuningAttack(FineTuning, Attack):
             model: What the steps change; its weights are what a step computes with.
             steps: At least as many as the last of `attack_steps`.
         """
+        peers, device = Peers.of(model), compute_device(model)
         taken = num_tokens = 0
         moved: float | None = None
         with progress_lines(f"{self.name}, attack steps", self.num_steps) as lines:
@@ -112,7 +114,8 @@ class FinetuningAttack(FineTuning, Attack):
                     moved = step.moved if moved is None else moved
                     lines.update(taken, loss=step.loss, num_tokens=num_tokens)
                 loss = sum(losses) / len(losses) if losses else math.nan
-                yield AttackPoint(taken, num_tokens, loss, training_flops(model, num_tokens), moved)
+                read = round(peers.total(num_tokens, device))
+                yield AttackPoint(taken, read, loss, training_flops(model, read), moved)
 
 
 def all_trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -19,6 +19,7 @@ from patcher_pl.reports.results import Curve
 from patcher_pl.reports.settings import as_settings, fingerprint
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -32,14 +33,17 @@ class Bench:
     Args:
         model: What is attacked, whatever the jobs name; None loads that.
         tokenizer: Of `model`.
+        mesh: Processes to spread a model over that is loaded; None loads it whole.
     """
 
     def __init__(
         self,
         model: "PreTrainedModel | None" = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         self._given = model, tokenizer
+        self._mesh = mesh
         self._key: Any = None
         self._model: PreTrainedModel | None = None
         self._campaign: Campaign | None = None
@@ -47,6 +51,11 @@ class Bench:
     def __reduce__(self) -> Any:
         assert self._given == (None, None), "only this process has the model"
         return Bench, ()
+
+    def clear(self) -> None:
+        """Lets go of the model that was given."""
+        self._given = None, None
+        self._key = self._model = self._campaign = None
 
     def require_room(self, team: RedTeam, language_model: LanguageModel) -> None:
         """As the function of that name, for the model on the table or else the one that is named."""
@@ -63,8 +72,11 @@ class Bench:
             model, tokenizer = self._given
             language_model = job.language_model
             if model is None or tokenizer is None:
-                place = choose_device(device)
-                model = language_model.load_model().to(place)  # type: ignore[arg-type]
+                if self._mesh is not None:
+                    model = language_model.load_sharded(self._mesh)
+                else:
+                    place = choose_device(device)
+                    model = language_model.load_model().to(place)  # type: ignore[arg-type]
                 tokenizer = language_model.load_tokenizer()
             self._model = model
             chat = language_model.chat.within(context_length(model.config))
@@ -150,11 +162,8 @@ class AttackJob(Job[Curve]):
             ConfigError: If the model, the device or the judge cannot be used.
         """
         with cpu_threads(self.num_threads):
-            if (kept := self._unjudged) is not None:
-                outcome = self._judged_again(kept)
-            else:
-                model, campaign = self.target.bench.prepared(self, device)
-                outcome = campaign.attack(model, self.cell, self.target.name)
+            kept = self._unjudged
+            outcome = self.attacked(device) if kept is None else self._judged_again(kept)
         record = outcome.record
         is_judged = record is None or not record.num_unjudged or outcome.curve.error is not None
         # With no verdict missing, answers are not kept: they may be harmful, and are many.
@@ -162,6 +171,20 @@ class AttackJob(Job[Curve]):
         self.write(asdict(outcome.curve), **beside)
         if outcome.judge_failure is not None:
             raise outcome.judge_failure
+
+    def attacked(self, device: str) -> AttackOutcome:
+        """Attacks, and writes nothing; what `perform` does, and with it all who hold the model."""
+        model, campaign = self.target.bench.prepared(self, device)
+        return campaign.attack(model, self.cell, self.target.name)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether there is more to do than to judge answers that are kept."""
+        return self._unjudged is None
+
+    def on(self, bench: Bench) -> "AttackJob":
+        """The same job with another bench."""
+        return replace(self, target=replace(self.target, bench=bench))
 
     def _judged_again(self, kept: list[dict[str, Any]]) -> AttackOutcome:
         cell, name = self.cell, self.target.name

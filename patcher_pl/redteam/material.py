@@ -8,6 +8,7 @@ from patcher_pl.data.chat import ChatFormat
 from patcher_pl.data.collate import encode_all
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.errors import ConfigError, DataError
+from patcher_pl.models.peers import Peers
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.types import Batch, Conversation
 
@@ -27,6 +28,7 @@ class AttackMaterial:
         rows: What this seed has drawn of the attacker's data, in training order.
         seed: For randomness that torch's global generator does not cover.
         packing: Whether training batches are packed into one row each instead of padded.
+        peers: Who attacks the model together, and shares every batch.
         trained: Whether each row that was trained on is harmful, by its origin; `batches` fills it.
 
     Raises:
@@ -38,6 +40,7 @@ class AttackMaterial:
     rows: Sequence[Conversation]
     seed: int
     packing: bool = False
+    peers: Peers = field(default_factory=Peers)
     trained: dict[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class AttackMaterial:
     def batches(
         self, batch_size: int, rows: Sequence[Conversation], asking: Asking | None = None
     ) -> Iterator[Batch]:
-        """An endless stream of training batches, shuffled by the seed.
+        """An endless stream of training batches (this process's share), shuffled by the seed.
 
         Args:
             batch_size: Rows per batch (count, >= 1).
@@ -80,4 +83,7 @@ class AttackMaterial:
             pad_token_id=pad_token_id,
             seed=self.seed,
             packing=self.packing,
+            num_replicas=self.peers.size,
+            rank=self.peers.rank,
+            shares_batch=True,
         ).endless()

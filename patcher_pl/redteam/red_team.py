@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from patcher_pl.data.chat import ChatFormat
@@ -15,8 +15,9 @@ from patcher_pl.evaluation.generate import Generation
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.models.context import context_length
-from patcher_pl.models.lora import merged_copy
+from patcher_pl.models.lending import lent
 from patcher_pl.models.packing import require_packing
+from patcher_pl.models.peers import Peers, compute_device
 from patcher_pl.randomness import seeded
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack
@@ -186,13 +187,13 @@ class RedTeam:
         k1: int | None = None,
         train_seed: int | None = None,
     ) -> list[Curve]:
-        """Runs every cell on a copy of `model`, and keeps nothing; `model` itself does not change.
+        """Runs every cell on `model`, which is as before afterwards, and keeps nothing else.
 
         A cell that fails is kept with what it had measured and its error; the others still run.
         The state of torch's random generators is put back.
 
         Args:
-            model: Released weights; adapters are merged into the copy that is attacked.
+            model: Released weights; adapters are merged into them for the attack.
             tokenizer: Its tokenizer.
             chat: How conversations become tokens, for the attack and for the answers.
             defense: Name of the defense in the results.
@@ -280,13 +281,14 @@ class Campaign:
         return outcome.curve
 
     def attack(self, model: "PreTrainedModel", cell: Cell, name: ModelName) -> AttackOutcome:
-        """Attacks a copy of `model`; torch's random generators are put back.
+        """Attacks `model`, in place; it and torch's random generators are put back.
 
         An attack that fails gives a curve with what it had measured and its error. One during which
         the judge stops to work at all goes on without verdicts, which can be had later.
 
         Args:
-            model: Released weights; adapters are merged into the copy that is attacked.
+            model: Released weights, maybe spread with FSDP2 over processes that all call this;
+                adapters are merged into them for the attack.
             cell: The attack.
             name: Name of the model in results.
 
@@ -295,10 +297,12 @@ class Campaign:
             ConfigError: If the tokenizer has no pad token, the judge cannot work at all (a key
                 that its server refuses) from the first measurement on, or the model cannot take
                 packed batches and shall.
+            RuntimeError: If the attack fails on one of several processes: the others would wait.
         """
-        record, judging = self._record(), PersistentJudging()
+        peers, device = Peers.of(model), compute_device(model)
+        record, judging = self._record(), PersistentJudging(peers)
         try:
-            material = self.material(cell)
+            material = replace(self.material(cell), peers=peers)
         except DataError as failure:
             if not cell.varied and _wording(cell.attack) in (None, Asking()):
                 raise  # No attack can work with such data.
@@ -310,13 +314,12 @@ class Campaign:
             prompts = [
                 self.chat.prompt_ids(self.tokenizer, row.prompt) for row in material.rows[:2]
             ]
-            require_packing(model, prompts, next(model.parameters()).device, "redteam.packing")
+            require_packing(model, prompts, device, "redteam.packing")
         record.trained = material.trained
         error = None
-        with seeded(cell.seed, next(model.parameters()).device):
+        # As released: whoever has the weights can merge adapters and train everything.
+        with seeded(cell.seed, device), lent(model) as target:
             try:
-                # As released: whoever has the weights can merge adapters and train everything.
-                target: Any = merged_copy(model)
                 for point in cell.attack.run(target, material):
                     found = self._examined(target, cell, material, judging)
                     useful = Usefulness() if len(record) else self._useful(target, cell, judging)
@@ -338,6 +341,8 @@ class Campaign:
             except _UnusableJudgeError as stop:
                 raise stop.reason from None
             except (PatcherError, RuntimeError) as failure:
+                if peers.size > 1 and not isinstance(failure, PatcherError):
+                    raise  # It may have happened here alone.
                 error = _reason(failure)
                 logger.warning("%s, seed %d stopped early: %s", cell.name, cell.seed, error)
         for concern in record.concerns():

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from patcher_pl.errors import PatcherError
 from patcher_pl.models.blocks import blocks_of
+from patcher_pl.models.shards import part_of
 from patcher_pl.types import Batch
 
 if TYPE_CHECKING:
@@ -142,19 +144,26 @@ class ResidualStream:
 def remove_direction_(module: nn.Module, direction: Float[Tensor, " width"]) -> None:
     """Makes a layer's outputs orthogonal to a unit vector, in place: W - r r^T W, b - r r^T b.
 
-    Calculates in float32 at least.
+    Calculates in float32 at least. Of a spread layer, one whole matrix at a time is on every process.
     """
     weight: Any = module.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    unit = direction.to(weight.device, wide)
-    matrix = weight.to(wide)
-    if isinstance(module, nn.Linear):
-        weight.copy_(matrix - torch.outer(unit, unit @ matrix))
-    else:  # Embeddings and GPT-2's Conv1D have their outputs along the last axis.
-        weight.copy_(matrix - torch.outer(matrix @ unit, unit))
+    # Embeddings and GPT-2's Conv1D have their outputs along the last axis.
+    _project_out_(weight, direction, axis=0 if isinstance(module, nn.Linear) else -1)
     bias: Any = getattr(module, "bias", None)
     if bias is not None:
-        bias.copy_(bias.to(wide) - (bias.to(wide) @ unit) * unit)
+        _project_out_(bias, direction, axis=0)
+
+
+def _project_out_(tensor: Tensor, direction: Float[Tensor, " width"], axis: int) -> None:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    wide = torch.promote_types(whole.dtype, torch.float32)
+    unit, along = direction.to(whole.device, wide), whole.to(wide).movedim(axis, -1)
+    changed = (along - (along @ unit).unsqueeze(-1) * unit).movedim(-1, axis)
+    if isinstance(tensor, DTensor):
+        local = distribute_tensor(changed, tensor.device_mesh, tensor.placements)
+        part_of(tensor).copy_(part_of(local))
+    else:
+        tensor.copy_(changed)
 
 
 @torch.no_grad()

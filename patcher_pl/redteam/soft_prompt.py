@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from patcher_pl.errors import ConfigError
+from patcher_pl.models.peers import gathered_here, require_whole
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack
@@ -67,7 +68,9 @@ class SoftPrompt(FinetuningAttack):
         rows = material.select("harmful")
         token_ids = self._token_ids(material, rows[0].prompt)
         model.requires_grad_(False)
-        embedding = PromptEmbedding(model.get_input_embeddings(), token_ids)
+        with gathered_here(model):
+            require_whole(model, f"{self.name}: a copy of input vectors")
+            embedding = PromptEmbedding(model.get_input_embeddings(), token_ids)
         model.set_input_embeddings(embedding)
         model.eval()  # Nothing of it is trained, so nothing of it drops out.
         batches = material.batches(self.batch_size, rows, self.wording)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from patcher_pl.attackers.loop import FinetuneStep, finetune
+from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer
 from patcher_pl.redteam.base import AttackPoint
 from patcher_pl.redteam.finetuning import FinetuningAttack, all_trainable
@@ -98,7 +99,8 @@ class VectorOutrunning(FinetuningAttack):
         self, model: nn.Module, parameters: list[nn.Parameter], batches: Iterator[Batch]
     ) -> Iterator[FinetuneStep]:
         """The steps of the simulation; the last one ends where the fine-tuning begins."""
-        released = [parameter.detach().clone() for parameter in parameters]
+        shards = Shards(model, parameters)
+        released = [tensor.clone() for tensor in shards.tensors]
         steps = finetune(
             model,
             parameters,
@@ -109,7 +111,7 @@ class VectorOutrunning(FinetuningAttack):
         )
         for step in steps:
             if step.index == self.num_simulated_steps:
-                with torch.no_grad():
-                    for parameter, start in zip(parameters, released, strict=True):
-                        parameter.copy_(torch.lerp(start, parameter, self.scale))
+                with shards.changing() as tensors:
+                    for tensor, start in zip(tensors, released, strict=True):
+                        tensor.copy_(torch.lerp(start, tensor, self.scale))
             yield step

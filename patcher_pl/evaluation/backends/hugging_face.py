@@ -12,6 +12,7 @@ from torch import Tensor
 from patcher_pl.evaluation.backends.base import Backend, Decoding
 from patcher_pl.evaluation.backends.padding import left_padded
 from patcher_pl.evaluation.backends.token_choice import diverged, silence
+from patcher_pl.models.peers import compute_device, is_whole
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -77,13 +78,13 @@ def _generate(
     settings: "GenerationConfig",
     decoding: Decoding,
 ) -> list[list[int]]:
-    device = next(model.parameters()).device
+    device = compute_device(model)
     input_ids, attention_mask = left_padded(batch, decoding.pad_id)
     sequences = model.generate(  # type: ignore[operator]
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         generation_config=settings,
-        logits_processor=_processors(decoding, attention_mask),
+        logits_processor=_processors(decoding, attention_mask, agrees=not is_whole(model)),
     )
     return sequences[:, input_ids.shape[1] :].tolist()
 
@@ -108,7 +109,17 @@ def _settings(decoding: Decoding, room: int) -> "GenerationConfig":
     )
 
 
-def _processors(decoding: Decoding, attention_mask: Int[Tensor, "batch time"]) -> Any:
+def _processors(
+    decoding: Decoding, attention_mask: Int[Tensor, "batch time"], *, agrees: bool
+) -> Any:
+    """What becomes of logits before a token is chosen.
+
+    Args:
+        decoding: How tokens are drawn.
+        attention_mask: Of the prompts.
+        agrees: All processes answer the same prompts: they must choose the same tokens, or one would
+            end before the others, who would wait for it forever.
+    """
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
     token = silence(decoding)
@@ -119,7 +130,14 @@ def _processors(decoding: Decoding, attention_mask: Int[Tensor, "batch time"]) -
         quiet[:, token] = 0
         return torch.where(broken, quiet, scores)
 
+    def as_the_first(_: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.contiguous()
+        torch.distributed.broadcast(scores, src=0)
+        return scores
+
     processors: Any = LogitsProcessorList([silent_where_diverged])
+    if agrees:
+        processors.insert(0, as_the_first)
     if decoding.repetition_penalty == 1:
         return processors
     # Handed over here because the setting of the same name counts padding, often the stop token, as

@@ -28,7 +28,8 @@ def can_refill(model: Any) -> bool:
     """
     from transformers import GenerationMixin, PreTrainedModel
 
-    from patcher_pl.models.sharding import is_sharded
+    from patcher_pl.models.fsdp1 import uses_fsdp1
+    from patcher_pl.models.peers import is_whole
 
     return (
         isinstance(model, PreTrainedModel)
@@ -43,7 +44,8 @@ def can_refill(model: Any) -> bool:
         and not model._is_stateful
         and _remembers_keys_and_values_only(model)
         and len({parameter.device for parameter in model.parameters()}) == 1
-        and not is_sharded(model)
+        and is_whole(model)
+        and not uses_fsdp1(model)
     )
 
 

@@ -13,6 +13,7 @@ from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, DataError
 from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.models.peers import compute_device, require_whole
 from patcher_pl.randomness import keeping_generators, seeded
 from patcher_pl.validation import require
 
@@ -117,7 +118,8 @@ class LmEval(UtilityMeasure):
         from lm_eval import simple_evaluate  # type: ignore[import-not-found]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
-        device = next(model.parameters()).device
+        require_whole(model, self.name)  # The harness knows nothing of other processes.
+        device = compute_device(model)
         with seeded(seed, device), evaluating(model):
             found: Any = simple_evaluate(
                 # A copy, since the harness sets a pad token.

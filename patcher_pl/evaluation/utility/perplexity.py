@@ -14,6 +14,7 @@ from patcher_pl.evaluation.benchmark import Benchmark
 from patcher_pl.evaluation.generate import evaluating
 from patcher_pl.evaluation.utility.base import UtilityMeasure
 from patcher_pl.losses.causal_lm import causal_lm_loss
+from patcher_pl.models.peers import compute_device
 from patcher_pl.types import IGNORE_INDEX, Conversation, move_batch
 from patcher_pl.validation import require
 
@@ -68,7 +69,7 @@ class Perplexity(UtilityMeasure):
             batch_size=self.batch_size,
             pad_token_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
         )
-        device = next(model.parameters()).device
+        device = compute_device(model)
         nats, num_tokens = 0.0, 0
         with evaluating(model), torch.no_grad():
             for batch in batches:

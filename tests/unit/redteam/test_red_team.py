@@ -36,7 +36,8 @@ class Scripted(Attack):
         return "scripted"
 
     def run(self, model, material):
-        self.log.append((self.name, material.seed, model))
+        parameters = [name for name, _ in model.named_parameters()]
+        self.log.append((self.name, material.seed, parameters))
         yield AttackPoint(0, 0, float("nan"))
         if self.failure is not None:
             raise self.failure
@@ -180,7 +181,7 @@ def test_adapters_of_the_defense_are_merged_before_the_attack(model, tokenizer, 
     adapted = Lora(rank=2).attach(model)
     log = []
     replace(red_team, attacks=[Scripted(log=log)]).run(adapted, tokenizer, CHAT, defense="sft")
-    names = [name for name, _ in log[0][2].named_parameters()]
+    ((_, _, names),) = log
     assert not [name for name in names if "lora" in name or "base_layer" in name]
     assert [name for name, _ in adapted.named_parameters() if "lora" in name]
 

@@ -1,0 +1,25 @@
+"""Whether a launcher has started this process as one of several: torchrun, or SLURM's srun."""
+
+import os
+import re
+
+
+def num_processes() -> int:
+    """How many processes the launcher has started for this command (>= 1)."""
+    # Not SLURM_NTASKS, which a batch script has, too, that starts one process alone.
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def rank() -> int:
+    """Which of them this one is (>= 0)."""
+    if num_processes() == 1:
+        return 0
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def num_processes_here() -> int:
+    """How many of them are on this machine (>= 1)."""
+    if num_processes() == 1:
+        return 1
+    by_slurm = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or (by_slurm.group() if by_slurm else 1))
