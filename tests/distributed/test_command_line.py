@@ -44,6 +44,7 @@ def settings_of(inputs: Path, num_processes: int) -> dict[str, Any]:
     settings["control"] = True
     settings["redteam"] = redteam_settings(inputs)
     settings["checkpoint_every_n_steps"] = 1
+    settings["probe_every_n_steps"] = 3
     if num_processes > 1:
         settings["trainer"] |= TWO_PROCESSES
     return settings
