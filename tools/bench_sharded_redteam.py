@@ -101,6 +101,7 @@ def _status(name: str) -> float:
 
 
 def main() -> None:
+    """Measures for every number of processes, or is one of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--answers", choices=("whole", "shards"), default="shards")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
@@ -117,7 +118,9 @@ def main() -> None:
         peaks = [measured(number, Path(folder), options.answers) for number in options.processes]
     states = 20 * size / MIB
     print(f"\n{size / 1e6:.1f} M parameters, answers from {options.answers}\n")
-    print("| processes | states by process, MiB | peak, MiB | of the first |\n|---:|---:|---:|---:|")
+    print(
+        "| processes | states by process, MiB | peak, MiB | of the first |\n|---:|---:|---:|---:|"
+    )
     for number, peak in zip(options.processes, peaks, strict=True):
         print(f"| {number} | {states / number:.0f} | {peak:.0f} | {peak / peaks[0]:.2f} |")
 

@@ -110,6 +110,11 @@ class Attacker(ABC):
         """Whether it can attack a model that FSDP2 shards."""
         return False
 
+    @property
+    def works_with_fsdp1(self) -> bool:
+        """Whether it can attack a model that FSDP1 shards."""
+        return self.works_sharded
+
     def inner_problem(self, batches: Iterator[Batch]) -> InnerProblem:
         """Records the batches of one attack and returns it as something to differentiate.
 

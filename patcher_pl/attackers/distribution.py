@@ -190,6 +190,10 @@ class AttackDistribution(Attacker):
     def works_sharded(self) -> bool:
         return all(kind.attacker.works_sharded for kind in self.kinds)
 
+    @property
+    def works_with_fsdp1(self) -> bool:
+        return all(kind.attacker.works_with_fsdp1 for kind in self.kinds)
+
     def draw(self, seed: int, number: int) -> DrawnAttack:
         """See `Attacker.draw`."""
         place = self._place(seed, number)

@@ -14,7 +14,8 @@ from patcher_pl.attackers.carry import Carried, Carry
 from patcher_pl.attackers.growth import Growth
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.attackers.loop import FinetuneStep, FineTuning, Memory
-from patcher_pl.models.lora import Lora, merged_copy
+from patcher_pl.models.lending import lent
+from patcher_pl.models.lora import Lora
 from patcher_pl.models.shards import Shards
 from patcher_pl.models.weights import Weights
 from patcher_pl.optim import ClipByGlobalNorm, DifferentiableOptimizer, Update
@@ -32,12 +33,11 @@ class FineTuningAttacker(FineTuning, Attacker):
     """Fine-tunes from the defender's weights for `num_steps` steps (k1), each time anew.
 
     Full-parameter attacks run in place on the live model and cost two optimizer states and one copy
-    of the weights. Attacks with `lora` train adapters on a merged copy of the model; their attack
-    vector is the merged update.
+    of the weights. Those with `lora` train adapters on the live model, adapters of the defense merged
+    into it; their attack vector is the merged update.
 
     Attack vectors from several points of the trajectory cost no attack steps, but memory: one vector
-    each, where `language_model.weight_copies_on` says, and with `lora` one more merged copy of the
-    model for as long as each is being taken.
+    each, where `language_model.weight_copies_on` says.
 
     Args:
         num_steps: Optimizer steps (count, >= 1); k1 = 300 in Patcher's sequential script.
@@ -153,7 +153,7 @@ class FineTuningAttacker(FineTuning, Attacker):
     ) -> AttackOutcome:
         """See `Attacker.attack`."""
         if self.lora is not None:
-            return self._attack_copy(self.lora, model, weights, batches, before_step, start)
+            return self._train_adapters(self.lora, model, weights, batches, before_step, start)
         memory = self._memory(start)
         saved = weights.snapshot()
         earlier: list[Sequence[Tensor]] = []
@@ -191,7 +191,11 @@ class FineTuningAttacker(FineTuning, Attacker):
 
     @property
     def works_sharded(self) -> bool:
-        return self.lora is None and self.trains == "all"
+        return self.trains == "all"
+
+    @property
+    def works_with_fsdp1(self) -> bool:
+        return self.works_sharded and self.lora is None  # Its units take no further parameters.
 
     @property
     def _scale(self) -> float:
@@ -233,7 +237,7 @@ class FineTuningAttacker(FineTuning, Attacker):
         )
         return InnerProblem(batches=list(islice(batches, self.num_steps)), update=update)
 
-    def _attack_copy(
+    def _train_adapters(
         self,
         lora: Lora,
         model: nn.Module,
@@ -242,24 +246,31 @@ class FineTuningAttacker(FineTuning, Attacker):
         before_step: Callable[[], None],
         start: Carried | None,
     ) -> AttackOutcome:
-        copy = merged_copy(model)
-        released = Weights(copy)
-        saved = released.snapshot()
-        if start is not None:
-            released.add(released.aligned(start.vector, weights.names), self._scale)
-        adapted = lora.attach(copy).train(model.training)
-        adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        earlier: list[Sequence[Tensor]] = []
+        from peft import PeftModel
 
-        def vector_of(merged: nn.Module) -> Sequence[Tensor]:
-            attacked = Weights(merged)
-            return weights.placed(weights.aligned(attacked.difference(saved), attacked.names))
+        # Adapters change no weight; merging those of the defense and carrying do.
+        changes = isinstance(model, PeftModel) or start is not None
+        was_training = model.training
+        with lent(model, keeps_values=changes) as target:
+            released = Weights(target)
+            if start is not None:
+                released.add(released.aligned(start.vector, weights.names), self._scale)
+            adapted = lora.attach(target).train(was_training)
+            adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+            earlier: list[Sequence[Tensor]] = []
 
-        steps = self._finetune(
-            *(adapted, adapters, batches, before_step),
-            lambda: earlier.append(vector_of(merged_copy(adapted))),
-        )
-        return AttackOutcome(vector_of(adapted.merge_and_unload()), steps, earlier)
+            def vector() -> Sequence[Tensor]:
+                update = released.update_of(adapted)
+                if start is not None:
+                    carried = released.aligned(start.vector, weights.names)
+                    for change, before in zip(update, carried, strict=True):
+                        change.add_(before.to(change.device), alpha=self._scale)
+                return weights.placed(weights.aligned(update, released.names))
+
+            steps = self._finetune(
+                *(adapted, adapters, batches, before_step), lambda: earlier.append(vector())
+            )
+            return AttackOutcome(vector(), steps, earlier)
 
     def steps(
         self,

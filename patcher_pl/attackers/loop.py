@@ -85,6 +85,7 @@ def finetune(
             begins without any and leaves none.
     """
     shards = Shards(model, list(parameters))
+    shards.agree()
     masters = masters or MasterWeights(shards.tensors)
     tensors = masters.weights
     stepper = trained_in_float32(masters, optimizer.build)

@@ -213,7 +213,7 @@ def _exported(trainer: Trainer, defense: Any, run_directory: RunDirectory) -> _T
     if not shards(trainer):
         export_model(model, defense.tokenizer, run_directory.model)
         return _Trained(defense, model, run_directory, trainer.logger)
-    whole = gathered(model)
+    whole: Any = gathered(model)
     on_first_process(lambda: export_model(whole, defense.tokenizer, run_directory.model))
     defense.release()
     trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

@@ -275,7 +275,7 @@ class SafetyDataModule(LightningDataModule):
             **self._replica(),
         )
 
-    def _replica(self) -> dict[str, int]:
+    def _replica(self) -> dict[str, Any]:
         # Data-parallel strategies of Lightning say here which share this process gets.
         strategy = getattr(self.trainer, "strategy", None)
         return dict(getattr(strategy, "distributed_sampler_kwargs", None) or {})

@@ -242,4 +242,10 @@ def _require_supported_fsdp1(defense: "Defense", trainer: Trainer, strategy: FSD
             f"{name}.hypergradient must be FirstOrder with FSDPStrategy, got "
             f"{type(hypergradient).__name__}. {instead}"
         )
+    source = defense.attack_source
+    if source is not None and not source.attacker.works_with_fsdp1:
+        raise ConfigError(
+            f"{name}.attacker must work with FSDPStrategy, got {source.attacker}. Set `lora: null`. "
+            f"{instead}"
+        )
     require_shardable(defense)

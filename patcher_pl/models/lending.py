@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def lent(model: nn.Module) -> Iterator["PreTrainedModel"]:
+def lent(model: nn.Module, *, keeps_values: bool = True) -> Iterator["PreTrainedModel"]:
     """Lends the model itself, adapters merged into it; afterwards it is as before to the last bit.
 
     Weights, buffers, modules, hooks, modes, what is trainable, gradients and configurations are put
@@ -25,6 +25,7 @@ def lent(model: nn.Module) -> Iterator["PreTrainedModel"]:
 
     Args:
         model: Plain, with adapters, or spread with FSDP2.
+        keeps_values: Save the values of the weights, too; off where nobody will change them.
 
     Yields:
         The plain model.
@@ -32,7 +33,7 @@ def lent(model: nn.Module) -> Iterator["PreTrainedModel"]:
     from peft import PeftModel
 
     reshard(model)  # Or the root's parameters might be gathered copies, soon to be dropped.
-    kept = _Kept.of(model)
+    kept = _Kept.of(model, keeps_values)
     target: Any = model
     try:
         if isinstance(model, PeftModel):
@@ -58,7 +59,7 @@ class _Kept:
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "_Kept":
+    def of(cls, model: nn.Module, keeps_values: bool) -> "_Kept":
         modules = list(model.modules())
         configs = {
             id(config): config
@@ -75,7 +76,7 @@ class _Kept:
             [
                 (part, part.to("cpu", copy=True))
                 for tensor in (*parameters, *model.buffers())
-                if not tensor.is_meta
+                if keeps_values and not tensor.is_meta
                 for part in [part_of(tensor.detach())]
             ],
             [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters],

@@ -1,11 +1,16 @@
 """Low-rank adapters, through peft."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from patcher_pl.models.peers import compute_device
 from patcher_pl.validation import require
 
 if TYPE_CHECKING:
@@ -60,7 +65,8 @@ class Lora:
             # With frozen embeddings, checkpointed blocks would see no input that needs a gradient,
             # and make none.
             model.enable_input_require_grads()
-        return get_peft_model(model, config)
+        with _whole_shapes(model):
+            return get_peft_model(model, config)
 
 
 def merged_copy(model: nn.Module) -> "PreTrainedModel":
@@ -76,6 +82,31 @@ def plain_name(name: str) -> str | None:
     if ".lora_" in name:
         return None
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+@contextmanager
+def _whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Shows peft whole weights in the place of sharded ones, which it would take for another layout.
+
+    What it sees has the shape, and no memory of its own. Adapters are whole on every process, and
+    where the model computes.
+    """
+    device = compute_device(model)
+    sharded = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for module, name, parameter in sharded:
+        shown = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+        module._parameters[name] = nn.Parameter(shown)
+    try:
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            parameter.requires_grad_(False)  # As peft does with what it sees.
+            module._parameters[name] = parameter
 
 
 def _uses_conv1d(model: nn.Module) -> bool:

@@ -110,11 +110,12 @@ def gathered_here(model: nn.Module) -> Iterator[Peers]:
 
     Yields:
         Who may divide the work: each process can run the model by itself. One alone where it is
-        not spread, and where all have to do the same.
+        not spread, where all have to do the same, and within another such block, whose work may
+        have been divided already.
     """
     spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not spread or is_whole(model):
-        yield Peers.of(model) if spread else Peers()
+    if is_whole(model):
+        yield Peers()
         return
     sharding = getattr(spread[0], _SHARDING)
     if not _has_room(model, sharding):

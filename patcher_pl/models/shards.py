@@ -67,6 +67,13 @@ class Shards:
         """`total` where there is something to sum over, for the functions of `optim`."""
         return self.total if self.is_sharded else None
 
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Gives whole parameters beside sharded ones the values that the first process has."""
+        if self._peers is not None and self._group is None:
+            for tensor in self.tensors:
+                torch.distributed.broadcast(tensor, group_src=0, group=self._peers)
+
     @contextmanager
     def changing(self) -> Iterator[list[Tensor]]:
         """Lends the tensors to be changed in place.

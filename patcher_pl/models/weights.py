@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from patcher_pl.models.fsdp1 import without_units
 from patcher_pl.models.lora import plain_name
-from patcher_pl.models.shards import Shards, reshard
+from patcher_pl.models.shards import Shards, part_of, reshard
 
 Vector = list[Tensor]
 Place = Literal["model", "host"]
@@ -78,6 +79,28 @@ class Weights:
         return [
             (tensor - value.to(tensor.device)).to(self._place(tensor))
             for tensor, value in zip(self.shards.tensors, saved, strict=True)
+        ]
+
+    @torch.no_grad()
+    def update_of(self, adapted: nn.Module) -> Vector:
+        """Returns what merging the adapters of a model would add to these weights, zeros elsewhere.
+
+        Args:
+            adapted: The module with fresh adapters around these weights.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        updates: dict[int, Tensor] = {}
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                weight: Any = layer.get_base_layer().weight
+                update: Any = layer.get_delta_weight("default")  # type: ignore[operator]
+                if isinstance(weight, DTensor):
+                    update = distribute_tensor(update, weight.device_mesh, weight.placements)
+                updates[id(weight)] = part_of(update).to(weight.dtype)
+        return [
+            updates[id(parameter)] if id(parameter) in updates else torch.zeros_like(tensor)
+            for parameter, tensor in zip(self.parameters, self.shards.tensors, strict=True)
         ]
 
     def placed(self, vector: Sequence[Tensor]) -> Vector:

@@ -366,5 +366,7 @@ def _notes(run: Run) -> list[str]:
     if run.has_control:
         notes.append("the SFT control of `control: true` takes as many gradient evaluations again.")
     if run.has_red_team:
-        notes.append("the red team's attacks are not included; they need memory for two models.")
+        notes.append(
+            "the red team's attacks are not included; they keep the weights in host memory, too."
+        )
     return notes

@@ -20,18 +20,22 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
     alone = {}
     for kind in worker.KINDS:
         defense, logger = worker.make(tmp_path, kind), runs.memory()
-        runs.train(defense, tmp_path, 1, runs.NUM_STEPS, logger=logger)
+        runs.train(
+            *(defense, tmp_path, 1, runs.NUM_STEPS), logger=logger, callbacks=[worker.Seeded()]
+        )
         del logger.history["val/loss"]  # A mean over batches, which have half the rows here.
         alone[kind] = snapshot(defense.model), logger.history
     runs.in_two_processes("tests.distributed.patcher_options_worker", tmp_path)
     for kind, (expected, history) in alone.items():
-        for strategy in ("fsdp2", "fsdp1"):
+        for strategy in ("fsdp2",) if kind == "adapters" else ("fsdp2", "fsdp1"):
             weights, found = torch.load(tmp_path / f"{strategy}-{kind}.pt", weights_only=True)
             assert weights.keys() == expected.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
             for name, values in history.items():
                 assert found[name] == pytest.approx(values, rel=1e-6, abs=1e-9), (strategy, name)
+            if kind == "adapters":
+                continue
             if kind not in worker.RETAINED:
                 assert max(history["attack/steps_from_theta"].values()) > 2
                 continue
@@ -50,4 +54,4 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
         )
         for name, value in snapshot(resumed.model).items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9)
-        assert len(resumed.attack_source.vectors) == (2 if kind in worker.RETAINED else 1)
+        assert len(resumed.attack_source.vectors) == (1 if kind == "attacks" else 2)

@@ -85,7 +85,7 @@ class AttackSource(ABC):
         if not self.attacker.works_sharded:
             raise ConfigError(
                 f"{owner}.attacker must work on sharded weights, got {self.attacker}. Attack every "
-                "weight (a FineTuningAttacker with `lora: null`), or train on one device."
+                "weight or adapters (`trains: all`), or train on one device."
             )
 
     def finish(self, step: Step, take_step: Callable[[], dict[str, Any]]) -> dict[str, Any]:

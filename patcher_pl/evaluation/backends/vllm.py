@@ -13,6 +13,7 @@ from torch import nn
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation.backends.base import Backend, Decoding
+from patcher_pl.models.peers import is_spread
 from patcher_pl.validation import require
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Vllm(Backend):
                 "Generation.backend: Vllm needs vLLM, which is not installed. "
                 "Run `pip install vllm`, or use patcher_pl.evaluation.backends.HuggingFace."
             )
-        _refuse_hooks(model)
+        _require_exportable(model)
         if not prompts:
             return []
         with tempfile.TemporaryDirectory(prefix="patcher_pl-vllm-", dir=self.export_dir) as folder:
@@ -143,7 +144,12 @@ def _export(model: "PreTrainedModel", folder: Path) -> None:
     plain.save_pretrained(folder)
 
 
-def _refuse_hooks(model: nn.Module) -> None:
+def _require_exportable(model: nn.Module) -> None:
+    if is_spread(model):
+        raise ConfigError(
+            "Generation.backend: Vllm answers from an exported copy, and several processes hold this "
+            "model together. Use HuggingFace, or attack on one device."
+        )
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise ConfigError(

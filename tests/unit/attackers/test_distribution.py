@@ -78,7 +78,8 @@ def test_kinds_in_turn_each_with_a_count_of_its_own():
     assert all(one.begins_anew and not one.is_carried for one in found[1::2])
     assert attacker.num_steps == 20
     assert attacker.is_carried
-    assert not attacker.works_sharded
+    assert attacker.works_sharded
+    assert not attacker.works_with_fsdp1
     assert not attacker.is_differentiable
 
 

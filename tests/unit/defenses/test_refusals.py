@@ -150,13 +150,16 @@ def test_differences_in_half_precision_are_refused(llama):
 
 def test_adapters_are_refused_where_weights_are_sharded(llama, model):
     adapted = LanguageModel(path=str(llama), lora=Lora(rank=2))
-    attacker = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.1), lora=Lora(rank=2))
-    for defense, field in (
-        (SFT(adapted), r"LanguageModel\.lora"),
-        (Patcher(model, attacker), r"Patcher\.attacker .*lora: null"),
-    ):
-        with pytest.raises(ConfigError, match=field):
-            require_supported(defense, trainer_of(two_shards()))
+    with pytest.raises(ConfigError, match=r"LanguageModel\.lora"):
+        require_supported(SFT(adapted), trainer_of(two_shards()))
+
+
+def test_attacks_that_sharded_weights_do_not_allow_are_refused(model):
+    attacker = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.1), trains="embeddings")
+    with pytest.raises(ConfigError, match=r"Patcher\.attacker .*trains: all"):
+        require_supported(Patcher(model, attacker), trainer_of(two_shards()))
+    adapters = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.1), lora=Lora(rank=2))
+    require_supported(Patcher(model, adapters), trainer_of(two_shards()))
 
 
 def test_attackers_elsewhere_are_refused_where_weights_are_sharded(model, tmp_path):
