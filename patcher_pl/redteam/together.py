@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from torch import distributed
@@ -81,6 +82,7 @@ def _perform(job: AttackJob, device: str) -> None:
 
 
 def _guarded(job: AttackJob, function: Any) -> None:
+    written = _changed_at(job.path)
     try:
         function()
     except PatcherError:
@@ -88,12 +90,18 @@ def _guarded(job: AttackJob, function: Any) -> None:
     except Exception as error:
         rank = distributed.get_rank()
         logger.warning("%s failed on process %d", job.path, rank, exc_info=error)
-        job.fail(f"{type(error).__name__}: {error}")
+        # Once one has failed, the others lose their connection to it: what it wrote says why.
+        if _changed_at(job.path) == written:
+            job.fail(f"{type(error).__name__}: {error}")
         raise PeerError(
             f"{job.path.name} failed on process {rank} of {distributed.get_world_size()} "
             f"({type(error).__name__}: {error}). The others cannot go on without it; what was done "
             "before is kept. Start the same command again, without this attack if it fails again."
         ) from error
+
+
+def _changed_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _send(job: AttackJob | None) -> None:

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from itertools import islice, pairwise
+from typing import Any
 
 import pytest
 
 from patcher_pl.data import BatchStream, Encoded, FixedBatches
-from patcher_pl.types import Batch
+from patcher_pl.types import Batch, count_tokens
 
 
 def examples(num_examples: int) -> list[Encoded]:
@@ -142,6 +143,27 @@ def test_replicas_together_are_one_replica_with_a_larger_batch():
         mean = sum(counts) / 2
         assert weights == pytest.approx([count / mean for count in counts])
         assert "loss_weight" not in batch
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_replicas_share_batches_that_they_need_not_divide(batch_size, packing):
+    """Wrong if a red team of several processes took other steps than one, or one had none to take."""
+    spoken = [one for one in examples(20) if len(one.input_ids) > 1]
+
+    def batches(**replica: Any) -> list[Batch]:
+        options = {"batch_size": batch_size, "packing": packing, "pad_token_id": 0, "seed": 0}
+        return list(islice(BatchStream(spoken, **options, **replica).endless(), 9))
+
+    whole = batches()
+    shares = [batches(num_replicas=2, rank=rank, shares_batch=True) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sum(count_tokens(part) for part in parts) == count_tokens(batch)
+        weights = [float(part["loss_weight"]) for part in parts]
+        assert sum(weights) == pytest.approx(2)  # Its mean over two is the mean over all tokens.
+        idle = [part for part, weight in zip(parts, weights, strict=True) if weight == 0]
+        assert len(idle) == (batch_size == 1)
+        assert all(part["input_ids"].numel() and count_tokens(part) == 0 for part in idle)
 
 
 @pytest.mark.parametrize(("num_replicas", "batch_size", "position"), [(2, 2, 7), (1, 8, 3)])

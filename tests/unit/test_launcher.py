@@ -1,0 +1,34 @@
+"""How many processes a launcher has started, by what it leaves in the environment."""
+
+import pytest
+
+from patcher_pl import launcher
+from tests.commands import cli
+
+TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+# A batch script has these, which starts one process itself.
+SBATCH = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "4(x2)"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, (1, 0, 1)), (TORCHRUN, (8, 5, 4)), (SRUN, (8, 5, 4)), (SBATCH, (1, 0, 1))],
+    ids=["none", "torchrun", "srun", "sbatch"],
+)
+def test_what_the_environment_says(monkeypatch, variables, expected):
+    for name in TORCHRUN | SRUN | SBATCH:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = launcher.num_processes(), launcher.rank(), launcher.num_processes_here()
+    assert found == expected
+
+
+def test_commands_of_one_process_are_refused_to_several(monkeypatch, tmp_path):
+    """Wrong if every process ran the whole sweep in the same directory."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    refused = cli("testbed", "--out", tmp_path / "out").expect(2)
+    assert "testbed is for one process, and the launcher has started 8" in refused.err
+    assert not (tmp_path / "out").exists()
