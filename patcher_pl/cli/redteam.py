@@ -103,9 +103,9 @@ def run_redteam(
         Target(defense=defense, path=model, k1=k1, train_seed=train_seed, gguf_file=gguf_file)
     ]
     require_distinct(targets)
-    overlap = redteam.shared_data({})  # Before hours are spent on making models.
 
     def attack(bench: Bench, runner: Engine, device: str) -> Results:
+        overlap = redteam.shared_data({})  # Before hours are spent on making models.
         paths = harden(targets, run_dir, fit_options or {}, engine)
         attacked = [
             AttackedModel(

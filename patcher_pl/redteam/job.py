@@ -44,6 +44,7 @@ class Bench:
     ) -> None:
         self._given = model, tokenizer
         self._mesh = mesh
+        self._seen: Any = None
         self._key: Any = None
         self._model: PreTrainedModel | None = None
         self._campaign: Campaign | None = None
@@ -61,6 +62,21 @@ class Bench:
         """As the function of that name, for the model on the table or else the one that is named."""
         model, tokenizer = self._given
         require_room(team, language_model, None if model is None else model.config, tokenizer)
+
+    def require_inputs(self, job: "AttackJob") -> None:
+        """See `AttackJob.require_inputs`; looks once for every model and data."""
+        seen = (job.language_model, job.cell.data, job.team.prompts, job.team.benign_prompts)
+        if seen == self._seen:
+            return
+        if self._given == (None, None):
+            job.language_model.load_config()
+            job.language_model.load_tokenizer()
+        for benchmark in (job.team.prompts, job.team.benign_prompts):
+            if benchmark is not None:
+                benchmark.questions()
+        if job.cell.attack.uses_data:
+            job.cell.data.rows()
+        self._seen = seen
 
     def prepared(self, job: "AttackJob", device: str) -> "tuple[PreTrainedModel, Campaign]":
         """The released model on its device, and who attacks it."""
@@ -176,6 +192,14 @@ class AttackJob(Job[Curve]):
         """Attacks, and writes nothing; what `perform` does, and with it all who hold the model."""
         model, campaign = self.target.bench.prepared(self, device)
         return campaign.attack(model, self.cell, self.target.name)
+
+    def require_inputs(self) -> None:
+        """Looks whether this process can read what the attack needs, but for the weights.
+
+        Raises:
+            PatcherError: If it cannot.
+        """
+        self.target.bench.require_inputs(self)
 
     @property
     def needs_model(self) -> bool:

@@ -1,9 +1,10 @@
 """Attacks on a model that several processes hold together."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +44,10 @@ class Together(Engine):
             for job in cast(Sequence[AttackJob], jobs):
                 if job.needs_model:
                     _send(job.on(Bench()))
-                _perform(job, device)
+                    _require_ready(job)
+                    _guarded(job, partial(job.perform, device))
+                else:
+                    job.attempt(device)
                 advance()
 
     def num_threads(self, num_jobs: int) -> int:
@@ -57,8 +61,15 @@ def follow(bench: Bench, device: str) -> None:
     """Takes part in attacks until the first process has no more; on all processes but that one."""
     while (job := _receive()) is not None:
         own = job.on(bench)
-        with cpu_threads(own.num_threads):
-            _guarded(own, lambda own=own: own.attacked(device))
+        _require_ready(own)
+        try:
+            with cpu_threads(own.num_threads):
+                _guarded(own, partial(own.attacked, device))
+        except PeerError:
+            raise
+        except PatcherError as error:
+            # Wrong for all: the first one tells it, and decides whether there is more to do.
+            logger.debug("%s: %s", own.path.name, error)
 
 
 @contextmanager
@@ -74,14 +85,27 @@ def leading() -> Iterator[None]:
     _send(None)
 
 
-def _perform(job: AttackJob, device: str) -> None:
-    if job.needs_model:
-        _guarded(job, lambda: job.perform(device))
-    else:
-        job.attempt(device)
+def _require_ready(job: AttackJob) -> None:
+    """Sees to it that no process lacks a file that the others have: they would wait for it.
+
+    Raises:
+        PeerError: On all, if one does.
+    """
+    reason = None
+    try:
+        job.require_inputs()
+    except (PatcherError, OSError) as error:
+        reason = str(error)
+    reasons: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(reasons, reason)
+    # What all lack is an error like that of one process, met in the attack.
+    if None in reasons and (lacking := [rank for rank, one in enumerate(reasons) if one]):
+        raise PeerError(
+            f"Process {lacking[0]} of {len(reasons)} cannot go on: {reasons[lacking[0]]}"
+        )
 
 
-def _guarded(job: AttackJob, function: Any) -> None:
+def _guarded(job: AttackJob, function: Callable[[], Any]) -> None:
     written = _changed_at(job.path)
     try:
         function()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,11 @@ def settings(inputs: Path, model: Path, *attacks: dict[str, Any]) -> dict[str, A
     }
 
 
-def together(config: Path, run_dir: Path, *options: str) -> subprocess.CompletedProcess:
+def together(
+    config: Path, run_dir: Path, *options: str, program: Sequence[str] = ("-m", "patcher_pl")
+) -> subprocess.CompletedProcess:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    command = (*torchrun, "-m", "patcher_pl", "redteam", "--config", config, "--run_dir", run_dir)
+    command = (*torchrun, *program, "redteam", "--config", config, "--run_dir", run_dir)
     return subprocess.run(
         [str(part) for part in (*command, *options)],
         cwd=ROOT,
@@ -150,6 +153,28 @@ def test_what_fails_on_one_process_ends_the_run_and_is_told(llama, inputs, tmp_p
     }
     assert cells["full_adamw"]["error"] is None
     assert cells["fails"]["error"] == "RuntimeError: out of memory"
+
+
+@pytest.mark.slow
+def test_a_process_that_lacks_a_file_ends_the_run(llama, inputs, tmp_path):
+    """Wrong if the others waited for it in the first attack, as on a machine without the data."""
+    chosen = settings(inputs, llama, FULL)
+    chosen["redteam"]["prompts"]["source"]["path"] = "asked.jsonl"
+    config = write_yaml(tmp_path / "config.yaml", chosen)
+    for rank in range(2):
+        (tmp_path / f"machine-{rank}").mkdir()
+    shutil.copy(inputs / "unsafe.jsonl", tmp_path / "machine-0" / "asked.jsonl")
+    start = tmp_path / "start.py"
+    start.write_text(
+        "import os\n"
+        f"os.chdir('{tmp_path}/machine-' + os.environ['RANK'])\n"
+        "from patcher_pl.cli.main import main\n"
+        "raise SystemExit(main())\n"
+    )
+    said = together(config, tmp_path / "run", program=(str(start),))
+    assert said.returncode != 0
+    assert "Process 1 of 2 cannot go on" in said.stderr
+    assert "asked.jsonl" in said.stderr
 
 
 @pytest.mark.parametrize(
