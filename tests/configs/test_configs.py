@@ -31,7 +31,6 @@ NAMES = [str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
 # What cannot be sharded, and what is said about it.
 ON_ONE_DEVICE = {
     "ConcurrentAttacker": "a ConcurrentAttacker needs",
-    "lora: {": "attacker must work on sharded weights",
     "defenses.Tar": "Tar works on one device only",
     "defenses.Seam": "Seam works on one device only",
     "defenses.TVaccine": "TVaccine works on one device only",

@@ -190,7 +190,7 @@ TWO_PROCESSES = {
             },
             ["Patcher.attacker", "ConcurrentAttacker", "Use a FineTuningAttacker"],
         ),
-        ("probe_every_n_steps", 2, ["probe_every_n_steps", "Use null"]),
+        ("model.init_args.language_model.lora", {"rank": 2}, ["LanguageModel.lora", "`lora: null`"]),
         ("trainer.strategy", "ddp", ["trainer.strategy", "ModelParallelStrategy"]),
     ],
 )
