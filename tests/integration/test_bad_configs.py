@@ -190,7 +190,11 @@ TWO_PROCESSES = {
             },
             ["Patcher.attacker", "ConcurrentAttacker", "Use a FineTuningAttacker"],
         ),
-        ("model.init_args.language_model.lora", {"rank": 2}, ["LanguageModel.lora", "`lora: null`"]),
+        (
+            "model.init_args.language_model.lora",
+            {"rank": 2},
+            ["LanguageModel.lora", "`lora: null`"],
+        ),
         ("trainer.strategy", "ddp", ["trainer.strategy", "ModelParallelStrategy"]),
     ],
 )
