@@ -78,11 +78,14 @@ def is_packed(batch: Batch) -> bool:
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch, padding excluded; none where it only keeps a process busy."""
-    if "loss_weight" in batch and not float(batch["loss_weight"]):
-        return 0
+    """Tokens of a batch, padding excluded."""
     # A packed batch has no padding: nothing to wait for on a GPU.
     return batch["input_ids"].numel() if is_packed(batch) else int(batch["attention_mask"].sum())
+
+
+def is_idle(batch: Batch) -> bool:
+    """Whether a batch only keeps a process busy while others take the step; ask before it is moved."""
+    return "loss_weight" in batch and float(batch["loss_weight"]) == 0
 
 
 def count_conversations(batch: Batch) -> int:

@@ -28,7 +28,7 @@ from patcher_pl.data import BatchStream
 from patcher_pl.data.chat import Encoded
 from patcher_pl.models import LanguageModel, Sharding
 from patcher_pl.models.lending import lent
-from patcher_pl.models.peers import Peers, gathered_here
+from patcher_pl.models.peers import gathered_here
 from patcher_pl.optim import AdamW
 
 MIB = 2**20
@@ -76,8 +76,7 @@ def attack(folder: Path, answers: Any) -> float:
             target, target.parameters(), batches, optimizer=AdamW(lr=1e-4), num_steps=2
         )
         for _ in steps:
-            with gathered_here(target) as peers, torch.no_grad():
-                assert isinstance(peers, Peers)
+            with gathered_here(target), torch.no_grad():
                 target(torch.ones(1, 8, dtype=torch.long))
     return _status("VmHWM") - before
 

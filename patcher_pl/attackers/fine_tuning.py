@@ -248,6 +248,7 @@ class FineTuningAttacker(FineTuning, Attacker):
     ) -> AttackOutcome:
         from peft import PeftModel
 
+        weights.shards.require_no_open_pass("An attack")
         # Adapters change no weight; merging those of the defense and carrying do.
         changes = isinstance(model, PeftModel) or start is not None
         was_training = model.training

@@ -12,7 +12,7 @@ from patcher_pl.models.shards import Shards
 from patcher_pl.optim import Optimizer, Schedule, lr_factor
 from patcher_pl.optim.master_weights import MasterWeights, trained_in_float32
 from patcher_pl.optim.moved import CHECKED_STEPS, MovedShare
-from patcher_pl.types import Batch, count_tokens, move_batch
+from patcher_pl.types import Batch, count_tokens, is_idle, move_batch
 from patcher_pl.validation import require
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -97,7 +97,7 @@ def finetune(
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     for index in range(1, num_steps + 1):
         batch = next(batches)
-        num_tokens, share = count_tokens(batch), None
+        num_tokens, share = 0 if is_idle(batch) else count_tokens(batch), None
         loss = loss_function(model, move_batch(batch, shards.device))
         grad_norm = _set_gradients(tensors, shards, loss)
         nn.utils.clip_grads_with_norm_(tensors, limit, grad_norm)

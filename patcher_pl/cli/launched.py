@@ -48,7 +48,8 @@ def launched(device: str) -> Iterator[tuple[DeviceMesh, str]]:
             )
         module.set_device(local)
         place = f"{kind.type}:{local}"
-    backend = "gloo" if kind.type == "cpu" else "nccl"
+    # gloo for what waits in host memory: offloaded shards, jobs and verdicts.
+    backend = "gloo" if kind.type == "cpu" else f"cpu:gloo,{kind.type}:nccl"
     distributed.init_process_group(
         backend,
         init_method=f"tcp://{cluster.main_address}:{cluster.main_port}",

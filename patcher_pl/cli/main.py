@@ -157,12 +157,13 @@ def run_function(command: str, function: Callable[..., Any], arguments: list[str
         quiet_libraries()  # Not before: who asks for `--help` need not wait for transformers.
         options = parser.instantiate(options)
     options.pop("config", None)
-    if num_processes() > 1 and command != "redteam":
+    run_dir = options.get("run_dir")
+    # What only writes a folder may be started by one of several: a world is built when it is read.
+    if num_processes() > 1 and run_dir is not None and command != "redteam":
         raise ConfigError(
             f"{command} is for one process, and the launcher has started {num_processes()}. It starts "
             "processes of its own, see `engine`; torchrun and srun are for fit and redteam."
         )
-    run_dir = options.get("run_dir")
     # One of several processes holds the directory for all of them.
     with nullcontext() if run_dir is None or rank() > 0 else held(Path(run_dir)):
         function(**vars(options))

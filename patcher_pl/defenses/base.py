@@ -313,7 +313,7 @@ class Defense(LightningModule):
         lr = optimizer.param_groups[0]["lr"]
         self.step_check.before(self.trained_weights.parameters, optimizer)
         optimizer.step()
-        self.step_check.after()
+        self.step_check.after(self.trained_weights.shards.reduction)
         optimizer.zero_grad(set_to_none=True)
         schedulers = self.lr_schedulers()
         if schedulers is not None:

@@ -1,7 +1,7 @@
 """The defender's optimizer, and whether its steps reach the weights."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,12 +81,16 @@ class StepCheck:
             grads = [parameter.grad for parameter in parameters]
             self._moved.note([None if one is None else part_of(one) for one in grads])
 
-    def after(self) -> None:
-        """Counts a step, and looks at the weights where it was the last of the first ones."""
+    def after(self, total: Callable[[Tensor], Tensor] | None) -> None:
+        """Counts a step, and looks at the weights where it was the last of the first ones.
+
+        Args:
+            total: Sums over the processes that hold the other parts; None where there are none.
+        """
         self._left = max(0, self._left - 1)
         if self._left or self._moved is None:
             return
-        self.share, self._moved = self._moved.share(), None
+        self.share, self._moved = self._moved.share(total), None
         if is_lost(self.share):
             logger.warning(
                 "Only %.0f %% of the weights had moved after %d steps of %s: the others' steps were "

@@ -162,18 +162,19 @@ class Shards:
         """Returns the sum over the processes of what each found for its part."""
         if self._group is None:
             return value
-        # Where shards wait in host memory, the group still speaks through the device.
-        summed = value.detach().clone().to(self.device)
-        torch.distributed.all_reduce(summed, group=self._group)
-        return summed.to(value.device)
+        return self._sum(value, self._group).to(value.device)
 
     def mean(self, value: Tensor) -> float:
         """Returns the mean over the processes, of a loss for example."""
         if self._peers is None:
             return float(value.detach())
+        return float(self._sum(value, self._peers)) / self._peers.size()
+
+    def _sum(self, value: Tensor, group: Any) -> Tensor:
+        # Where shards wait in host memory, the group still speaks through the device.
         summed = value.detach().clone().to(self.device)
-        torch.distributed.all_reduce(summed, group=self._peers)
-        return float(summed) / self._peers.size()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed
 
     @torch.no_grad()
     def norm(self, vector: Sequence[Tensor | None]) -> Tensor:

@@ -187,7 +187,8 @@ def advantage_notes(curves: Sequence[Curve]) -> list[str]:
     kept = [replace(curve, budget=0) for curve in curves if curve.attack not in destroying]
     attacks = {curve.attack for curve in kept}
     lines = []
-    for found in levels(reaches(kept), CONTROL):
+    rows = levels(reaches(kept), CONTROL)
+    for found in rows:
         if found.family != GEOMETRIC_MEAN or found.ratio is None:
             continue
         ends = (
@@ -200,6 +201,13 @@ def advantage_notes(curves: Sequence[Curve]) -> list[str]:
             f"{_count(len(attacks), 'attack')} and {_count(found.num_seeds, 'seed')} (95 % over seeds; held counts "
             "as twice the longest attack)."
         )
+        by_attack = [
+            f"{row.ratio:.1f} {row.family}"
+            for row in rows
+            if row.defense == found.defense and row.family in attacks and row.ratio is not None
+        ]
+        if len(by_attack) > 1:
+            lines[-1] += f" By attack: {', '.join(by_attack)}."
     if lines and destroying:
         lines.append(
             f"Without {', '.join(destroying)}: some model was neither broken nor of use at any of its "

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import (
     ROOT,
@@ -80,6 +81,12 @@ def assert_same(one: Path, other: Path, tolerance: float = 0.0) -> None:
             assert float((value - weights[name]).abs().max()) <= tolerance, name
 
 
+def probes(run: Path) -> list[tuple[int, float]]:
+    """Steps and attack success rates of the probes, and of the red team after them."""
+    events = EventAccumulator(str(run / "tensorboard" / "patcher")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("robustness/asr_at_2")]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -97,6 +104,9 @@ def test_a_run_leaves_what_a_run_of_one_process_leaves(inputs, uninterrupted, tm
     assert {path.name for path in uninterrupted.iterdir()} == names
     runs = {path.name for path in (uninterrupted / "tensorboard").iterdir()}
     assert runs == {"patcher", "sft-control"}
+    probed = [probes(run) for run in (uninterrupted, tmp_path / "run")]
+    assert probed[0] == probed[1]
+    assert [step for step, _ in probed[0]] == [3, 6, 8]  # At the end, the red team.
 
 
 def test_torchrun_starts_the_same_run(inputs, uninterrupted, tmp_path):

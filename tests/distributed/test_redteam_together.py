@@ -33,6 +33,9 @@ OTHERS = [
     attack("RestartedFinetuning", restart_every=2, schedule="cosine", num_warmup_steps=1),
     attack("VectorOutrunning", num_simulated_steps=2),
     attack("SoftPrompt", tokens=["~", "^"]),
+    attack("BenignThenHarmful", num_benign_steps=2),
+    attack("MultiTurnFinetuning"),
+    {"class_path": "patcher_pl.redteam.Jailbreak", "init_args": {"asking": {"prefill": "Stir"}}},
     {"class_path": "patcher_pl.redteam.Abliteration", "init_args": {"num_prompts": 4}},
 ]
 

@@ -209,6 +209,17 @@ def test_what_several_processes_cannot_do_is_told_before_they_are_started(
     assert not (tmp_path / "run").exists()
 
 
+def test_probes_are_refused_where_fsdp1_shards(inputs, tmp_path):
+    settings = patcher_settings(inputs) | {"redteam": redteam_settings(inputs)}
+    settings["model"]["init_args"]["language_model"]["dtype"] = "float64"
+    strategy = {"class_path": "tests.distributed.fsdp1_worker.CPUStrategy"}
+    settings["trainer"] |= {"devices": 2, "strategy": strategy}
+    config = write_yaml(tmp_path / "config.yaml", settings | {"probe_every_n_steps": 2})
+    message = complain("fit", config, tmp_path / "run")
+    assert "probe_every_n_steps" in message and "ModelParallelStrategy" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_run_dir_is_asked_for(inputs, tmp_path):
     config = write_yaml(tmp_path / "config.yaml", sft_settings(inputs))
     said = cli("fit", "--config", config).expect(2)

@@ -25,10 +25,23 @@ def test_what_the_environment_says(monkeypatch, variables, expected):
     assert found == expected
 
 
-def test_commands_of_one_process_are_refused_to_several(monkeypatch, tmp_path):
-    """Wrong if every process ran the whole sweep in the same directory."""
+@pytest.fixture
+def launched(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    refused = cli("testbed", "--out", tmp_path / "out").expect(2)
-    assert "testbed is for one process, and the launcher has started 8" in refused.err
-    assert not (tmp_path / "out").exists()
+
+
+def test_commands_of_one_process_are_refused_to_several(launched, tmp_path):
+    """Wrong if every process ran the whole sweep in the same directory."""
+    base = tmp_path / "fit.yaml"
+    base.write_text("{}")
+    options = ("--base", base, "--variants", "{a: {}}", "--run_dir", tmp_path / "run")
+    refused = cli("sweep", *options).expect(2)
+    assert "sweep is for one process, and the launcher has started 8" in refused.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_world_can_be_built_by_one_of_several(launched, tmp_path):
+    """As when data is first read in a sharded run: the command inherits the launcher's variables."""
+    cli("testbed", "--out", tmp_path / "out").expect(0)
+    assert (tmp_path / "out" / "data" / "safe.jsonl").is_file()

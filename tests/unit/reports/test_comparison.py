@@ -111,6 +111,7 @@ def test_how_many_times_the_controls_steps_over_attacks(curve):
     (line,) = advantage_notes(curves)
     first = 81 / 21 * 321 / 41
     assert line.startswith(f"mine: {first**0.5:.1f} times") and "2 attacks and 1 seed" in line
+    assert line.endswith(f"By attack: {81 / 21:.1f} full, {321 / 41:.1f} lora.")
     steps[("mine", "full")] = 40
     curves += [
         attacked(curve, *pair, broken, seed)
