@@ -187,7 +187,7 @@ class Defense(LightningModule):
             self._model = self.language_model.sharding.wrap(self._model, device)
 
     def require_shardable(self) -> None:
-        """Refuses a defense, adapters or attacks that cannot work on sharded weights."""
+        """Refuses a defense or attacks that cannot work on sharded weights."""
         require_shardable(self)
 
     def release(self) -> None:

@@ -96,17 +96,12 @@ class OneDevice:
 
 
 def require_shardable(defense: "Defense") -> None:
-    """Refuses a defense, adapters and attacks that cannot work on sharded weights.
+    """Refuses a defense or attacks that cannot work on sharded weights.
 
     Raises:
         ConfigError: If there are some.
     """
     name, model = type(defense).__name__, defense.language_model
-    if model.lora is not None:
-        raise ConfigError(
-            f"LanguageModel.lora: {name} trains adapters on one device only, got {model.lora} with a "
-            "strategy that shards. Set `lora: null`, or `trainer.devices: 1` and no strategy."
-        )
     if defense.one_device is not None:
         raise ConfigError(
             f"trainer.strategy: {name} works on one device only, got a strategy that shards: "
@@ -230,6 +225,11 @@ def _require_supported_fsdp1(defense: "Defense", trainer: Trainer, strategy: FSD
         raise ConfigError(
             f"LanguageModel.dtype must be {kept} with FSDPStrategy, which converts weights to it, "
             f"got {model.dtype}. {instead}"
+        )
+    if model.lora is not None:
+        raise ConfigError(
+            "LanguageModel.lora must be null with FSDPStrategy, whose units are frozen or trained as "
+            f"a whole, got {model.lora}. {instead}"
         )
     if model.sharding.cpu_offload or not model.sharding.reshard_after_forward:
         raise ConfigError(

@@ -22,7 +22,6 @@ from patcher_pl.models.weights import Place
 from patcher_pl.randomness import seeded
 from patcher_pl.reports.settings import NO_OUTCOME
 from patcher_pl.shipped import resolve_model
-from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -132,11 +131,8 @@ class LanguageModel:
     def load_sharded(self, mesh: "DeviceMesh") -> "PreTrainedModel":
         """Loads the weights once and spreads them over the processes of `mesh`, as `sharding` says.
 
-        Raises:
-            ValueError: If there is `lora`: its weights are few enough not to be sharded.
+        Adapters are spread like the weights that they belong to.
         """
-        remedy = "Train every weight, or train adapters on one device."
-        require(self, self.lora is None, "lora", "null for a sharded model", remedy)
         return self.sharding.load(self.load_model, self._make_empty, mesh)
 
     def _make_empty(self) -> "PreTrainedModel":
@@ -148,9 +144,7 @@ class LanguageModel:
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=self.trust_remote_code, **self._model_options
             )
-        if self.gradient_checkpointing:
-            model.activation_checkpointing_enable()
-        return accelerated(model, compile_=False, liger=self.liger)
+        return accelerated(self.adapted(model), compile_=False, liger=self.liger)
 
     def load_config(self) -> "PretrainedConfig":
         """Loads the architecture."""

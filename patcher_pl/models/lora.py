@@ -69,6 +69,22 @@ class Lora:
             return get_peft_model(model, config)
 
 
+def without_adapters(model: nn.Module) -> Any:
+    """Returns the model that adapters are attached to, with them in its layers; any other as it is."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def attached_like(model: nn.Module, plain: "PreTrainedModel") -> Any:
+    """Attaches to `plain` fresh adapters as `model` has them, if any, in place."""
+    from peft import PeftModel, get_peft_model
+
+    return (
+        get_peft_model(plain, model.active_peft_config) if isinstance(model, PeftModel) else plain
+    )
+
+
 def merged_copy(model: nn.Module) -> "PreTrainedModel":
     """Returns an independent copy of `model` with its adapters, if any, merged into the weights."""
     from peft import PeftModel

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import (
 from patcher_pl.errors import PatcherError
 from patcher_pl.models import fsdp1
 from patcher_pl.models.blocks import find_blocks
-from patcher_pl.models.peers import remember
+from patcher_pl.models.lora import attached_like, without_adapters
+from patcher_pl.models.peers import is_spread, remember
 from patcher_pl.models.shards import watch_open_passes
 from patcher_pl.reports.settings import NO_OUTCOME
 
@@ -105,7 +106,8 @@ class Sharding:
             module, _, own_name = name.rpartition(".")
             model.get_submodule(module)._buffers[own_name] = sent
         if whole is not None:
-            model.generation_config = whole.generation_config
+            inner = without_adapters(model)
+            inner.generation_config = without_adapters(whole).generation_config
         return model.eval()
 
     def wrap(self, model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
@@ -115,7 +117,9 @@ class Sharding:
         return wrapped
 
     def apply(self, model: "PreTrainedModel", mesh: DeviceMesh) -> None:
-        """Shards every decoder layer, then what is left, in place."""
+        """Shards every decoder layer, then what is left, in place, adapters with the layers."""
+        # The root is what attacks run once adapters have been merged, and `generate` runs by itself.
+        model = without_adapters(model)
         offload = OffloadPolicy()
         if self.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
@@ -137,7 +141,7 @@ class Sharding:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP shards the model."""
-    return isinstance(model, FSDPModule) or fsdp1.uses_fsdp1(model)
+    return is_spread(model) or fsdp1.uses_fsdp1(model)
 
 
 def gathered(model: "PreTrainedModel") -> "PreTrainedModel | None":
@@ -153,13 +157,14 @@ def gathered(model: "PreTrainedModel") -> "PreTrainedModel | None":
         state = get_model_state_dict(model, options=options)
     if torch.distributed.get_rank() != 0:
         return None
+    inner = without_adapters(model)
     plain_class: Any = next(
-        kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)
+        kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule)
     )
     # Without values, so that `assign` takes the gathered tensors as they are instead of copying
     # them.
     with torch.device("meta"):
-        plain = plain_class(model.config)
+        plain = attached_like(model, plain_class(inner.config))
     plain.load_state_dict(state, assign=True)
     # `assign` has given a tied head a tensor of its own.
     plain.tie_weights()
@@ -167,7 +172,7 @@ def gathered(model: "PreTrainedModel") -> "PreTrainedModel | None":
     for name, _ in list(plain.named_buffers()):
         module, _, own_name = name.rpartition(".")
         plain.get_submodule(module)._buffers[own_name] = buffers[name].detach().cpu().clone()
-    plain.generation_config = model.generation_config
+    without_adapters(plain).generation_config = inner.generation_config
     return plain.eval()
 
 

@@ -48,7 +48,7 @@ class Weights:
                 if (plain := plain_name(without_units(name))) is not None
                 and parameter.is_floating_point()
             }
-        self._module_parameters = list(module.parameters())
+        self._module, self._module_parameters = module, list(module.parameters())
         self.names: list[str] = list(named)
         self.parameters: list[nn.Parameter] = list(named.values())
         self.shards = Shards(module, self.parameters)
@@ -152,6 +152,8 @@ class Weights:
             RuntimeError: If a sharded model is between a forward pass and its backward pass.
         """
         self.shards.require_no_open_pass("Weights.trainable")
+        # FSDP2 looks at what is trainable when it gathers, and may have gathered already.
+        reshard(self._module)
         owned = {id(parameter) for parameter in self.parameters}
         before = [(p, p.requires_grad, p.grad) for p in self._module_parameters]
         for parameter, _, _ in before:
@@ -162,6 +164,7 @@ class Weights:
         try:
             yield self.parameters
         finally:
+            reshard(self._module)
             for parameter, required, gradient in before:
                 parameter.requires_grad_(required)
                 parameter.grad = gradient

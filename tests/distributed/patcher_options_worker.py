@@ -22,7 +22,9 @@ from tests.tiny_runs import Rows, make_llama_exact
 
 RANK = int(os.environ.get("RANK", 0))
 RETAINED = {"kl": KLToBase, "states": RepresentationDistance}
-KINDS = (*RETAINED, "attacks", "adapters")
+# Of simulated attacks, of the defender's own, of both, and of these with what is retained.
+ON_ADAPTERS = ("adapters", "lora", "lora-adapters", "lora-states")
+KINDS = (*RETAINED, "attacks", *ON_ADAPTERS)
 
 
 CARRIED = FineTuningAttacker(
@@ -60,10 +62,18 @@ def make(folder: Path, kind: str, **options: Any) -> Patcher:
             adaptive_refresh=AdaptiveRefresh(min_steps=1, max_steps=3),
             **options,
         )
-    if kind == "adapters":
+    if kind.startswith("lora"):
+        own = {"lora": Lora(rank=2), "gradient_checkpointing": kind == "lora"}
+        options["language_model"] = {**own, **options.get("language_model", {})}
+        torch.manual_seed(0)  # The first weights of adapters are random.
+    if kind == "lora":
+        return runs.make_patcher(folder / "llama", **options)
+    if kind.endswith("adapters"):
         return runs.make_patcher(folder / "llama", attacker=ADAPTERS, **options)
     benign = Rows(folder / f"benign-{os.environ.get('RANK', 'alone')}", num_safe=9)
-    retain = RETAINED[kind](data=benign.mixtures["safe"], weight=0.5, attacked_weight=0.25)
+    retain = RETAINED[kind.removeprefix("lora-")](
+        data=benign.mixtures["safe"], weight=0.5, attacked_weight=0.25
+    )
     attacker = FineTuningAttacker(
         num_steps=2, optimizer=runs.ADAMW, max_grad_norm=0.5, vector_steps=[1, 2]
     )
@@ -85,7 +95,7 @@ def main() -> int:
         make_llama_exact(patch)
         for strategy, chosen in strategies.items():
             for kind in KINDS:
-                if chosen and kind == "adapters":
+                if chosen and kind in ON_ADAPTERS:
                     continue  # Refused: FSDP1's units take no further parameters.
                 name = f"{strategy}-{kind}"
                 directory, logger = folder / name, runs.memory()
