@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from patcher_pl.errors import ConfigError
-from patcher_pl.models import LanguageModel
+from patcher_pl.models import LanguageModel, Lora
 from patcher_pl.shipped import resolve_model
 
 if TYPE_CHECKING:
@@ -69,6 +71,23 @@ def _is_of(file: Path, path: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnloadedLora(Lora):
+    """Adapters for a model under fake tensors, which peft cannot make there."""
+
+    def attach(self, model: "PreTrainedModel") -> Any:
+        """See `Lora.attach`."""
+        # Torch swaps what `Module.to` changes, and a fake tensor that is watched cannot be swapped.
+        with unset_fake_temporarily():
+            adapted = super().attach(model)
+        for module in adapted.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not isinstance(parameter, FakeTensor):
+                    made = torch.empty_like(parameter)
+                    module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+        return adapted
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnloadedModel(LanguageModel):
     """A language model that is built from its architecture alone, without weights to load."""
 
@@ -88,4 +107,6 @@ class UnloadedModel(LanguageModel):
         model = AutoModelForCausalLM.from_config(
             self.architecture, dtype=getattr(torch, self.dtype), **options
         )
-        return self.adapted(model.eval())
+        if self.lora is None:
+            return self.adapted(model.eval())
+        return replace(self, lora=UnloadedLora(**vars(self.lora))).adapted(model.eval())

@@ -16,6 +16,7 @@ from patcher_pl.hypergradients import FirstOrder
 from patcher_pl.hypergradients.trajectories.shelf import Shelf
 from patcher_pl.models import Weights
 from patcher_pl.optim import DifferentiableOptimizer
+from patcher_pl.planning.architecture import UnloadedLora
 from patcher_pl.planning.tracker import ATTACK, HYPERGRADIENT, Part, Tracker
 from patcher_pl.types import Batch
 
@@ -38,19 +39,8 @@ def attacks_of(defense: Defense) -> AttackSource | None:
             "ConcurrentAttacker. Plan with a member of its population as `attacker` to see what "
             "attacks and the defender's steps need."
         )
-    if source is not None and not _attacks_weights(source.attacker):
-        raise ConfigError(
-            f"{type(defense).__name__}.attacker: `plan` knows attacks on weights, got one on adapters "
-            "alone (lora). Plan with `lora: null`, which needs more memory."
-        )
     # What attacks within each step is rehearsed with the step.
     return None if isinstance(source, AlongTheWay) else source
-
-
-def _attacks_weights(attacker: Any) -> bool:
-    """Whether there is an attack that trains weights of the model itself."""
-    kinds = [kind.attacker for kind in getattr(attacker, "kinds", [])] or [attacker]
-    return any(getattr(one, "lora", None) is None for one in kinds)
 
 
 def is_first_order(attacks: AttackSource) -> bool:
@@ -79,11 +69,7 @@ def num_attacks_of(attacks: AttackSource | None) -> int:
 
 
 def _short(attacker: Any, num_steps: int) -> Any:
-    """The same attacks in few steps: with the largest batches, and in turn.
-
-    Kinds that train adapters are left out beside others, which need more: peft's adapters cannot be
-    rehearsed on fake tensors.
-    """
+    """The same attacks in few steps: with the largest batches, and in turn."""
     if isinstance(attacker, AttackDistribution):
         # As long as each other, so that every kind has its share of what is measured.
         num_steps = max(num_steps, attacker.num_vectors)
@@ -94,7 +80,6 @@ def _short(attacker: Any, num_steps: int) -> Any:
                 space={name: [max(kind.space[name])] for name in _LARGEST if name in kind.space},
             )
             for kind in attacker.kinds
-            if kind.attacker.lora is None
         ]
         return AttackDistribution(kinds=kinds)
     # As many vectors as configured, from as many steps at least.
@@ -110,6 +95,7 @@ def _short(attacker: Any, num_steps: int) -> Any:
         num_random_points=None,
         growth=None,
         carry=carry,
+        lora=attacker.lora and UnloadedLora(**vars(attacker.lora)),
     )
 
 
@@ -120,6 +106,7 @@ def sites_of(attacks: AttackSource | None) -> dict[Any, Part | str]:
         Weights.shifted: Part.SAVED_WEIGHTS,
         Weights.replaced: Part.SAVED_WEIGHTS,
         Weights.difference: Part.ATTACK_VECTOR,
+        Weights.update_of: Part.ATTACK_VECTOR,
         DifferentiableOptimizer.init: Part.ATTACKER_OPTIMIZER,
         Shelf.put: Part.TRAJECTORY,
     }

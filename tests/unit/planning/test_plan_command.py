@@ -9,7 +9,7 @@ import torch
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.models import LanguageModel, Weights
 from patcher_pl.planning.tracker import ATTACK, DEFEND, HYPERGRADIENT, Part
-from tests.commands import ROOT, cli
+from tests.commands import ROOT, cli, patcher_settings
 
 NO_OVERHEAD = ("--overhead.fixed_gib", 0, "--overhead.fragmentation", 0)
 
@@ -72,6 +72,23 @@ def test_weights_in_half_precision_are_trained_with_copies(config, tmp_path, wei
     assert attack[Part.PARAMETERS] == pytest.approx(weight_bytes / 2, rel=0.02)
     for part in (Part.DEFENDER_OPTIMIZER, Part.ATTACKER_OPTIMIZER):
         assert attack[part] == pytest.approx(3 * weight_bytes, rel=0.02), part
+
+
+def test_adapters_have_the_only_states_of_what_trains_them(config, tmp_path, weight_bytes):
+    """Wrong if peft's adapters could not be planned with, or the frozen weights had states."""
+    lora = {"rank": 2}
+    attacker = patcher_settings(tmp_path)["model"]["init_args"]["attacker"]
+    attacker["init_args"]["lora"] = {"rank": 1}
+    plan = planned(config({"language_model": {"lora": lora}, "attacker": attacker}), tmp_path)
+    attack, defend = parts(plan, ATTACK), parts(plan, DEFEND)
+    own = attack[Part.DEFENDER_OPTIMIZER] / 2
+    assert 0 < own < 0.2 * weight_bytes
+    assert defend[Part.PARAMETERS] == pytest.approx(weight_bytes + own, rel=0.01)
+    assert attack[Part.ATTACKER_OPTIMIZER] == pytest.approx(
+        own, rel=0.1
+    )  # Twice, of half the rank.
+    # But the attack vector is one of the weights.
+    assert defend[Part.ATTACK_VECTOR] == pytest.approx(weight_bytes, rel=0.01)
 
 
 def test_checkpointing_and_shorter_conversations_take_less(plan, config, tmp_path):
@@ -204,6 +221,3 @@ def test_a_distribution_needs_a_vector_per_carried_kind_and_the_work_of_its_draw
     # Its own and that of the other kind, while the third attack is made.
     assert parts(plan, ATTACK)[Part.ATTACK_VECTOR] == pytest.approx(2 * weight_bytes, rel=0.01)
     assert 200 <= plan["work_per_device"]["gradient_evaluations"] < 220
-    alone = config({**settings, "attacker": {**attacker, "init_args": {"kinds": carried[2:]}}})
-    said = cli("plan", "--config", alone).expect(2).err
-    assert "`plan` knows attacks on weights" in said
