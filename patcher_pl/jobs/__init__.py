@@ -6,6 +6,7 @@ from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.ray_cluster import RayCluster
 from patcher_pl.jobs.run_directory import RunDirectory
+from patcher_pl.jobs.slurm_array import SlurmArray
 
 __all__ = [
     "ConfigFile",
@@ -16,6 +17,7 @@ __all__ = [
     "Processes",
     "RayCluster",
     "RunDirectory",
+    "SlurmArray",
     "choose_engine",
     "plan_sweep",
     "run_fits",

@@ -63,7 +63,7 @@ def follow(bench: Bench, device: str) -> None:
         own = job.on(bench)
         _require_ready(own)
         try:
-            with cpu_threads(own.num_threads):
+            with cpu_threads(own.num_threads), _quiet():
                 _guarded(own, partial(own.attacked, device))
         except PeerError:
             raise
@@ -103,6 +103,18 @@ def _require_ready(job: AttackJob) -> None:
         raise PeerError(
             f"Process {lacking[0]} of {len(reasons)} cannot go on: {reasons[lacking[0]]}"
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lets this process tell of what goes wrong alone: the first one tells how far the attack is."""
+    package = logging.getLogger("patcher_pl")
+    level = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def _guarded(job: AttackJob, function: Callable[[], Any]) -> None:
