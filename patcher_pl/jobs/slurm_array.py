@@ -91,9 +91,9 @@ class SlurmArray(Engine):
 
     def _executor(self, label: str) -> Any:
         submitit = _imported()
-        if not submitit.SlurmExecutor.affinity():
+        if submitit.SlurmExecutor.affinity() < 0:
             raise ConfigError(
-                "engine: SlurmArray found no `sbatch` on this machine. Run the command on a machine "
+                "engine: SlurmArray found no SLURM (`sbatch`, `srun`) on this machine. Run the command on a machine "
                 "that submits jobs, or use Processes."
             )
         executor = submitit.SlurmExecutor(

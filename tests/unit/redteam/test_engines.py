@@ -1,5 +1,6 @@
 """Engines: whoever runs the cells, the curves are the same, and one that dies takes no other along."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.optim import AdamW
 from patcher_pl.redteam import FullFinetuning
-from patcher_pl.redteam.engines import InProcess, Processes, RayCluster
+from patcher_pl.redteam.engines import InProcess, Processes, RayCluster, SlurmArray
 from patcher_pl.reports import Results
 from tests.red_team_parts import Dying
 
@@ -84,12 +85,26 @@ def test_values_out_of_range_are_refused():
         (lambda: RayCluster(num_cpus=0), r"RayCluster\.num_cpus must be > 0"),
         (lambda: RayCluster(num_gpus=-1), r"RayCluster\.num_gpus must be >= 0"),
         (lambda: RayCluster(max_retries=-1), r"RayCluster\.max_retries must be >= 0"),
+        (lambda: SlurmArray(timeout_min=0), r"SlurmArray\.timeout_min must be >= 1"),
+        (lambda: SlurmArray(num_at_once=0), r"SlurmArray\.num_at_once must be >= 1"),
     ]:
         with pytest.raises(ValueError, match=field):
             build()
 
 
+@pytest.mark.parametrize("missing", ["submitit", "sbatch"])
+def test_without_slurm_the_remedy_is_named(model_dir, team, tmp_path, monkeypatch, missing):
+    """Where there is submitit but no SLURM, it would run everything here without a word."""
+    if missing == "sbatch":
+        pytest.importorskip("submitit")
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match=missing):
+        run_redteam(team, tmp_path, str(model_dir), engine=SlurmArray(), device="cpu")
+
+
 def test_without_ray_the_remedy_is_named(model_dir, team, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'patcher-pl\[ray\]'"):
         run_redteam(team, tmp_path, str(model_dir), engine=RayCluster(), device="cpu")
