@@ -102,6 +102,12 @@ def require_shardable(defense: "Defense") -> None:
         ConfigError: If there are some.
     """
     name, model = type(defense).__name__, defense.language_model
+    # Peft's adapters are float32 there, and FSDP2 reduces one number format per layer.
+    if model.lora is not None and model.dtype == "bfloat16":
+        raise ConfigError(
+            "LanguageModel.dtype must not be bfloat16 where adapters are trained with a strategy that "
+            "shards. Set `dtype: float32` and `sharding.param_dtype: bfloat16`, which computes in it."
+        )
     if defense.one_device is not None:
         raise ConfigError(
             f"trainer.strategy: {name} works on one device only, got a strategy that shards: "

@@ -108,6 +108,7 @@ class Sharding:
         if whole is not None:
             inner = without_adapters(model)
             inner.generation_config = without_adapters(whole).generation_config
+        _begin(model)
         return model.eval()
 
     def wrap(self, model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
@@ -137,6 +138,19 @@ class Sharding:
         fully_shard(model, **{**settings, "reshard_after_forward": None})
         watch_open_passes(model)
         remember(model, self)
+
+
+def _begin(model: "PreTrainedModel") -> None:
+    """Lets FSDP2 choose the number formats of gradients, for all weights.
+
+    It does so once, by what is trainable then; under adapters, an attack trains the others.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    without_adapters(model)._get_fsdp_state()._lazy_init()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 def is_sharded(model: nn.Module) -> bool:

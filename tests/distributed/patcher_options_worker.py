@@ -14,7 +14,7 @@ from patcher_pl.attackers import AttackDistribution, Carry, FineTuningAttacker, 
 from patcher_pl.defenses import Patcher
 from patcher_pl.defenses.attack_source import AdaptiveRefresh
 from patcher_pl.defenses.retention import KLToBase, RepresentationDistance
-from patcher_pl.models import Lora
+from patcher_pl.models import Lora, Sharding
 from tests.distributed import runs
 from tests.distributed.fsdp1_worker import CPUStrategy
 from tests.distributed.worker import assert_same_parts, whole
@@ -125,6 +125,9 @@ def main() -> int:
                 )
                 assert_same_parts(resumed, defense)
                 print(name, flush=True)
+        # Refused by torch if gradients of frozen weights, which the attack trains, had another format.
+        lower = {"sharding": Sharding(param_dtype="float32")}
+        runs.train(make(folder, "lora", language_model=lower), folder, 2, runs.NUM_STEPS)
     torch.distributed.destroy_process_group()
     return 0
 

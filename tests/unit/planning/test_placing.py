@@ -103,7 +103,8 @@ def test_only_what_works_sharded_is_offered_on_several_devices():
     assert can_shard(differences, Sharding())
     assert not can_shard(differences, Sharding(param_dtype="bfloat16"))
     assert can_shard(Patcher(model, ATTACKER), Sharding(param_dtype="bfloat16"))
-    assert can_shard(sft(lora=Lora(rank=2)), Sharding())
+    assert can_shard(sft(lora=Lora(rank=2)), Sharding(param_dtype="bfloat16"))
+    assert not can_shard(sft(lora=Lora(rank=2), dtype="bfloat16"), Sharding())
 
 
 def test_autocast_becomes_the_mixed_precision_of_fsdp2():
