@@ -1,6 +1,7 @@
 """Jobs as a SLURM job array, through submitit."""
 
 import os
+import subprocess
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,17 @@ from patcher_pl.progress import progress_bar
 from patcher_pl.validation import require
 
 _POLL_S = 2.0
+_LOOK_EVERY_S, _GRACE_S = 20.0, 60.0
+_ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "TIMEOUT",
+)
 # SLURM limits how many tasks an array has (`MaxArraySize`, 1001 unless set).
 _MAX_ARRAY = 1000
 
@@ -64,7 +76,7 @@ class SlurmArray(Engine):
     def run(self, jobs: Sequence[Job], device: str, label: str) -> None:
         executor = self._executor(label)
         device = "cuda" if self.num_gpus else device
-        waiting, running = deque(jobs), list[tuple[Any, Job]]()
+        waiting, running, queue = deque(jobs), list[tuple[Any, Job]](), _Queue()
         with stoppable(label), progress_bar(label, len(jobs)) as advance:
             try:
                 while waiting or running:
@@ -72,7 +84,8 @@ class SlurmArray(Engine):
                         part = [waiting.popleft() for _ in range(min(len(waiting), _MAX_ARRAY))]
                         attempts = [_Attempt(job, device, str(Path.cwd())) for job in part]
                         running = list(zip(executor.submit_array(attempts), part, strict=True))
-                    done = [pair for pair in running if pair[0].done()]
+                    queue.look()
+                    done = [pair for pair in running if pair[0].done() or queue.lost(pair[0])]
                     running = [pair for pair in running if pair not in done]
                     for task, job in done:
                         _collect(task, job)
@@ -93,8 +106,8 @@ class SlurmArray(Engine):
         submitit = _imported()
         if submitit.SlurmExecutor.affinity() < 0:
             raise ConfigError(
-                "engine: SlurmArray found no SLURM (`sbatch`, `srun`) on this machine. Run the command on a machine "
-                "that submits jobs, or use Processes."
+                "engine: SlurmArray found no SLURM (`sbatch`, `srun`) on this machine. Run the command "
+                "on a machine that submits jobs, or use Processes."
             )
         executor = submitit.SlurmExecutor(
             folder=Path(self.logs).absolute(), max_num_timeout=self.max_timeouts
@@ -134,8 +147,41 @@ class _Attempt:
         return _imported().helpers.DelayedSubmission(self)
 
 
+class _Queue:
+    """Tells which tasks have left SLURM's queue; submitit asks accounting, which not all have."""
+
+    def __init__(self) -> None:
+        self._looked_at = -_LOOK_EVERY_S
+        self._absent_s: dict[str, float] = {}
+        self._queued: set[str] | None = None
+
+    def look(self) -> None:
+        """Asks, now and then."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
+        said = subprocess.run(command, capture_output=True, text=True)
+        # A controller that does not answer says nothing about the tasks.
+        self._queued = None
+        if said.returncode == 0:
+            lines = (line.split() for line in said.stdout.splitlines())
+            self._queued = {number for number, state in lines if state not in _ENDED}
+
+    def lost(self, task: Any) -> bool:
+        """Whether a task is gone for a while: its result may be seen late on a shared file system."""
+        if self._queued is None or task.job_id in self._queued:
+            self._absent_s.pop(task.job_id, None)
+            return False
+        since = self._absent_s.setdefault(task.job_id, time.monotonic())
+        return time.monotonic() - since > _GRACE_S
+
+
 def _collect(task: Any, job: Job) -> None:
-    if task.exception() is not None:
+    if not task.done():
+        job.fail(f"SLURM task {task.job_id} ended without a word; see {task.paths.stderr}")
+    elif task.exception() is not None:
         # Its last words are in a log of several pages.
         job.fail(f"SLURM task {task.job_id} ended in state {task.state}; see {task.paths.stderr}")
     elif (shared := task.result()) is not None:

@@ -173,6 +173,24 @@ def test_a_red_team_as_an_array_finds_what_one_process_finds(cluster, inputs):
     assert len(list((inputs / "logs").glob("*_result.pkl"))) == 2
 
 
+def test_a_task_that_dies_is_recorded_and_the_others_go_on(cluster, inputs):
+    """There is no accounting to ask here; wrong if the command waited for ever."""
+    pytest.importorskip("submitit")
+    settings = attack_settings(inputs, inputs / "model", inputs / "dying")
+    dying = {"class_path": "tests.red_team_parts.Dying", "init_args": {"how": "kill"}}
+    settings["redteam"]["attacks"].append(dying)
+    settings["redteam"]["seeds"] = [0]
+    chosen = {"num_cpus": 1, "timeout_min": 10, "logs": str(inputs / "logs-dying")}
+    engine = f"{SlurmArray.__module__}.{SlurmArray.__name__}"
+    settings["engine"] = {"class_path": engine, "init_args": chosen}
+    config = write_yaml(inputs / "dying.yaml", settings)
+    cluster.run("python", "-m", "patcher_pl", "redteam", "--config", config)
+    first, second = measured(inputs / "dying")
+    assert first[-1] is None
+    assert "ended" in second[-1]
+    assert "SLURM task" in second[-1]
+
+
 def measured(run_dir: Path) -> list[Any]:
     curves = json.loads((run_dir / "results.json").read_text())["curves"]
     assert len(curves) == 2
