@@ -85,11 +85,16 @@ def test_sharded_weights_work_or_are_refused(kind, make, claims, strategy):
     assert [one for one in TABLE if one.__name__ in instead and TABLE[one].one_device is None]
 
 
-@pytest.mark.parametrize("strategy", [two_shards, fsdp1], ids=["fsdp2", "fsdp1"])
-def test_adapters_are_not_sharded(make, strategy):
+def test_adapters_are_sharded_where_weights_are(make, claims):
+    """Not with FSDP1, and not in two number formats."""
     defense = make(model={"lora": Lora(rank=2)})
-    with pytest.raises(ConfigError, match=r"LanguageModel\.lora: .* Set `lora: null`"):
-        require_supported(defense, trainer_of(strategy()))
+    with pytest.raises(ConfigError, match=r"LanguageModel\.lora must be null with FSDPStrategy"):
+        require_supported(defense, trainer_of(fsdp1()))
+    if claims.one_device is None:
+        require_supported(defense, trainer_of(two_shards()))
+    defense = make(model={"lora": Lora(rank=2), "dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match=r"LanguageModel\.dtype .* Set `dtype: float32`"):
+        require_supported(defense, trainer_of(two_shards()))
 
 
 def test_what_it_says_about_shards_is_what_it_does(kind, claims):

@@ -30,7 +30,7 @@ from tests.contract.test_defense_cost import (  # noqa: F401  # Run here for the
     test_every_pass_is_counted,
 )
 from tests.contract.test_defense_models import (  # noqa: F401
-    test_adapters_are_not_sharded,
+    test_adapters_are_sharded_where_weights_are,
     test_harmful_conversations_are_asked_for_where_they_are_needed,
     test_it_names_its_source,
     test_sharded_weights_work_or_are_refused,

@@ -190,11 +190,6 @@ TWO_PROCESSES = {
             },
             ["Patcher.attacker", "ConcurrentAttacker", "Use a FineTuningAttacker"],
         ),
-        (
-            "model.init_args.language_model.lora",
-            {"rank": 2},
-            ["LanguageModel.lora", "`lora: null`"],
-        ),
         ("trainer.strategy", "ddp", ["trainer.strategy", "ModelParallelStrategy"]),
     ],
 )

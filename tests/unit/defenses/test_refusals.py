@@ -148,12 +148,6 @@ def test_differences_in_half_precision_are_refused(llama):
     require_supported(Patcher(model, ATTACKER), trainer_of(two_shards()))
 
 
-def test_adapters_are_refused_where_weights_are_sharded(llama, model):
-    adapted = LanguageModel(path=str(llama), lora=Lora(rank=2))
-    with pytest.raises(ConfigError, match=r"LanguageModel\.lora"):
-        require_supported(SFT(adapted), trainer_of(two_shards()))
-
-
 def test_attacks_that_sharded_weights_do_not_allow_are_refused(model):
     attacker = FineTuningAttacker(num_steps=2, optimizer=SGD(lr=0.1), trains="embeddings")
     with pytest.raises(ConfigError, match=r"Patcher\.attacker .*trains: all"):
