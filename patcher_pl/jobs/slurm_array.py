@@ -18,16 +18,6 @@ from patcher_pl.validation import require
 
 _POLL_S = 2.0
 _LOOK_EVERY_S, _GRACE_S = 20.0, 60.0
-_ENDED = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "TIMEOUT",
-)
 # SLURM limits how many tasks an array has (`MaxArraySize`, 1001 unless set).
 _MAX_ARRAY = 1000
 
@@ -161,13 +151,10 @@ class _Queue:
         if now - self._looked_at < _LOOK_EVERY_S:
             return
         self._looked_at = now
-        command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]  # None that ended.
         said = subprocess.run(command, capture_output=True, text=True)
         # A controller that does not answer says nothing about the tasks.
-        self._queued = None
-        if said.returncode == 0:
-            lines = (line.split() for line in said.stdout.splitlines())
-            self._queued = {number for number, state in lines if state not in _ENDED}
+        self._queued = set(said.stdout.split()) if said.returncode == 0 else None
 
     def lost(self, task: Any) -> bool:
         """Whether a task is gone for a while: its result may be seen late on a shared file system."""

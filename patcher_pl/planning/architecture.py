@@ -107,6 +107,5 @@ class UnloadedModel(LanguageModel):
         model = AutoModelForCausalLM.from_config(
             self.architecture, dtype=getattr(torch, self.dtype), **options
         )
-        if self.lora is None:
-            return self.adapted(model.eval())
-        return replace(self, lora=UnloadedLora(**vars(self.lora))).adapted(model.eval())
+        lora = self.lora and UnloadedLora(**vars(self.lora))
+        return replace(self, lora=lora).adapted(model.eval())
