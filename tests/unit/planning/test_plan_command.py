@@ -218,6 +218,6 @@ def test_a_distribution_needs_a_vector_per_carried_kind_and_the_work_of_its_draw
     path = config(settings)
     budget = ("--max_gradient_evaluations", 200, "--trainer.max_steps", -1)
     plan = planned(path, tmp_path, *budget)
-    # Its own and that of the other kind, while the third attack is made.
-    assert parts(plan, ATTACK)[Part.ATTACK_VECTOR] == pytest.approx(2 * weight_bytes, rel=0.01)
+    # Those of both carried kinds and its own, while the attack on adapters is made.
+    assert parts(plan, ATTACK)[Part.ATTACK_VECTOR] == pytest.approx(3 * weight_bytes, rel=0.01)
     assert 200 <= plan["work_per_device"]["gradient_evaluations"] < 220
