@@ -142,7 +142,10 @@ class RedTeam:
             DataError: If data cannot be used, or attackers would train on prompts (`overlap`).
         """
         data = self.data if any(attack.uses_data for attack in self.attacks) else None
-        return shared_data(data, self.prompts, self.benign_prompts, self.overlap, training)
+        found = shared_data(data, self.prompts, self.benign_prompts, self.overlap, training)
+        if plain := [cell for cell in self.cells() if cell.attack.uses_data and not cell.varied]:
+            plain[0].data.draw(plain[0].seed)  # Tells of shares that such data cannot have.
+        return found
 
     def campaign(self, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat) -> "Campaign":
         """Reads the questions, and what the utility measures need.

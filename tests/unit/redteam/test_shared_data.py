@@ -53,6 +53,16 @@ def test_rows_that_are_prompts_are_refused_before_anything_is_done(team, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_share_that_the_data_cannot_have_is_told_before_anything_is_done(team, tmp_path):
+    """Wrong if `fit`, or a red team that hardens its models, trained for hours and then failed."""
+    data = replace(team.data, poison_ratio=0.5)  # Every row is harmful.
+    with pytest.raises(DataError, match=r"poison_ratio"):
+        run_redteam(
+            replace(team, data=data, overlap="drop"), tmp_path / "run", "no/model", device="cpu"
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_refused_where_nothing_is_trained(team):
     jailbreak = Jailbreak(asking=Asking(prefill="Sure."))
     assert replace(team, attacks=[jailbreak]).shared_data({}) == []
