@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from patcher_pl.jobs import Fit, seed_options
+from patcher_pl.jobs import Fit, OptionValue, seed_options
 from patcher_pl.reports.ablation import Hardened
 from patcher_pl.reports.grouping import CONTROL
 from patcher_pl.validation import require
@@ -26,7 +25,7 @@ class Hardening:
         ValueError: If there is no variant or a budget is below 1.
     """
 
-    variants: Mapping[str, Mapping[str, Any]]
+    variants: Mapping[str, Mapping[str, OptionValue]]
     budgets: list[int]
 
     def __post_init__(self) -> None:

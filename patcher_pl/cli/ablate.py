@@ -9,7 +9,7 @@ from patcher_pl.ablation import ComparisonGrid, Hardening, Subject, compare_esti
 from patcher_pl.ablation.hardening import hardened, plan_hardening
 from patcher_pl.cli.console import wide_console
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.jobs import ConfigFile, Engine, Fit, choose_engine, run_fits
+from patcher_pl.jobs import ConfigFile, Engine, Fit, OptionValue, choose_engine, run_fits
 from patcher_pl.machine import choose_device
 from patcher_pl.reports.ablation import Ablation, comparison_table, hardened_table
 from patcher_pl.reports.ablation_figures import ablation_figures
@@ -24,7 +24,7 @@ def run_ablate(
     comparison: ComparisonGrid,
     run_dir: Path,
     hardening: Hardening | None = None,
-    trained: dict[str, Any] | None = None,
+    trained: dict[str, OptionValue] | None = None,
     model: str | None = None,
     seeds: list[int] | None = None,
     num_processes: int | None = None,

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from patcher_pl.cli.console import wide_console, write_reports
 from patcher_pl.comparison import Column, Contender, Selection, require_fresh_seeds
@@ -14,7 +13,7 @@ from patcher_pl.comparison.trials import (
     warn_of_unusable,
 )
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.jobs import ConfigFile, Engine, RunDirectory, run_fits
+from patcher_pl.jobs import ConfigFile, Engine, OptionValue, RunDirectory, run_fits
 from patcher_pl.reports.command import run_report
 from patcher_pl.reports.comparison import (
     DefenseComparison,
@@ -35,7 +34,7 @@ def run_compare(
     max_gradient_evaluations: int,
     run_dir: Path,
     seeds: list[int] | None = None,
-    options: dict[str, Any] | None = None,
+    options: dict[str, OptionValue] | None = None,
     num_processes: int | None = None,
     engine: Engine | None = None,
 ) -> DefenseComparison:

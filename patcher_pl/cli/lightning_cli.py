@@ -33,6 +33,7 @@ from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import require_supported, shards, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.files import write_text
+from patcher_pl.jobs.fit import OptionValue
 from patcher_pl.jobs.resuming import flat_settings
 from patcher_pl.jobs.run_directory import RunDirectory
 from patcher_pl.planning import Run
@@ -130,7 +131,7 @@ class PatcherCLI(LightningCLI):
         )
         parser.add_argument(
             "--control",
-            type=bool | dict[str, Any],
+            type=bool | dict[str, OptionValue],
             default=False,
             help="Also train and attack plain SFT with as many gradient evaluations; options of "
             "`fit` (dotted names below model.init_args, and values) hold for it alone.",

@@ -8,7 +8,7 @@ from patcher_pl.cli.console import write_reports
 from patcher_pl.cli.errors import readable_config_errors
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.jobs import Engine, InProcess, RunDirectory
+from patcher_pl.jobs import Engine, InProcess, OptionValue, RunDirectory
 from patcher_pl.launcher import num_processes
 from patcher_pl.models.language_model import DtypeName, LanguageModel
 from patcher_pl.models.sharding import Sharding
@@ -43,7 +43,7 @@ def run_redteam(
     defense: str = "model",
     k1: int | None = None,
     train_seed: int | None = None,
-    fit_options: dict[str, Any] | None = None,
+    fit_options: dict[str, OptionValue] | None = None,
 ) -> Results | None:
     """Attacks models with a red team and reports how their safety holds.
 

@@ -24,6 +24,7 @@ from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import (
     ConfigFile,
     Engine,
+    OptionValue,
     RunDirectory,
     choose_engine,
     run_fits,
@@ -52,7 +53,7 @@ def run_scale(
     budgets: list[int],
     run_dir: Path,
     seeds: list[int] | None = None,
-    options: dict[str, Any] | None = None,
+    options: dict[str, OptionValue] | None = None,
     dry_run: bool = False,
     num_processes: int | None = None,
     engine: Engine | None = None,

@@ -1,11 +1,10 @@
 """Options of the `sweep` command: one `fit` per setting and seed, one figure."""
 
 from pathlib import Path
-from typing import Any
 
 from patcher_pl.cli.console import write_reports
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.jobs import ConfigFile, Engine, RunDirectory, plan_sweep, run_fits
+from patcher_pl.jobs import ConfigFile, Engine, OptionValue, RunDirectory, plan_sweep, run_fits
 from patcher_pl.reports.environment import environment
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import as_settings
@@ -13,7 +12,7 @@ from patcher_pl.reports.settings import as_settings
 
 def run_sweep(
     base: ConfigFile,
-    variants: dict[str, dict[str, Any]],
+    variants: dict[str, dict[str, OptionValue]],
     run_dir: Path,
     seeds: list[int] | None = None,
     num_processes: int | None = None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from patcher_pl.jobs import ConfigFile, Fit, seed_options
+from patcher_pl.jobs import ConfigFile, Fit, OptionValue, seed_options
 from patcher_pl.validation import require
 
 
@@ -27,8 +27,8 @@ class Contender:
     """
 
     fit: ConfigFile
-    space: Mapping[str, list[Any]] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    space: Mapping[str, list[OptionValue]] = field(default_factory=dict)
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
     min_budget: int = 0
 
     def __post_init__(self) -> None:

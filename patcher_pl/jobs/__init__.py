@@ -1,7 +1,15 @@
 """Jobs that leave a file each, and what runs them: red teams, ablations, sweeps, comparisons."""
 
 from patcher_pl.jobs.engine import Engine, InProcess, run_missing
-from patcher_pl.jobs.fit import ConfigFile, Fit, choose_engine, plan_sweep, run_fits, seed_options
+from patcher_pl.jobs.fit import (
+    ConfigFile,
+    Fit,
+    OptionValue,
+    choose_engine,
+    plan_sweep,
+    run_fits,
+    seed_options,
+)
 from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.ray_cluster import RayCluster
@@ -14,6 +22,7 @@ __all__ = [
     "Fit",
     "InProcess",
     "Job",
+    "OptionValue",
     "Processes",
     "RayCluster",
     "RunDirectory",

@@ -204,7 +204,11 @@ def seed_options(seed: int) -> dict[str, Any]:
     return {"seed_everything": seed, "redteam.seeds": [seed]}
 
 
+OptionValue = bool | int | float | str | list | dict | None
+"""A value of an option of `fit`, which `fit` parses: jsonargparse expands a class in an `Any` with all
+arguments it may have, also with those that `fit` must not be given, such as a schedule's optimizer."""
+
+
 def as_option(value: Any) -> str:
     """A value of an option as the command line takes it."""
-    # jsonargparse hands class_path mappings over as namespaces.
-    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=vars)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)

@@ -1,6 +1,5 @@
 """What a configuration of `fit` depends on beside its own text: every file, model and data set it names."""
 
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +29,6 @@ def contents_of(value: Any, folder: Path, key: str = "") -> Iterator[tuple[str, 
     Raises:
         ConfigError: If a named configuration cannot be read, or gives a key twice.
     """
-    if isinstance(value, Namespace):  # As jsonargparse has mappings.
-        value = vars(value)
     if isinstance(value, Mapping):
         for name, entry in value.items():
             yield from contents_of(entry, folder, f"{key}.{name}")

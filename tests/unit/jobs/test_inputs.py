@@ -1,7 +1,5 @@
 """A run of `fit` depends on what its configuration names, however deep."""
 
-from argparse import Namespace
-
 import pytest
 
 from patcher_pl.errors import ConfigError
@@ -29,7 +27,7 @@ def files(tmp_path, monkeypatch):
 
 
 def digest(files):
-    options = {"data.val.sources": [Namespace(path="option.jsonl")]}
+    options = {"data.val.sources": [{"path": "option.jsonl"}]}
     return Fit.plan(files / "run", files / "configs" / "base.yaml", options).digest
 
 
@@ -69,7 +67,7 @@ def test_a_broken_configuration_is_named(files):
 
 
 def digest_of_world(files, model):
-    options = {"data.val.sources": [Namespace(path=f"facts:{model}/safe.jsonl")]}
+    options = {"data.val.sources": [{"path": f"facts:{model}/safe.jsonl"}]}
     return Fit.plan(files / "run", files / "configs" / "base.yaml", options).digest
 
 
