@@ -33,6 +33,7 @@ COMMANDS = {
     "scale": "make the comparison at several budgets: steps to break against training compute",
     "report": "one HTML page, and tables for papers, from the results of one or several runs",
     "ablate": "compare hypergradient estimators, on one model and by the models they harden",
+    "parity": "compare the answers of two generation back ends, token by token",
     "testbed": "write the built-in testbed (model, tokenizer, data) into a folder",
 }
 # Commands whose options are the parameters of a function.
@@ -42,6 +43,7 @@ _FUNCTIONS = {
     "compare": "patcher_pl.cli.compare.run_compare",
     "scale": "patcher_pl.cli.scale.run_scale",
     "ablate": "patcher_pl.cli.ablate.run_ablate",
+    "parity": "patcher_pl.cli.parity.run_parity",
     "testbed": "patcher_pl.worlds.command.run_testbed",
 }
 TRACEBACK = "PATCHER_PL_TRACEBACK"

@@ -117,6 +117,25 @@ class Generation:
         Raises:
             DataError: If a prompt leaves no room for an answer in the model's context.
         """
+        prompt_ids, generated = self.tokens(model, tokenizer, chat, prompts, prefill)
+        stop_ids = stop_token_ids(model, tokenizer, chat)
+        return [
+            _answer(tokenizer, ids, new_ids, stop_ids, prefill)
+            for ids, new_ids in zip(prompt_ids, generated, strict=True)
+        ]
+
+    def tokens(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        chat: ChatFormat,
+        prompts: Sequence[Prompt],
+        prefill: str = "",
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of every prompt, and those that the model adds, its stop token included.
+
+        Arguments and errors are those of `generate`.
+        """
         prompt_ids = [chat.prompt_ids(tokenizer, prompt, prefill) for prompt in prompts]
         context = context_length(model.config)
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
@@ -142,10 +161,13 @@ class Generation:
             generated = peers.divided(
                 prompt_ids, lambda own: self.backend.continuations(model, own, decoding)
             )
-        return [
-            _answer(tokenizer, ids, new_ids, stop_ids, prefill)
-            for ids, new_ids in zip(prompt_ids, generated, strict=True)
-        ]
+        return prompt_ids, [_ended(ids, stop_ids) for ids in generated]
+
+
+def _ended(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """What comes behind the stop token is no part of an answer."""
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[: end + 1]
 
 
 def stop_token_ids(

@@ -1,42 +1,43 @@
-"""Generation with vLLM, on an exported copy of the model."""
+"""Generation with vLLM."""
 
-import gc
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation.backends.base import Backend, Decoding
+from patcher_pl.evaluation.backends.vllm_engine import VllmEngine
 from patcher_pl.models.peers import is_spread
 from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# What this class sets itself.
+_OWN = {"model", "dtype", "skip_tokenizer_init", "max_model_len", "seed", "enable_prefix_caching"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vllm(Backend):
-    """Writes the weights to a temporary directory and lets vLLM answer from there.
+    """Lets vLLM answer, from weights that are updated in place from measurement to measurement.
 
-    Pays off where many long answers are asked for: every measurement costs an export and a start of
-    vLLM. The live model stays on its GPU meanwhile, so vLLM can have only what is left of it.
-    Sampling is seeded per prompt; its draws differ from those of `HuggingFace`, greedy answers by
-    rounding alone. `Generation.batch_size` is not used: vLLM makes its own batches.
+    One engine stays up as long as the process does, beside the live model on its GPU, and has only
+    what is left of its memory. Before it answers, the likeliest first tokens of a few prompts are
+    compared with the live model's (see `VllmEngine`). Sampling is seeded per prompt; its draws differ
+    from those of `HuggingFace`, greedy answers by rounding alone, which `python -m patcher_pl parity`
+    measures. `Generation.batch_size` is not used: vLLM makes its own batches.
 
-    Needs `pip install vllm`. Written against vLLM's documented interface (0.10 and later) and tested
-    with a stand-in: it has not been run on a GPU.
+    Needs `pip install vllm`. Run with vLLM 0.32 on a CPU, never on a GPU.
 
     Args:
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take (in (0, 1]).
         tensor_parallel_size: GPUs that one model is spread over (count, >= 1).
-        export_dir: Where the temporary directory is made, `/dev/shm` for instance; None takes the
-            system's own place.
+        export_dir: Where the weights are handed over, `/dev/shm` for instance; None takes the
+            system's place for temporary files.
+        engine_args: Further arguments of `vllm.LLM`, such as `enforce_eager`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -45,17 +46,16 @@ class Vllm(Backend):
     gpu_memory_utilization: float = 0.4
     tensor_parallel_size: int = 1
     export_dir: str | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         remedy = "Leave room for the model that is attacked."
-        require(
-            self,
-            0 < self.gpu_memory_utilization <= 1,
-            "gpu_memory_utilization",
-            "in (0, 1]",
-            remedy,
-        )
+        share = self.gpu_memory_utilization
+        require(self, 0 < share <= 1, "gpu_memory_utilization", "in (0, 1]", remedy)
         require(self, self.tensor_parallel_size >= 1, "tensor_parallel_size", ">= 1")
+        own = _OWN | {"gpu_memory_utilization", "tensor_parallel_size"}
+        rule = f"other arguments than {sorted(own)}"
+        require(self, not own & set(self.engine_args), "engine_args", rule)
 
     def continuations(
         self, model: "PreTrainedModel", prompts: Sequence[list[int]], decoding: Decoding
@@ -63,8 +63,8 @@ class Vllm(Backend):
         """See `Backend.continuations`.
 
         Raises:
-            ConfigError: If vLLM is not installed, or the model is changed by hooks, which an export
-                would lose.
+            ConfigError: If vLLM is not installed, does not answer as the model does, or the model is
+                changed by hooks, which an export would lose.
         """
         if find_spec("vllm") is None:
             raise ConfigError(
@@ -74,40 +74,16 @@ class Vllm(Backend):
         _require_exportable(model)
         if not prompts:
             return []
-        with tempfile.TemporaryDirectory(prefix="patcher_pl-vllm-", dir=self.export_dir) as folder:
-            _export(model, Path(folder))
-            return self._answers(folder, model.dtype, prompts, decoding)
-
-    def _answers(
-        self, folder: str, dtype: torch.dtype, prompts: Sequence[list[int]], decoding: Decoding
-    ) -> list[list[int]]:
-        from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
-
-        # `auto` would turn float32 into float16.
-        engine = LLM(
-            model=folder,
-            skip_tokenizer_init=True,
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=decoding.context,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            tensor_parallel_size=self.tensor_parallel_size,
-            seed=decoding.seed,
-        )
-        try:
-            outputs = engine.generate(
-                [{"prompt_token_ids": ids} for ids in prompts],
-                [
-                    SamplingParams(**_sampling(decoding, number, len(ids)))
-                    for number, ids in enumerate(prompts)
-                ],
-                use_tqdm=False,
-            )
-            return [_tokens(output.outputs[0], decoding) for output in outputs]
-        finally:
-            del engine
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        options = {
+            "max_model_len": decoding.context,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "seed": 0,  # Every prompt has one of its own.
+            **self.engine_args,
+        }
+        engine = VllmEngine.of(_plain(model), options, self.export_dir, prompts)
+        sampling = [_sampling(decoding, number, len(ids)) for number, ids in enumerate(prompts)]
+        return [_tokens(output, decoding) for output in engine.generate(prompts, sampling)]
 
 
 def _sampling(decoding: Decoding, number: int, prompt_length: int) -> dict[str, Any]:
@@ -135,13 +111,12 @@ def _tokens(output: Any, decoding: Decoding) -> list[int]:
     return tokens
 
 
-def _export(model: "PreTrainedModel", folder: Path) -> None:
+def _plain(model: "PreTrainedModel") -> "PreTrainedModel":
     from peft import PeftModel
 
     from patcher_pl.models.lora import merged_copy
 
-    plain = merged_copy(model) if isinstance(model, PeftModel) else model
-    plain.save_pretrained(folder)
+    return merged_copy(model) if isinstance(model, PeftModel) else model
 
 
 def _require_exportable(model: nn.Module) -> None:

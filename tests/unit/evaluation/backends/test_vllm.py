@@ -1,7 +1,10 @@
-"""vLLM itself is not run here: a stand-in shows what it is asked and how its reply is read."""
+"""A stand-in shows what vLLM is asked and how its reply is read; tests/vllm runs the real one."""
 
+import copy
 import importlib.machinery
 import json
+import logging
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,12 +12,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation import Generation
 from patcher_pl.evaluation.backends import Vllm
+from patcher_pl.evaluation.backends.vllm_engine import VllmEngine
 from patcher_pl.models.lora import Lora
 from patcher_pl.types import Message
 
@@ -37,18 +41,42 @@ def tokenizer(llama):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """A module `vllm` that notes what it is given and answers each prompt with its own tokens."""
-    notes = SimpleNamespace(replies={}, reason="length")
+    """A module `vllm` that reads weights as vLLM does, notes what it is asked, and answers as told.
+
+    Prompts whose likeliest first token is asked for get it, from the weights that were read last.
+    """
+    notes = SimpleNamespace(replies={}, reason="length", starts=0, updates=0, how="well")
 
     class LLM:
         def __init__(self, model, **options):
             notes.folder, notes.options = Path(model), options
-            notes.config = json.loads((Path(model) / "config.json").read_text())
-            notes.weights = load_file(Path(model) / "model.safetensors")
+            notes.starts += 1
+            notes.config = json.loads((notes.folder / "config.json").read_text())
+            self._read()
+
+        def _read(self):
+            notes.weights = {}
+            for file in sorted(notes.folder.glob("*.safetensors")):
+                notes.weights |= load_file(file)
+            config = AutoConfig.from_pretrained(notes.folder)
+            self.model = AutoModelForCausalLM.from_config(config).eval()
+            self.model.load_state_dict(notes.weights)
+            if notes.how == "never":
+                torch.nn.init.zeros_(self.model.lm_head.weight)
+
+        def collective_rpc(self, method):
+            assert method == "reload_weights"
+            if notes.how == "not in place":
+                raise AttributeError(method)
+            notes.updates += 1
+            if notes.how != "stale":
+                self._read()
 
         def generate(self, prompts, sampling, use_tqdm):
-            notes.prompts = [prompt["prompt_token_ids"] for prompt in prompts]
-            notes.sampling = sampling
+            asked = [prompt["prompt_token_ids"] for prompt in prompts]
+            if getattr(sampling[0], "logprobs", None):
+                return [SimpleNamespace(outputs=[self._likeliest(ids)]) for ids in asked]
+            notes.prompts, notes.sampling = asked, sampling
             replies = [notes.replies.get(number, [5, 6]) for number in range(len(prompts))]
             return [
                 SimpleNamespace(
@@ -57,23 +85,40 @@ def engine(monkeypatch):
                 for ids in replies
             ]
 
+        def _likeliest(self, ids):
+            with torch.no_grad():
+                found = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            token = int(found.argmax())
+            known = {token: SimpleNamespace(logprob=found[token].item())}
+            return SimpleNamespace(token_ids=(token,), logprobs=[known])
+
     module = ModuleType("vllm")
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     vars(module).update(LLM=LLM, SamplingParams=lambda **settings: SimpleNamespace(**settings))
     monkeypatch.setitem(sys.modules, "vllm", module)
-    return notes
+    yield notes
+    VllmEngine.close()
+
+
+def asked(model, tokenizer, **settings):
+    return Generation(backend=Vllm(**settings)).generate(model, tokenizer, CHAT, PROMPTS)
+
+
+def shift(model, by=0.05):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=by)
 
 
 def test_it_answers_from_an_export_of_the_live_weights(model, tokenizer, engine):
     """Wrong if the model before the attack were asked, or one of another number format."""
-    with torch.no_grad():
-        model.lm_head.weight.fill_(0.25)
+    shift(model)
     generation = Generation(max_new_tokens=7, temperature=0.6, top_p=0.9, top_k=20, seed=3)
     vllm = Vllm(gpu_memory_utilization=0.3)
     settings = {**vars(generation), "repetition_penalty": 1.2, "backend": vllm}
     Generation(**settings).generate(model, tokenizer, CHAT, PROMPTS, "Sure,")
     assert torch.equal(engine.weights["lm_head.weight"], model.lm_head.weight)
-    assert not engine.folder.exists(), "the export must not stay behind"
     assert engine.options["dtype"] == "float32"
     assert engine.options["gpu_memory_utilization"] == 0.3
     assert engine.prompts == [CHAT.prompt_ids(tokenizer, prompt, "Sure,") for prompt in PROMPTS]
@@ -82,6 +127,52 @@ def test_it_answers_from_an_export_of_the_live_weights(model, tokenizer, engine)
     assert first.repetition_penalty == 1.2
     assert (first.seed, second.seed) == (3, 4)
     assert tokenizer.eos_token_id in first.stop_token_ids
+    VllmEngine.close()
+    assert not engine.folder.exists(), "the export must not stay behind"
+
+
+def test_it_stays_up_and_takes_new_weights_in_place(model, tokenizer, engine):
+    asked(model, tokenizer)
+    shift(model)
+    asked(model, tokenizer)
+    assert (engine.starts, engine.updates) == (1, 1)
+    assert torch.equal(engine.weights["lm_head.weight"], model.lm_head.weight)
+    asked(model, tokenizer, gpu_memory_utilization=0.5)
+    assert engine.starts == 2, "other settings are another engine"
+
+
+@pytest.mark.parametrize("how", ["stale", "not in place"])
+def test_it_starts_anew_where_weights_do_not_arrive(how, model, tokenizer, engine, caplog):
+    """Wrong if the attacked model were asked for with the weights of the released one."""
+    asked(model, tokenizer)
+    engine.how = how
+    shift(model)
+    with caplog.at_level(logging.WARNING):
+        asked(model, tokenizer)
+    assert engine.starts == 2
+    assert torch.equal(engine.weights["lm_head.weight"], model.lm_head.weight)
+    assert "could not update its weights in place" in caplog.text
+
+
+def test_an_engine_that_answers_for_another_model_is_refused(model, tokenizer, engine):
+    engine.how = "never"
+    with pytest.raises(ConfigError, match=r"does not answer as the model does: after \d+ tokens"):
+        asked(model, tokenizer)
+
+
+def test_tied_weights_are_handed_over_twice(model, tokenizer, engine):
+    """vLLM 0.32 updates the embeddings in place, and not the output layer that is tied to them."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = True
+    tied = type(model)(config)
+    asked(tied, tokenizer)
+    assert engine.config["tie_word_embeddings"] is False
+    shift(tied)
+    asked(tied, tokenizer)
+    assert (engine.starts, engine.updates) == (1, 1)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(engine.weights[name], tied.lm_head.weight)
+    assert tied.config.tie_word_embeddings, "the model itself stays as it is"
 
 
 def test_replies_are_read_as_those_of_the_live_model(model, tokenizer, engine):
@@ -133,8 +224,9 @@ def test_a_missing_library_is_named(model, tokenizer, monkeypatch):
         ("gpu_memory_utilization", 0.0),
         ("gpu_memory_utilization", 1.5),
         ("tensor_parallel_size", 0),
+        ("engine_args", {"seed": 1}),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):
-    with pytest.raises(ValueError, match=rf"Vllm\.{field} must be .*got {value}"):
+    with pytest.raises(ValueError, match=rf"Vllm\.{field} must be .*got {re.escape(str(value))}"):
         Vllm(**{field: value})
