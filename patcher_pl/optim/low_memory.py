@@ -54,6 +54,12 @@ def require_installed(dtype: StateDtype | None) -> None:
         _optim_state_8bit()
 
 
+def is_of_torchao(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer, or the one within it, is one of torchao's, whose moments have few bits."""
+    inner = getattr(optimizer, "inner", optimizer)
+    return type(inner).__module__.partition(".")[0] == "torchao"
+
+
 def step_in_pieces_(
     step: Callable[[Tensor, Tensor, list[Tensor]], None],
     theta: Tensor,
