@@ -215,6 +215,7 @@ class TorchAdapter(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[Tensor], settings: AdamW) -> None:
         super().__init__(parameters, {"lr": settings.lr})
         self._settings = settings
+        self.state_dtype = settings.state_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

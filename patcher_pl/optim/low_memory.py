@@ -60,6 +60,11 @@ def is_of_torchao(optimizer: torch.optim.Optimizer) -> bool:
     return type(inner).__module__.partition(".")[0] == "torchao"
 
 
+def keeps_few_bytes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether moments have a number format of their own, whatever that of the weights."""
+    return bool(getattr(optimizer, "state_dtype", None)) or is_of_torchao(optimizer)
+
+
 def step_in_pieces_(
     step: Callable[[Tensor, Tensor, list[Tensor]], None],
     theta: Tensor,

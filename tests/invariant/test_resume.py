@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.callbacks import RunCheckpoint
 from patcher_pl.callbacks.checkpoint_files import AtomicCheckpointIO
 from patcher_pl.defenses import SFT, Patcher
 from patcher_pl.defenses.attack_source import AdaptiveRefresh
@@ -102,6 +103,17 @@ def test_moments_in_few_bytes_go_on_to_the_bit(llama, rows, tmp_path, make):
     ]
     assert isinstance(saved["state"][0]["exp_avg"], OptimState8bit)
     assert_goes_on(make, llama, rows, checkpoint, plugins=[AtomicCheckpointIO()])
+    # As two processes would have saved it.
+    content = torch.load(checkpoint, weights_only=True)
+    content["defense"]["random_states"] *= 2
+    torch.save(content, checkpoint)
+    reading = {"ckpt_path": checkpoint, "weights_only": True, "plugins": [AtomicCheckpointIO()]}
+    with pytest.raises(CheckpointError, match="as many processes as saved them, 2, got 1"):
+        fit(
+            *(make(llama), rows.module(), 8),
+            **{"callbacks": [RunCheckpoint(tmp_path / "new")], "enable_checkpointing": True},
+            **reading,
+        )
 
 
 def assert_goes_on(make, path, rows, checkpoint, plugins=(), **options) -> None:

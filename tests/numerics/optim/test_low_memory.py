@@ -1,6 +1,7 @@
 """If these fail, moments in few bytes bend attacks, or an attack cannot be repeated to the bit."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from patcher_pl.optim.low_memory import stochastically_rounded
 
 PLAIN = AdamW(lr=1e-3)
 BFLOAT16 = replace(PLAIN, state_dtype="bfloat16")
+EIGHT_BITS = replace(PLAIN, state_dtype="8bit")
 
 
 def generator(seed=0):
@@ -129,6 +131,39 @@ def test_a_built_optimizer_takes_the_same_steps():
         stepper.step()
     assert all(torch.equal(a, b) for a, b in zip(built, theta, strict=True))
     assert stepper.state[built[0]]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_8_bits_are_those_of_torchao(monkeypatch):
+    """Against torchao's own optimizer, whose steps are compiled, in pieces and whole."""
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    theirs = [torch.nn.Parameter(draw((6, 1024), 1)), torch.nn.Parameter(draw((3,), 2))]
+    stepper = AdamW8bit(theirs, lr=EIGHT_BITS.lr, weight_decay=EIGHT_BITS.weight_decay)
+    with torch.compiler.set_stance("force_eager"):
+        for step in range(3):
+            for one in theirs:
+                one.grad = 0.1 * draw(one.shape, 10 + step) + 0.02
+            stepper.step()
+    whole, state = taken(EIGHT_BITS, 3)
+    monkeypatch.setattr(low_memory, "_PIECE", 1024)
+    in_pieces, state_of_pieces = taken(EIGHT_BITS, 3)
+    for number, name in enumerate(("exp_avg", "exp_avg_sq")):
+        expected, ours = stepper.state[theirs[0]][name], state.slots[number][0]
+        assert isinstance(ours, OptimState8bit)
+        assert isinstance(state.slots[number][1], torch.Tensor), "small ones stay in float32"
+        torch.testing.assert_close(ours.scale, expected.scale, rtol=1e-5, atol=0)
+        assert (ours.codes != expected.codes).float().mean() < 1e-3
+        assert torch.equal(ours.codes, state_of_pieces.slots[number][0].codes)
+    for ours, again, expected in zip(whole, in_pieces, theirs, strict=True):
+        torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours, again)
+
+
+def test_8_bits_without_torchao_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim.subclass_8bit", None)
+    with pytest.raises(ValueError, match=r"^AdamW\.state_dtype must be .+, got '8bit'. Install it"):
+        AdamW(lr=0.1, state_dtype="8bit")
 
 
 def test_what_is_rounded_cannot_be_differentiated():
