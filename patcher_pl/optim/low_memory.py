@@ -92,7 +92,9 @@ def step_in_pieces_(
         widened = [_widened(one, wide) for one in kept]
         step(flat[here], slopes[here].to(wide), widened)
         for one, values in zip(kept, widened, strict=True):
-            one.copy_(_rounded(values, generator) if one.dtype == torch.bfloat16 else values)
+            if one.dtype == torch.bfloat16:
+                values = stochastically_rounded(values.float(), generator)
+            one.copy_(values)
     if not theta.is_contiguous():  # Then `flat` is a copy.
         theta.copy_(flat.view(theta.shape))
 
@@ -107,8 +109,7 @@ def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor
         generator: Of 16 random bits per number.
     """
     bits = torch.randint(
-        *(0, 1 << 16, values.shape),
-        **{"dtype": torch.int32, "device": values.device, "generator": generator},
+        1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
     )
     # The lower half of the bits is what bfloat16 cuts off; with a random half added, it carries into
     # the upper one as often as it is large.
@@ -120,10 +121,6 @@ def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor
 def seed_of(index: int, step: int) -> int:
     """Seed for one parameter at one step: an attack that is repeated or resumed rounds the same way."""
     return derive_seed(0, "stochastic rounding", index, step)
-
-
-def _rounded(values: Tensor, generator: torch.Generator) -> Tensor:
-    return stochastically_rounded(values.float().contiguous(), generator)
 
 
 def _piece(moment: Tensor, here: slice) -> Tensor:

@@ -74,13 +74,13 @@ class Tracker(TorchDispatchMode):
     otherwise `ACTIVATIONS`. Counted are bytes that were asked for; what an allocator adds is not seen.
     Of tensors that are made of others (8 bits and their scales), those are counted.
 
-    Args:
-        sites: Functions, and the part or phase of what is allocated in them.
-        fused: Functions that a real run compiles into one kernel, which keeps nothing in between.
-
     Torch's `MemTracker` knows no parts of this codebase's own (two optimizers, attack vector,
     trajectory), and calls a model only once; hence this one, after its example. Torch's
     `FlopCounterMode` would keep alive what checkpointing recomputes; hence its formulas alone.
+
+    Args:
+        sites: Functions, and the part or phase of what is allocated in them.
+        fused: Functions that a real run compiles into one kernel, which keeps nothing in between.
     """
 
     def __init__(
