@@ -37,11 +37,11 @@ def planned_8b(formats: Formats) -> dict[str, Any]:
     of_model, of_attacker = "--model.init_args.", "--model.init_args.attacker.init_args.optimizer."
     options = [
         f"{of_model}language_model.dtype={formats.dtype}",
-        f"{of_attacker}init_args.state_dtype={ATTACKERS[formats.attacker]}",
         f"--device_counts={list(COUNTS)}",
     ]
     if formats.attacker != "float32":
         options.append(f"{of_attacker}init_args.fused=false")
+        options.append(f"{of_attacker}init_args.state_dtype={ATTACKERS[formats.attacker]}")
     if formats.defender != "float32":
         options.append(f"{of_model}optimizer={DEFENDERS[formats.defender]}")
     cli = PlanCLI(["--config", CONFIG, *options])
