@@ -136,7 +136,7 @@ class AdamW(DifferentiableOptimizer):
             self._step_one_(theta, gradient, slots, step, lr)
             return
         low_memory.step_in_pieces_(
-            lambda *piece: self._step_one_(*piece, step, lr),
+            lambda weights, slopes, moments: self._step_one_(weights, slopes, moments, step, lr),
             *(theta, gradient, list(slots), low_memory.seed_of(index, step)),
         )
 

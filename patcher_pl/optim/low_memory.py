@@ -133,9 +133,10 @@ def _piece(moment: Tensor, here: slice) -> Tensor:
 
 def _widened(moment: Any, wide: torch.dtype) -> Tensor:
     """A copy to calculate with."""
-    if is_traceable_wrapper_subclass(moment):
-        return moment.dequantize(wide)
-    return moment.to(wide, copy=True)
+    is_8bit = bool(
+        is_traceable_wrapper_subclass(moment)
+    )  # Not a guard: torch types it too narrowly.
+    return moment.dequantize(wide) if is_8bit else moment.to(wide, copy=True)
 
 
 def _optim_state_8bit() -> Any:

@@ -253,8 +253,11 @@ def rehearse(
     for batch_with_attack in others:
         mean = mean.plus(batch_with_attack, 1 / len(others))
     found = Footprint(
-        **{"peaks": tracker.peaks(), "layers": layers, "own_format": frozenset(own_format)},
-        **{"plain": plain, "defended": mean},
+        peaks=tracker.peaks(),
+        layers=layers,
+        own_format=frozenset(own_format),
+        plain=plain,
+        defended=mean,
     )
     if attacks is None:
         return found
