@@ -17,8 +17,12 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patcher_pl.planning import Plan
 
 # Hidden size and layers: 2, 10, 60, 400 and 1600 million parameters.
 SIZES = {
@@ -29,6 +33,10 @@ SIZES = {
     "1600M": (2560, 20),
 }
 HYPERGRADIENTS = ("FirstOrder", "Adjoint")
+# Number formats: of the weights, and of the moments of the defender and of the attacker.
+DTYPES = ("float32", "bfloat16")
+DEFENDERS = {"float32": "torch.optim.AdamW", "8bit": "torchao.optim.AdamW8bit"}
+ATTACKERS = {"float32": "null", "bfloat16": "bfloat16", "8bit": "8bit"}
 BATCH_SIZE, LENGTH = 8, 64
 CONFIG = """
 run_dir: {folder}/run
@@ -36,12 +44,15 @@ num_threads: 1
 model:
   class_path: patcher_pl.defenses.Patcher
   init_args:
-    language_model: {{path: {folder}/model, chat: {{max_length: {length}}}}}
+    language_model: {{path: {folder}/model, dtype: {dtype}, chat: {{max_length: {length}}}}}
+    optimizer: {{class_path: {defender}, init_args: {{lr: 1.0e-5}}}}
     attacker:
       class_path: patcher_pl.attackers.FineTuningAttacker
       init_args:
         num_steps: 3
-        optimizer: {{class_path: patcher_pl.optim.AdamW, init_args: {{lr: 1.0e-5}}}}
+        optimizer:
+          class_path: patcher_pl.optim.AdamW
+          init_args: {{lr: 1.0e-5, state_dtype: {attacker}}}
     hypergradient: patcher_pl.hypergradients.{hypergradient}
     num_sft_steps: 1
     refresh_every: 1
@@ -53,7 +64,24 @@ trainer: {{max_steps: 3, accelerator: {accelerator}, enable_progress_bar: false}
 """
 
 
-def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> Path:
+@dataclass(frozen=True)
+class Formats:
+    """Number formats of one run.
+
+    Args:
+        dtype: Of the weights.
+        defender: Of the defender's moments.
+        attacker: Of the attacker's moments.
+    """
+
+    dtype: str = "float32"
+    defender: str = "float32"
+    attacker: str = "float32"
+
+
+def write_run(
+    folder: Path, size: str, hypergradient: str, accelerator: str, formats: Formats
+) -> Path:
     """Writes a random model, data that fill every batch, and a configuration; returns the latter."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -76,20 +104,26 @@ def write_run(folder: Path, size: str, hypergradient: str, accelerator: str) -> 
     row = json.dumps({"prompt": prompt, "response": words * LENGTH})
     (folder / "rows.jsonl").write_text((row + "\n") * 2 * BATCH_SIZE)
     shape = {"batch_size": BATCH_SIZE, "length": LENGTH}
-    kind = {"hypergradient": hypergradient, "accelerator": accelerator}
+    kind = {
+        "hypergradient": hypergradient,
+        "accelerator": accelerator,
+        "dtype": formats.dtype,
+        "defender": DEFENDERS[formats.defender],
+        "attacker": ATTACKERS[formats.attacker],
+    }
     path = folder / "patcher.yaml"
     path.write_text(CONFIG.format(folder=folder, **shape, **kind))
     return path
 
 
-def planned_bytes(config: Path) -> int:
-    """Peak of the tensors, according to the plan."""
+def planned(config: Path) -> "Plan":
+    """The plan, for tensors alone."""
     from patcher_pl.cli.plan import PlanCLI
     from patcher_pl.planning import make_plan
 
     nothing = ["--overhead.fixed_gib=0", "--overhead.fragmentation=0"]
     cli = PlanCLI(["--config", str(config), *nothing])
-    return make_plan(cli.planned_run, cli.settings).configured.device_bytes
+    return make_plan(cli.planned_run, cli.settings)
 
 
 def measured_bytes(warm_up: Path, config: Path, accelerator: str) -> int:
@@ -122,15 +156,26 @@ def _fit(warm_up: str, config: str, accelerator: str) -> int:
 
 
 def compare(
-    folder: Path, size: str, hypergradient: str, accelerator: str = "cpu"
+    folder: Path,
+    size: str,
+    hypergradient: str,
+    accelerator: str = "cpu",
+    formats: Formats | None = None,
 ) -> dict[str, Any]:
     """Plans and measures one run."""
-    name = f"{hypergradient}-{size}"
-    warm_up = write_run(folder / f"warm-up-{name}", "2M", hypergradient, accelerator)
-    config = write_run(folder / name, size, hypergradient, accelerator)
-    planned, measured = planned_bytes(config), measured_bytes(warm_up, config, accelerator)
-    mib = {"planned_mib": planned / 2**20, "measured_mib": measured / 2**20}
-    return {"size": size, "hypergradient": hypergradient, **mib, "ratio": planned / measured}
+    formats = formats or Formats()
+    name = "-".join([hypergradient, size, *vars(formats).values()])
+    warm_up = write_run(folder / f"warm-up-{name}", "2M", hypergradient, accelerator, formats)
+    config = write_run(folder / name, size, hypergradient, accelerator, formats)
+    plan, measured = planned(config), measured_bytes(warm_up, config, accelerator)
+    need = plan.configured
+    mib = {"planned_mib": need.device_bytes / 2**20, "measured_mib": measured / 2**20}
+    return {
+        **{"size": size, "hypergradient": hypergradient, **vars(formats), **mib},
+        "ratio": need.device_bytes / measured,
+        "num_parameters": plan.num_parameters,
+        "planned_bytes_by_part": dict(need.device[need.peak_phase]),
+    }
 
 
 def main() -> None:
@@ -140,6 +185,9 @@ def main() -> None:
     parser.add_argument(
         "--hypergradients", nargs="+", choices=HYPERGRADIENTS, default=HYPERGRADIENTS
     )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--defender", choices=DEFENDERS, default="float32")
+    parser.add_argument("--attacker", choices=ATTACKERS, default="float32")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--fit", nargs=2, help=argparse.SUPPRESS)
@@ -152,7 +200,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for hypergradient in options.hypergradients:
             for size in options.sizes:
-                row = compare(Path(folder), size, hypergradient, options.accelerator)
+                formats = Formats(options.dtype, options.defender, options.attacker)
+                row = compare(Path(folder), size, hypergradient, options.accelerator, formats)
                 rows.append(row)
                 ratios[f"{hypergradient}_{size}"] = row["ratio"]
                 print(

@@ -108,8 +108,12 @@ class FineTuningAttacker(FineTuning, Attacker):
         if self.carry is None or not self.carry.keep_optimizer:
             return
         is_plain = self.lora is None and self.trains == "all" and every is None
-        is_kept = is_plain and not getattr(self.optimizer, "eps_root", 0)
-        rule = "false with `lora`, `trains: embeddings`, `optimizer_restart_every` or an `eps_root`"
+        special = [getattr(self.optimizer, name, None) for name in ("eps_root", "state_dtype")]
+        is_kept = is_plain and not any(special)
+        rule = (
+            "false with `lora`, `trains: embeddings`, `optimizer_restart_every`, an `eps_root` or a "
+            "`state_dtype`"
+        )
         require(self, is_kept, "carry.keep_optimizer", rule, "Carry the weights alone.")
 
     def draw(self, seed: int, number: int) -> DrawnAttack:
@@ -187,7 +191,7 @@ class FineTuningAttacker(FineTuning, Attacker):
     def is_differentiable(self) -> bool:
         is_plain = self.lora is None and self.carry is None and self.trains == "all"
         is_smooth = self.optimizer_restart_every is None
-        return is_plain and is_smooth and isinstance(self.optimizer, DifferentiableOptimizer)
+        return is_plain and is_smooth and self.optimizer.is_differentiable
 
     @property
     def works_sharded(self) -> bool:

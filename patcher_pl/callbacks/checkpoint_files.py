@@ -35,7 +35,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             raise _not_written(path, error) from error
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Loads a file, or puts the parts in a folder together.
 
         Raises:
@@ -44,7 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             if Path(path).is_dir():
                 return _load_folder(Path(path))
-            return super().load_checkpoint(path, *args, **kwargs)
+            # A name, where Lightning's default is a function: torch does not take one for tensors of
+            # classes of their own, as optimizers with 8 bits keep.
+            return super().load_checkpoint(path, map_location, weights_only)
         except _UNREADABLE as error:
             raise _unreadable(path, error) from error
 

@@ -7,11 +7,12 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from patcher_pl.callbacks.checkpoint_files import is_whole, remove, save_folder
+from patcher_pl.callbacks.checkpoint_files import is_whole, read_entry, remove, save_folder
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import shards
 from patcher_pl.errors import CheckpointError
 from patcher_pl.files import write_atomically
+from patcher_pl.optim.low_memory import is_of_torchao
 
 LAST = "last.ckpt"
 
@@ -42,6 +43,22 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.num_kept = num_kept
         self._saved_at = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses moments of torchao's optimizers that other processes have saved.
+
+        Torch would leave them in float32 without a word, or fail on one process while another waits.
+        """
+        path = trainer.ckpt_path
+        if path is None or not any(is_of_torchao(one) for one in trainer.optimizers):
+            return
+        num_before = len(read_entry(Path(path), "defense")["random_states"])
+        if num_before != trainer.world_size:
+            raise CheckpointError(
+                f"--ckpt_path {path}: moments of torchao's optimizers go on with as many processes as "
+                f"saved them, {num_before}, got {trainer.world_size}. Use as many, or leave --ckpt_path "
+                "away to start from the beginning."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting at the step that was resumed; sweeps up what a killed run left."""

@@ -310,7 +310,8 @@ class Defense(LightningModule):
                 f"{float(grad_norm)}); the weights were not touched. Lower the learning rate of "
                 "model.init_args.optimizer, or go on from an earlier checkpoint."
             )
-        lr = optimizer.param_groups[0]["lr"]
+        # A number: optimizers that keep a tensor change it in place when the schedule goes on.
+        lr = float(optimizer.param_groups[0]["lr"])
         self.step_check.before(self.trained_weights.parameters, optimizer)
         optimizer.step()
         self.step_check.after(self.trained_weights.shards.reduction)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from patcher_pl.errors import ConfigError
+from patcher_pl.models.fsdp1 import uses_fsdp1
 from patcher_pl.models.sharding import is_sharded
 from patcher_pl.models.shards import part_of
+from patcher_pl.optim.low_memory import is_of_torchao
 from patcher_pl.optim.master_weights import MasterWeights, trained_in_float32
 from patcher_pl.optim.moved import CHECKED_STEPS, MovedShare, is_lost
 from patcher_pl.types import HALF_PRECISION
@@ -30,7 +32,7 @@ def build_optimizer(
         build: Makes an optimizer of parameters.
 
     Raises:
-        ConfigError: If sharded weights are in half precision.
+        ConfigError: If sharded weights are in half precision, or torchao's optimizers meet FSDP1.
     """
     masters = MasterWeights(() if is_sharded(model) else parameters)
     if masters.weights:
@@ -41,7 +43,13 @@ def build_optimizer(
             f"{str(lowest.pop()).removeprefix('torch.')}, in which its steps are lost to rounding. Load "
             "the model in float32 and set sharding.param_dtype to bfloat16: it computes in that."
         )
-    return build(list(parameters))
+    optimizer = build(list(parameters))
+    if uses_fsdp1(model) and is_of_torchao(optimizer):
+        raise ConfigError(
+            f"{owner}.optimizer: torchao's optimizers do not know FSDP1, got {type(optimizer).__name__}. "
+            "Use FSDP2 (ModelParallelStrategy), or torch.optim.AdamW."
+        )
+    return optimizer
 
 
 def build_scheduler(owner: str, optimizer: torch.optim.Optimizer, build: Any) -> LRScheduler:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
 
+from patcher_pl.optim import low_memory
 from patcher_pl.optim.base import DifferentiableOptimizer, OptimizerState
+from patcher_pl.optim.low_memory import StateDtype
 from patcher_pl.validation import require
 
 # See `AdamW.eps_root`.
@@ -37,10 +39,17 @@ class AdamW(DifferentiableOptimizer):
         weight_decay: Decoupled decay per unit of lr (>= 0).
         eps_root: Added to the second moment within the root (>= 0); None as explained above.
         fused: Let `build` take torch's fused kernel: the same update in one pass over the memory,
-            with other rounding. Not together with an `eps_root` above 0.
+            with other rounding. Not together with an `eps_root` above 0, or a `state_dtype`.
+        state_dtype: How both moments are kept: `bfloat16`, rounded stochastically (4 bytes per
+            weight), or `8bit` in blocks of 256 by torchao, rounded to the nearest (2.03 bytes per weight;
+            tensors of less than 4096 numbers, or no whole blocks, in float32). None keeps them as the
+            weights are kept, or their copies in float32 (8 bytes). The random bits are a function of
+            step and parameter alone, so that an attack that is repeated or resumed ends at the same
+            bits; spread over processes, it differs by what each rounds. Attacks with one cannot be
+            differentiated.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its range, or `8bit` is given without torchao.
 
     References:
         Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
@@ -52,6 +61,7 @@ class AdamW(DifferentiableOptimizer):
     weight_decay: float = 0.01
     eps_root: float | None = None
     fused: bool = False
+    state_dtype: StateDtype | None = None
 
     def __post_init__(self) -> None:
         require(self, self.lr > 0, "lr", "> 0", "Attacks commonly use 1e-5 to 1e-3.")
@@ -63,13 +73,33 @@ class AdamW(DifferentiableOptimizer):
         require(self, root_holds, "eps_root", ">= 0 or null", "Use 0 for torch's AdamW.")
         fusible = not (self.fused and self.eps_root)
         require(self, fusible, "fused", "false with an `eps_root`", "Torch has no such kernel.")
+        known = self.state_dtype is None or self.state_dtype in get_args(StateDtype)
+        remedy = "Use null for moments in float32."
+        require(self, known, "state_dtype", "bfloat16, 8bit or null", remedy)
+        fusible = not (self.fused and self.state_dtype)
+        require(self, fusible, "fused", "false with a `state_dtype`", "Torch has no such kernel.")
+        low_memory.require_installed(self.state_dtype)
 
     @property
     def num_slots(self) -> int:
         return 2
 
+    @property
+    def is_differentiable(self) -> bool:
+        return self.state_dtype is None
+
+    def init(self, parameters: Sequence[Tensor]) -> OptimizerState:
+        """See `DifferentiableOptimizer.init`."""
+        if (dtype := self.state_dtype) is None:
+            return super().init(parameters)
+        m, v = (
+            [low_memory.zeros(parameter, dtype, signed=signed) for parameter in parameters]
+            for signed in (True, False)
+        )
+        return OptimizerState([0] * len(parameters), (m, v))
+
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        if self.eps_root:
+        if self.eps_root or self.state_dtype:
             return TorchAdapter(parameters, self)
         return torch.optim.AdamW(
             parameters,
@@ -81,9 +111,34 @@ class AdamW(DifferentiableOptimizer):
         )
 
     def differentiable(self) -> Self:
+        """See `DifferentiableOptimizer.differentiable`."""
+        self._require_whole_moments()
         if self.eps_root is not None:
             return self
         return replace(self, eps_root=DIFFERENTIABLE_EPS_ROOT, fused=False)
+
+    def _require_whole_moments(self) -> None:
+        # Rounding has no derivative, and that of the unrounded update would be of another attack.
+        rule = "null for an attack that is differentiated"
+        remedy = "Leave it away, or use FirstOrder hypergradients."
+        require(self, self.state_dtype is None, "state_dtype", rule, remedy)
+
+    def _step_at_(
+        self,
+        index: int,
+        theta: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        step: int,
+        lr: float,
+    ) -> None:
+        if self.state_dtype is None:
+            self._step_one_(theta, gradient, slots, step, lr)
+            return
+        low_memory.step_in_pieces_(
+            lambda weights, slopes, moments: self._step_one_(weights, slopes, moments, step, lr),
+            *(theta, gradient, list(slots), low_memory.seed_of(index, step)),
+        )
 
     def _step_one_(
         self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
@@ -103,6 +158,7 @@ class AdamW(DifferentiableOptimizer):
     def _applied_one(
         self, theta: Tensor, gradient: Tensor, slots: Sequence[Tensor], step: int, lr: float
     ) -> tuple[Tensor, Sequence[Tensor]]:
+        self._require_whole_moments()
         (beta1, beta2), (m, v) = self.betas, slots
         m = beta1 * m + (1 - beta1) * gradient
         v = beta2 * v + (1 - beta2) * gradient * gradient
@@ -122,6 +178,7 @@ class AdamW(DifferentiableOptimizer):
         step: int,
         lr: float,
     ) -> Tensor:
+        self._require_whole_moments()
         (beta1, beta2), (m, v) = self.betas, slots
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
         m = m.lerp(gradient, 1 - beta1)
@@ -155,12 +212,10 @@ class TorchAdapter(torch.optim.Optimizer):
         settings: The update and its step size.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], settings: DifferentiableOptimizer) -> None:
+    def __init__(self, parameters: Iterable[Tensor], settings: AdamW) -> None:
         super().__init__(parameters, {"lr": settings.lr})
         self._settings = settings
-        self._states: list[OptimizerState] = [
-            settings.init(group["params"]) for group in self.param_groups
-        ]
+        self.state_dtype = settings.state_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -169,7 +224,21 @@ class TorchAdapter(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, state in zip(self.param_groups, self._states, strict=True):
-            gradients = [parameter.grad for parameter in group["params"]]
-            self._settings.step_(group["params"], gradients, state, group["lr"])
+        (group,) = self.param_groups
+        parameters = group["params"]
+        state = self._known(parameters)
+        gradients = [parameter.grad for parameter in parameters]
+        self._settings.step_(parameters, gradients, state, group["lr"])
+        for index, parameter in enumerate(parameters):
+            self.state[parameter]["step"] = state.steps[index]
         return loss
+
+    def _known(self, parameters: list[Tensor]) -> OptimizerState:
+        """The state by torch's names and in torch's place, where others look for it."""
+        if not self.state:
+            fresh = self._settings.init(parameters)
+            for parameter, m, v in zip(parameters, *fresh.slots, strict=True):
+                self.state[parameter] = {"step": 0, "exp_avg": m, "exp_avg_sq": v}
+        known = [self.state[parameter] for parameter in parameters]
+        slots = tuple([one[name] for one in known] for name in ("exp_avg", "exp_avg_sq"))
+        return OptimizerState([one["step"] for one in known], slots)

@@ -43,6 +43,11 @@ class Optimizer(ABC):
 
     lr: float
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether an attack that steps by it can be differentiated."""
+        return False
+
     @abstractmethod
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Returns a fresh torch optimizer over `parameters`."""
@@ -61,8 +66,16 @@ class DifferentiableOptimizer(Optimizer):
     def num_slots(self) -> int:
         """Moments per parameter (count)."""
 
+    @property
+    def is_differentiable(self) -> bool:
+        return True
+
     def differentiable(self) -> Self:
-        """Returns these settings, or ones that are better conditioned, for a differentiated run."""
+        """Returns these settings, or ones that are better conditioned, for a differentiated run.
+
+        Raises:
+            ValueError: If a setting rules that out.
+        """
         return self
 
     def init(self, parameters: Sequence[Tensor]) -> OptimizerState:
@@ -97,7 +110,7 @@ class DifferentiableOptimizer(Optimizer):
                 # Before the update: bias correction counts the step that is being taken.
                 state.steps[index] += 1
                 slots = [slot[index] for slot in state.slots]
-                self._step_one_(parameters[index], gradient, slots, state.steps[index], lr)
+                self._step_at_(index, parameters[index], gradient, slots, state.steps[index], lr)
 
     def applied(
         self,
@@ -156,6 +169,18 @@ class DifferentiableOptimizer(Optimizer):
                 self._vjp_one_(above, moments, gradient, slots, state.steps[index] + 1, lr)
             )
         return pulled
+
+    def _step_at_(
+        self,
+        index: int,
+        theta: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        step: int,
+        lr: float,
+    ) -> None:
+        """`_step_one_` for the parameter at a place, for what depends on that."""
+        self._step_one_(theta, gradient, slots, step, lr)
 
     @abstractmethod
     def _step_one_(

@@ -114,6 +114,11 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
         return loss
 
     @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that steps the copies."""
+        return self._inner
+
+    @property
     def copies(self) -> list[Tensor]:
         """What is kept in float32 beside the weights."""
         return self._masters.copies

@@ -2,8 +2,9 @@
 
 import logging
 import math
+import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from patcher_pl.defenses import Defense
 from patcher_pl.defenses.attack_source import AttackSource
 from patcher_pl.errors import ConfigError
 from patcher_pl.models.blocks import find_blocks
+from patcher_pl.optim.low_memory import keeps_few_bytes
 from patcher_pl.planning.attacks import (
     NUM_SFT_STEPS,
     attacks_of,
@@ -85,6 +87,8 @@ class Footprint:
 
     peaks: Mapping[str, Sequence[Parts]]  # Of every phase; see `Tracker.peaks`.
     layers: LayerSizes
+    # Optimizers' states whose number format is not that of the weights.
+    own_format: frozenset[Part] = frozenset()
     plain: Work  # Of a defender's batch before the first attack.
     defended: Work  # Of one afterwards, without any attack or estimate.
     attack_step: Work = Work()
@@ -172,9 +176,10 @@ class Footprint:
             computed: Bytes of a number of the rehearsal, in which layers are gathered.
             sent: Bytes of a number of a gradient on its way to other devices.
         """
+        scaled = PER_WEIGHT - self.own_format
         peaks = {
             phase: [
-                {part: n * stored // computed if part in PER_WEIGHT else n for part, n in p.items()}
+                {part: n * stored // computed if part in scaled else n for part, n in p.items()}
                 for p in moments
             ]
             for phase, moments in self.peaks.items()
@@ -200,7 +205,7 @@ def rehearse(
         logging.getLogger(f"lightning.pytorch.utilities.{chatter}").setLevel(logging.WARNING)
     attacks = attacks_of(defense)
     num_attacks = num_attacks_of(attacks)
-    tracker = Tracker(sites_of(attacks))
+    tracker, own_format = Tracker(sites_of(attacks), _compiled()), set[Part]()
     # A fake tensor has no value to log.
     defense.log = lambda *_, **__: None  # type: ignore[method-assign]  # Lightning copies what it logs.
     ledger = _Ledger(tracker, math.prod(batch))
@@ -226,6 +231,8 @@ def rehearse(
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         is_defenders = optimizer in trainer.optimizers
         part = Part.DEFENDER_OPTIMIZER if is_defenders else Part.ATTACKER_OPTIMIZER
+        if keeps_few_bytes(optimizer):
+            own_format.add(part)
         for state in optimizer.state.values():
             tracker.label([value for value in state.values() if isinstance(value, Tensor)], part)
         tracker.label(getattr(optimizer, "copies", []), part)  # In float32, of half precision.
@@ -234,6 +241,9 @@ def rehearse(
         register_optimizer_step_pre_hook(before_step),
         register_optimizer_step_post_hook(after_step),
         fake_tensors(tracker),
+        torch.compiler.set_stance(
+            "force_eager"
+        ),  # Torchao compiles steps, which fake tensors cannot.
     ):
         trainer.fit(defense, datamodule=_FullBatches(batch, attack_batch))
         layers = LayerSizes.of(defense.model)
@@ -242,7 +252,13 @@ def rehearse(
     mean = Work()
     for batch_with_attack in others:
         mean = mean.plus(batch_with_attack, 1 / len(others))
-    found = Footprint(peaks=tracker.peaks(), layers=layers, plain=plain, defended=mean)
+    found = Footprint(
+        peaks=tracker.peaks(),
+        layers=layers,
+        own_format=frozenset(own_format),
+        plain=plain,
+        defended=mean,
+    )
     if attacks is None:
         return found
     # What an attacker's batch has more tokens than a defender's, as which the ledger counts it.
@@ -260,6 +276,12 @@ def rehearse(
     # All but the outer loss and L_safe at theta; batches between estimates take one at theta + v, too.
     estimated = mean.plus(more, mean.gradient_evaluations - 2)
     return replace(found, defended=plain.plus(plain), estimated=estimated)
+
+
+def _compiled() -> list[Callable[..., Any]]:
+    """Steps of optimizers that are compiled, if there are any by now."""
+    module = sys.modules.get("torchao.optim.adam")
+    return [] if module is None else [module.single_param_adam]
 
 
 class _Ledger(Callback):

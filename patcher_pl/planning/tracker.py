@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
@@ -68,15 +72,25 @@ class Tracker(TorchDispatchMode):
     names its part, and its phase. A part may also be named later (`label`), since peaks are looked up
     at the end. What was never named is `WEIGHT_TEMPORARIES` if it has the shape of a parameter,
     otherwise `ACTIVATIONS`. Counted are bytes that were asked for; what an allocator adds is not seen.
+    Of tensors that are made of others (8 bits and their scales), those are counted.
 
     Torch's `MemTracker` knows no parts of this codebase's own (two optimizers, attack vector,
     trajectory), and calls a model only once; hence this one, after its example. Torch's
     `FlopCounterMode` would keep alive what checkpointing recomputes; hence its formulas alone.
+
+    Args:
+        sites: Functions, and the part or phase of what is allocated in them.
+        fused: Functions that a real run compiles into one kernel, which keeps nothing in between.
     """
 
-    def __init__(self, sites: Mapping[Callable[..., Any], Part | str] | None = None) -> None:
+    def __init__(
+        self,
+        sites: Mapping[Callable[..., Any], Part | str] | None = None,
+        fused: Iterable[Callable[..., Any]] = (),
+    ) -> None:
         super().__init__()
         self._sites = {inspect.unwrap(site).__code__: name for site, name in (sites or {}).items()}
+        self._fused = {inspect.unwrap(function).__code__ for function in fused}
         self._known: Any = WeakIdKeyDictionary()
         self._events: list[tuple[int, _Allocation]] = []  # Beginnings (1) and ends (-1), in order.
         self._weight_shapes: set[tuple[int, ...]] = set()
@@ -84,7 +98,7 @@ class Tracker(TorchDispatchMode):
 
     def label(self, tensors: Iterable[Tensor], part: Part) -> None:
         """Names what exists already; from parameters, it learns the shapes of weights."""
-        for tensor in tensors:
+        for tensor in leaves_of(tensors):
             self._see(tensor)
             self._known[tensor.untyped_storage()][0].part = part
             if part == Part.PARAMETERS and tensor.dim() > 0:
@@ -117,12 +131,15 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if any(is_traceable_wrapper_subclass_type(one) for one in types):
+            return NotImplemented  # Its own operations come here one by one.
         result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # Questions about a tensor (its device, say); many.
             return result
         formula = _FLOPS.get(func.overloadpacket)
         if formula is not None:
-            self.flops[self._purpose()[0]] += formula(*args, **(kwargs or {}), out_val=result)
+            phase, _ = self._purpose() or (DEFEND, None)
+            self.flops[phase] += formula(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
@@ -131,16 +148,21 @@ class Tracker(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage not in self._known:
-            one = _Allocation(storage.nbytes(), tuple(tensor.shape), *self._purpose())
+            purpose = self._purpose()
+            if purpose is None:
+                return
+            one = _Allocation(storage.nbytes(), tuple(tensor.shape), *purpose)
             # By storage, since views share one: memory ends when the last of them does.
             end = weakref.ref(storage, lambda _: self._events.append((-1, one)))
             self._known[storage] = one, end
             self._events.append((1, one))
 
-    def _purpose(self) -> tuple[str, Part | None]:
-        """The phase and, if it is told, the part of what is allocated now."""
+    def _purpose(self) -> tuple[str, Part | None] | None:
+        """The phase and, if it is told, the part of what is allocated now; None in a fused function."""
         part, frame = None, inspect.currentframe()
         while frame is not None:
+            if frame.f_code in self._fused:
+                return None
             name = self._sites.get(frame.f_code)
             if isinstance(name, Part):
                 part = part or name
@@ -158,6 +180,16 @@ class Tracker(TorchDispatchMode):
     def _part_of(self, one: _Allocation) -> Part:
         is_weight = one.shape in self._weight_shapes
         return one.part or (Part.WEIGHT_TEMPORARIES if is_weight else Part.ACTIVATIONS)
+
+
+def leaves_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors that hold the memory of others."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            yield from leaves_of(getattr(tensor, name) for name in names)
+        else:
+            yield tensor
 
 
 class _UnitScalars(TorchDispatchMode):

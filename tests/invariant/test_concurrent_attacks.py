@@ -23,6 +23,8 @@ from tests.tiny_runs import ATTACKER, MemoryLogger, SaveAt, adamw, assert_same, 
 NUM_STEPS = 8
 WITH_LORA = FineTuningAttacker(num_steps=2, optimizer=AdamW(lr=1e-2), lora=Lora(rank=2))
 
+LOW_MEMORY = FineTuningAttacker(num_steps=2, optimizer=AdamW(lr=1e-3, state_dtype="bfloat16"))
+
 
 def make(path, attacker, lora=None, **options):
     settings = {"optimizer": adamw(), "refresh_every": 3, "num_sft_steps": 2, **options}
@@ -50,6 +52,7 @@ def losses(history):
         pytest.param("llama", WITH_LORA, Lora(rank=2, dropout=0.1), 1, id="lora-lora"),
         pytest.param("gpt2", ATTACKERS["carried"], None, 1, id="carried"),
         pytest.param("gpt2", ATTACKERS["growing"], None, 1, id="growing"),
+        pytest.param("llama", LOW_MEMORY, None, 1, id="bfloat16-moments"),
     ],
 )
 def test_lock_step_is_the_sequential_run(

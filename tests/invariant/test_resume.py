@@ -3,11 +3,15 @@
 Every defense is resumed in tests/contract; here, what is interrupted within an attack.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from patcher_pl.attackers import FineTuningAttacker
+from patcher_pl.callbacks import RunCheckpoint
+from patcher_pl.callbacks.checkpoint_files import AtomicCheckpointIO
 from patcher_pl.defenses import SFT, Patcher
 from patcher_pl.defenses.attack_source import AdaptiveRefresh
 from patcher_pl.defenses.retention import KLToBase, RepresentationDistance
@@ -58,14 +62,69 @@ def make_averaging_patcher(path, **options):
     return make_points_patcher(path, "average", Lora(rank=2), **options)
 
 
-def assert_goes_on(make, path, rows, checkpoint, **options) -> None:
+def make_low_memory_patcher(path, dtype="float32", **options):
+    """Moments of the defender by torchao in 8 bits, those of attacks in bfloat16."""
+    from torchao.optim import AdamW8bit
+
+    return Patcher(
+        LanguageModel(path=str(path), dtype=dtype),
+        replace(ATTACKER, optimizer=AdamW(lr=1e-3, state_dtype="bfloat16")),
+        # Blocks of which the embeddings of the tiny model are a multiple.
+        optimizer=lambda parameters: AdamW8bit(parameters, lr=1e-3, block_size=32),
+        scheduler=decaying,
+        refresh_every=3,
+        **options,
+    )
+
+
+def make_low_memory_half_patcher(path, **options):
+    return make_low_memory_patcher(path, "bfloat16", **options)
+
+
+@pytest.fixture
+def _eager():
+    """Torchao's steps as they are: compiled ones would take minutes."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.usefixtures("_eager")
+@pytest.mark.parametrize("make", [make_low_memory_patcher, make_low_memory_half_patcher])
+def test_moments_in_few_bytes_go_on_to_the_bit(llama, rows, tmp_path, make):
+    """Wrong if a checkpoint could not be read safely, or held moments of other bits."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    checkpoint = tmp_path / "step.ckpt"
+    torch.manual_seed(1)
+    fit(make(llama), rows.module(), NUM_STEPS, callbacks=[SaveAt(5, checkpoint)])
+    (saved,) = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)[
+        "optimizer_states"
+    ]
+    assert isinstance(saved["state"][0]["exp_avg"], OptimState8bit)
+    assert_goes_on(make, llama, rows, checkpoint, plugins=[AtomicCheckpointIO()])
+    # As two processes would have saved it.
+    content = torch.load(checkpoint, weights_only=True)
+    content["defense"]["random_states"] *= 2
+    torch.save(content, checkpoint)
+    reading = {"ckpt_path": checkpoint, "weights_only": True, "plugins": [AtomicCheckpointIO()]}
+    with pytest.raises(CheckpointError, match="as many processes as saved them, 2, got 1"):
+        fit(
+            *(make(llama), rows.module(), 8),
+            **{"callbacks": [RunCheckpoint(tmp_path / "new")], "enable_checkpointing": True},
+            **reading,
+        )
+
+
+def assert_goes_on(make, path, rows, checkpoint, plugins=(), **options) -> None:
     """A run that goes on from `checkpoint` ends as one that was never interrupted."""
     torch.manual_seed(1)
     whole = make(path, **options)
     fit(whole, rows.module(), NUM_STEPS)
     torch.manual_seed(99)
     resumed = make(path, **options)
-    fit(resumed, rows.module(), NUM_STEPS, ckpt_path=checkpoint, weights_only=True)
+    reading = {"ckpt_path": checkpoint, "weights_only": True, "plugins": list(plugins)}
+    fit(resumed, rows.module(), NUM_STEPS, **reading)
     assert_same(snapshot(resumed.model), snapshot(whole.model))
     assert resumed.cost == whole.cost
     if isinstance(whole, Patcher):

@@ -59,13 +59,21 @@ class Fresh(AttackSource):
         lora: Lora | None,
     ) -> None:
         super().__init__(attacker, refresh_every=refresh_every, num_sft_steps=num_sft_steps)
+        state_dtype = getattr(getattr(attacker, "optimizer", None), "state_dtype", None)
         for field, value, holds, rule, remedy in (
+            (
+                "attacker.optimizer.state_dtype",
+                state_dtype,
+                state_dtype is None,
+                "null for this `hypergradient`, which differentiates the attack",
+                "Leave it away, or use FirstOrder.",
+            ),
             (
                 "attacker",
                 attacker,
                 attacker.is_differentiable,
-                "a FineTuningAttacker of all weights by AdamW or SGD, without lora, carry and restarts, "
-                "for this `hypergradient`",
+                "a FineTuningAttacker of all weights by AdamW or SGD, without lora, carry, restarts "
+                "and state_dtype, for this `hypergradient`",
                 "Change these settings, or use FirstOrder.",
             ),
             (

@@ -146,6 +146,13 @@ def test_points_at_random():
             {"carry": Carry(keep_optimizer=True), "optimizer": AdamW(lr=1e-3, eps_root=1e-8)},
             "carry.keep_optimizer must be false with",
         ),
+        (
+            {
+                "carry": Carry(keep_optimizer=True),
+                "optimizer": AdamW(lr=1e-3, state_dtype="bfloat16"),
+            },
+            "carry.keep_optimizer must be false with .+ or a `state_dtype`",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, said):

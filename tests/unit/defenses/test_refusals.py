@@ -16,7 +16,7 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Adjoint, FirstOrder, Implicit, Truncated, Unrolled
 from patcher_pl.hypergradients.hvp import FiniteDifference, ReverseOverReverse
 from patcher_pl.models import LanguageModel, Lora, Sharding
-from patcher_pl.optim import SGD
+from patcher_pl.optim import SGD, AdamW
 from tests.concurrent_runs import concurrent
 from tests.tiny_runs import ATTACKER, adamw, assert_same, fit, load, snapshot
 
@@ -39,6 +39,16 @@ def model(llama):
 def test_half_precision_with_loss_scaling_is_refused(model, rows):
     with pytest.raises(ConfigError, match=r"trainer\.precision: '16-mixed' .* Use `bf16-mixed`"):
         fit(SFT(model), rows.module(), 1, plugins=[MixedPrecision("16-mixed", "cpu")])
+
+
+@pytest.mark.parametrize("hypergradient", [Adjoint(), Unrolled(), Implicit()])
+def test_rounded_moments_are_not_differentiated(model, hypergradient):
+    """Wrong if the exact derivative of another attack than the one that is run were trained on."""
+    attacker = FineTuningAttacker(num_steps=2, optimizer=AdamW(lr=1e-3, state_dtype="bfloat16"))
+    message = r"Patcher\.attacker\.optimizer\.state_dtype must be null .+, got 'bfloat16'\. Leave"
+    with pytest.raises(ValueError, match=message):
+        Patcher(model, attacker, hypergradient=hypergradient)
+    Patcher(model, attacker, hypergradient=FirstOrder())
 
 
 def trainer_of(strategy, devices=2, **options):

@@ -1,5 +1,7 @@
 """From what one device needs to what each of several needs, and which of it fits."""
 
+from dataclasses import replace
+
 import pytest
 
 from patcher_pl.attackers import FineTuningAttacker
@@ -69,6 +71,14 @@ def test_weights_stored_in_another_format_than_computed_in():
     assert need.device[ATTACK][Part.ACTIVATIONS] == 50 * GIB
     # Outside of layers 1 + 2; layers: two gathered, one gradient, and one twice as large on its way.
     assert need.device[ATTACK][Part.GATHERED] == (4 * 3 + 2 * 5) * GIB
+
+
+def test_moments_of_a_format_of_their_own_do_not_follow_the_weights():
+    """Wrong if moments of 8 bits were planned as twice that where weights are gathered as 2 bytes."""
+    own = replace(footprint(), own_format=frozenset({Part.PARAMETERS}))
+    found = own.with_stored_weights(stored=4, computed=2, sent=4)
+    scaled = footprint().with_stored_weights(stored=4, computed=2, sent=4)
+    assert found.peaks[ATTACK][0][Part.PARAMETERS] * 2 == scaled.peaks[ATTACK][0][Part.PARAMETERS]
 
 
 def test_what_is_offloaded_lies_on_the_host_once_per_device():

@@ -74,6 +74,23 @@ def test_weights_in_half_precision_are_trained_with_copies(config, tmp_path, wei
         assert attack[part] == pytest.approx(3 * weight_bytes, rel=0.02), part
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_moments_in_few_bytes_are_counted_as_they_are(
+    config, tmp_path, weight_bytes, state_dtype, monkeypatch
+):
+    """Wrong if they, or what is calculated with them in float32 meanwhile, were not in the plan."""
+    # Blocks of which the tiny model's large matrices are a multiple, and all of them large enough.
+    monkeypatch.setattr("patcher_pl.optim.low_memory._BLOCK", 32)
+    monkeypatch.setattr("patcher_pl.optim.low_memory._LEAST", 1)
+    attacker = "--model.init_args.attacker.init_args.optimizer.init_args.state_dtype="
+    plan = planned(config(), tmp_path, attacker + state_dtype)
+    of_weights = {"bfloat16": 2 * 2 / 4, "8bit": 2 * (1 + 4 / 32) / 4}[state_dtype]
+    # Every moment of 8 bits has a table of its own, too.
+    tables = {"bfloat16": 0, "8bit": 2 * 21 * 256 * 4}[state_dtype]
+    found = parts(plan, ATTACK)[Part.ATTACKER_OPTIMIZER]
+    assert found == pytest.approx(of_weights * weight_bytes + tables, rel=0.02)
+
+
 def test_adapters_have_the_only_states_of_what_trains_them(config, tmp_path, weight_bytes):
     """Wrong if peft's adapters could not be planned with, or the frozen weights had states."""
     lora = {"rank": 2}

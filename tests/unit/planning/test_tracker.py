@@ -42,6 +42,30 @@ def test_parts_may_be_named_before_or_after():
     )
 
 
+def test_tensors_made_of_others_are_counted_as_those():
+    """Wrong if 8 bits, their scales and their table counted as float32, or as nothing."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    with (tracker := Tracker()):
+        state = OptimState8bit.zeros((4, 256))
+        tracker.label([state], Part.ATTACKER_OPTIMIZER)
+        state.copy_(torch.zeros(4, 256))
+    moments = tracker.peaks()[DEFEND]
+    assert {parts[Part.ATTACKER_OPTIMIZER] for parts in moments} == {1024 + 4 * 4 + 256 * 4}
+    assert max(parts[Part.ACTIVATIONS] for parts in moments) > 8 * 1024, "indices of 8 bytes"
+
+
+def test_what_a_kernel_keeps_within_is_not_counted():
+    def kernel():
+        return (KIB * 2 + 1).sum()
+
+    with (tracker := Tracker(fused=[kernel])):
+        kept = KIB + 1
+        kernel()
+    assert kept.numel() == 256
+    assert the_peak(tracker) == {Part.ACTIVATIONS: 1024}
+
+
 def test_what_has_the_shape_of_a_weight_is_told_from_activations():
     with (tracker := Tracker()):
         tracker.label([weight := KIB.clone()], Part.PARAMETERS)
