@@ -120,7 +120,7 @@ class VllmEngine:
 
     def _start(self, model: "PreTrainedModel", prompts: Sequence[list[int]]) -> str | None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # Hundreds of lines otherwise.
-        from vllm import LLM
+        from vllm import LLM  # type: ignore[import-not-found]
 
         _export(model, Path(self._folder.name))
         # `auto` would turn float32 into float16.
