@@ -56,6 +56,8 @@ class GracefulStop(Callback):
         """Ends the run where that was asked for."""
         assert isinstance(pl_module, Defense)
         if pl_module.is_between_steps and pl_module.stop_is_agreed():
+            # If that is because it could not be written, it says so.
+            self.checkpoint.wait()
             raise RunInterrupted("Stopped between two steps.")
 
     def on_exception(

@@ -115,6 +115,15 @@ class RunCheckpoint(Checkpoint):
         """
         self._save(trainer, pl_module, None)
 
+    def wait(self) -> None:
+        """Returns once nothing is being written.
+
+        Raises:
+            CheckpointError: If what was being written could not be; told once.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
     def close(self) -> None:
         """Waits for what is being written, and ends the thread that does it.
 
@@ -131,8 +140,7 @@ class RunCheckpoint(Checkpoint):
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, writer: BackgroundWriter | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.wait()
+        self.wait()
         if isinstance(pl_module, Defense) and not pl_module.is_between_steps:
             return
         step = trainer.global_step

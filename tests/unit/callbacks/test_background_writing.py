@@ -155,7 +155,7 @@ def test_a_run_that_fails_waits_for_the_one_that_is_written(llama, tmp_path, mon
 
 def test_a_full_disk_ends_the_run_before_its_next_step(llama, tmp_path, monkeypatch):
     """Wrong if it went on to the next checkpoint and all steps until there were lost."""
-    reached = []
+    reached, before = [], signal.getsignal(signal.SIGTERM)
 
     class Count(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -170,6 +170,7 @@ def test_a_full_disk_ends_the_run_before_its_next_step(llama, tmp_path, monkeypa
             llama, tmp_path / "run", [Count(), WaitForFailure(4)], num_steps=1000, every_n_steps=3
         )
     assert reached == [1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGTERM) == before, "the run was not taken down"
     assert names(tmp_path / "run") == []
 
 
