@@ -56,7 +56,7 @@ def save_inputs(folder: Path) -> int:
 def pairs_of_a_run(folder: Path, in_background: bool) -> list[tuple[float, float]]:
     """Per checkpoint: the share of time that is lost, and the length of the step that saves, in steps."""
     import torch
-    from lightning import Trainer, seed_everything
+    from lightning import LightningModule, Trainer, seed_everything
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -71,7 +71,9 @@ def pairs_of_a_run(folder: Path, in_background: bool) -> list[tuple[float, float
         def __init__(self) -> None:
             self.starts: list[float] = []
 
-        def on_train_batch_start(self, *_: Any) -> None:
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
             self.starts.append(time.perf_counter())
 
     clock, size = Clock(), int(os.environ.get("WORLD_SIZE", "1"))

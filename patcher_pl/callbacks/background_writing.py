@@ -11,7 +11,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import distributed
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.tensor import DTensor
 
 from patcher_pl.callbacks.checkpoint_files import folder_error, not_written
@@ -33,7 +33,7 @@ class BackgroundWriter:
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         # In a group of its own: in that of training, messages of the two threads would be mistaken
         # for each other. NCCL would need the device, too.
-        self._group = distributed.new_group(backend="gloo") if shards(trainer) else None
+        self._group: Any = distributed.new_group(backend="gloo") if shards(trainer) else None
         self._writing: Future[None] | None = None
 
     def begin(self, path: Path, then: Callable[[], None], on_failure: Callable[[], None]) -> None:
@@ -93,7 +93,7 @@ class BackgroundWriter:
         parts = {"state_dict": others.pop("state_dict")}
         for number, state in enumerate(others.pop("optimizer_states")):
             parts[f"optimizer_{number}"] = state
-        dcp.save(parts, checkpoint_id=folder, process_group=self._group)
+        state_dict_saver.save(parts, checkpoint_id=folder, process_group=self._group)
         if distributed.get_rank() == 0:
             torch.save(others, folder / _METADATA_FILENAME)
 

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 
 from patcher_pl.callbacks import AtomicCheckpointIO, GracefulStop, RunCheckpoint
@@ -161,7 +160,7 @@ def a_signal_stops_both(folder: Path) -> None:
 
 def a_checkpoint_in_the_background_is_of_its_step(folder: Path) -> None:
     """Both processes are two steps further when writing begins; see `patcher_trains_and_resumes`."""
-    gate, save = threading.Event(), dcp.save
+    gate, save = threading.Event(), state_dict_saver.save
 
     class OpenLater(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -175,7 +174,7 @@ def a_checkpoint_in_the_background_is_of_its_step(folder: Path) -> None:
     checkpoint = runs.saving(folder / "beside", in_background=True)
     defense = runs.make_patcher(folder / "llama")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dcp, "save", save_late)
+        patch.setattr(state_dict_saver, "save", save_late)
         runs.train(defense, folder, 2, runs.NUM_STEPS, callbacks=[checkpoint, OpenLater()])
     for step in (runs.SAVED_AT, runs.NUM_STEPS):
         beside, in_turn = (
@@ -205,6 +204,8 @@ def a_full_disk_leaves_the_checkpoint_before(folder: Path) -> None:
                 self.patch = patch
 
             def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                if trainer.global_step == 3:
+                    checkpoint.wait()  # noqa: B023
                 if trainer.global_step == 3 and rank == RANK:  # noqa: B023
                     self.patch.setattr(holder, function, refuse)  # noqa: B023
 
