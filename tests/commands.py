@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
@@ -187,6 +189,34 @@ class StopAt(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == self.step and type(pl_module).__name__ == self.defense:
             os.kill(os.getpid(), self.number)
+
+
+class KillWhileWriting(Callback):
+    """Kills this process while a checkpoint is written, half of a file of it, and a step was taken.
+
+    Args:
+        step: Defender step of the checkpoint.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        save, self.is_torn = torch.save, threading.Event()
+
+        def save_half(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            save(content, path, *args, **kwargs)
+            if isinstance(path, Path) and content["global_step"] == self.step:
+                os.truncate(path, path.stat().st_size // 2)
+                self.is_torn.set()
+                threading.Event().wait()
+
+        torch.save = save_half
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step == self.step + 1:
+            assert self.is_torn.wait(120), "nothing is written while training goes on"
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Short training runs of a tiny model on harmless text, in this process."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,22 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert first.keys() == second.keys()
     differing = [key for key, value in first.items() if not torch.equal(value, second[key])]
     assert not differing
+
+
+def assert_same_content(one: Any, other: Any, where: str = "") -> None:
+    """Two checkpoints hold the same, tensors to the last bit."""
+    if isinstance(one, torch.Tensor):
+        torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True, msg=where)
+    elif isinstance(one, Mapping):
+        assert list(one) == list(other), where
+        for key, value in one.items():
+            assert_same_content(value, other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for number, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same_content(first, second, f"{where}.{number}")
+    else:
+        assert one == other, where
 
 
 def load(path: Path, **options: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
         except (OSError, RuntimeError) as error:
-            raise _not_written(path, error) from error
+            raise not_written(path, error) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
@@ -53,10 +54,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise _unreadable(path, error) from error
 
 
-def save_folder(trainer: Trainer, path: Path) -> None:
+def save_folder(trainer: Trainer, path: Path, then: Callable[[], None]) -> None:
     """Saves a sharded run: every process writes its parts, then the folder gets its name.
 
     All processes must call it; the folder must be on a file system that they share.
+
+    Args:
+        trainer: Of the run.
+        path: The folder.
+        then: What the first process does once the folder is there.
 
     Raises:
         CheckpointError: On all processes, if one of them cannot write; the one before is untouched.
@@ -64,22 +70,37 @@ def save_folder(trainer: Trainer, path: Path) -> None:
     # As in Trainer.save_checkpoint, but for its barrier, to which a process that failed never came.
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     save = trainer.strategy.save_checkpoint
-    error: BaseException | None = None
+    error = folder_error(trainer.is_global_zero, lambda to: save(checkpoint, to), path, then)
+    if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
+        raise not_written(path, error or RuntimeError("by another process"))
+
+
+def folder_error(
+    first: bool, save: Callable[[Path], None], path: Path, then: Callable[[], None]
+) -> BaseException | None:
+    """Why one of the processes that write a folder together could not; None where it could.
+
+    Args:
+        first: Whether this is the first process, which names the folder when all parts are there.
+        save: Writes this process's parts; goes where the first process is told to.
+        path: The folder.
+        then: What the first process does once the folder is there.
+    """
 
     def write(temporary: Path) -> None:
-        save(checkpoint, temporary)
+        save(temporary)
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
         write_json(temporary / MANIFEST, sizes)
 
     try:
-        if trainer.is_global_zero:
+        if first:
             write_atomically(path, write)
+            then()
         else:
-            save(checkpoint, path)  # Goes where the first process says.
+            save(path)
     except (OSError, RuntimeError, CheckpointException) as raised:
-        error = raised
-    if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
-        raise _not_written(path, error or RuntimeError("by another process"))
+        return raised
+    return None
 
 
 def is_whole(path: Path) -> bool:
@@ -115,6 +136,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def not_written(path: str | Path, error: BaseException) -> CheckpointError:
+    """The one error of a checkpoint that could not be written."""
+    return CheckpointError(
+        f"{path}: the checkpoint could not be written ({_first_line(error)}). Make room on the disk "
+        "and go on from the previous one with --ckpt_path last."
+    )
+
+
 def _load_folder(path: Path) -> dict[str, Any]:
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
@@ -127,13 +156,6 @@ def _unreadable(path: str | Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{path}: the checkpoint could not be read ({_first_line(error)}). "
         "Give --ckpt_path another one, or leave it away to start from the beginning."
-    )
-
-
-def _not_written(path: str | Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: the checkpoint could not be written ({_first_line(error)}). Make room on the disk "
-        "and go on from the previous one with --ckpt_path last."
     )
 
 

@@ -56,21 +56,31 @@ class GracefulStop(Callback):
         """Ends the run where that was asked for."""
         assert isinstance(pl_module, Defense)
         if pl_module.is_between_steps and pl_module.stop_is_agreed():
+            # If that is because it could not be written, it says so.
+            self.checkpoint.wait()
             raise RunInterrupted("Stopped between two steps.")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Saves a checkpoint where the run was stopped by a signal."""
-        if isinstance(exception, RunInterrupted):
-            self._agree_on_signal(trainer)
-            self.checkpoint.save(trainer, pl_module)
-            if self.signal == signal.SIGUSR1 and trainer.is_global_zero:
-                requeue_job()
-        self._give_back()
+        try:
+            if isinstance(exception, RunInterrupted):
+                self._agree_on_signal(trainer)
+                self.checkpoint.save(trainer, pl_module)
+                if self.signal == signal.SIGUSR1 and trainer.is_global_zero:
+                    requeue_job()
+            # A signal must not tear what is being written.
+            self.checkpoint.on_exception(trainer, pl_module, exception)
+        finally:
+            self._give_back()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back."""
+        """Gives the signals back, once the end of training is saved."""
+        assert isinstance(pl_module, Defense)
+        self.checkpoint.on_train_end(trainer, pl_module)
+        if pl_module.stop_is_agreed():
+            raise RunInterrupted("Stopped after the last step.")
         self._give_back()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from patcher_pl.callbacks.background_writing import BackgroundWriter
 from patcher_pl.callbacks.checkpoint_files import is_whole, read_entry, remove, save_folder
 from patcher_pl.defenses import Defense
-from patcher_pl.defenses.strategies import shards
-from patcher_pl.errors import CheckpointError
+from patcher_pl.defenses.strategies import shards, uses_fsdp1
+from patcher_pl.errors import CheckpointError, ConfigError, RunInterrupted
 from patcher_pl.files import write_atomically
 from patcher_pl.optim.low_memory import is_of_torchao
 
@@ -29,12 +30,24 @@ class RunCheckpoint(Checkpoint):
         directory: Where checkpoints go; on a file system that all processes share.
         every_n_steps: Defender steps between checkpoints (count, >= 1).
         num_kept: Newest checkpoints that are kept (count, >= 1).
+        in_background: Write what is saved every `every_n_steps` steps while training goes on, from a
+            copy in host memory (of each process's part: weights, optimizer states, attack vectors).
+            One at a time: the next one waits for it, and so does the end of the run, however it
+            comes. If it cannot be written, the run ends before its next step.
 
     Raises:
         ValueError: If a value is out of its range.
+        ConfigError: In `setup`, if `in_background` cannot be had with the strategy.
+        CheckpointError: Where one is saved or waited for, if it could not be written.
     """
 
-    def __init__(self, directory: Path, every_n_steps: int = 1000, num_kept: int = 2) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        every_n_steps: int = 1000,
+        num_kept: int = 2,
+        in_background: bool = False,
+    ) -> None:
         super().__init__()
         for name, value in (("every_n_steps", every_n_steps), ("num_kept", num_kept)):
             if value < 1:
@@ -42,7 +55,18 @@ class RunCheckpoint(Checkpoint):
         self.directory = Path(directory)
         self.every_n_steps = every_n_steps
         self.num_kept = num_kept
-        self._saved_at = 0
+        self.in_background = in_background
+        self._counted_from = 0
+        self._saved_at: int | None = None
+        self._writer: BackgroundWriter | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what could not be read again."""
+        if self.in_background and uses_fsdp1(trainer):
+            raise ConfigError(
+                "checkpoint_in_background: FSDPStrategy (FSDP1) cannot write while it trains, got "
+                "true. Set it to false, or use ModelParallelStrategy (FSDP2)."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses moments of torchao's optimizers that other processes have saved.
@@ -62,7 +86,9 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting at the step that was resumed; sweeps up what a killed run left."""
-        self._saved_at = trainer.global_step
+        self._counted_from, self._saved_at = trainer.global_step, None
+        if self.in_background:
+            self._writer = BackgroundWriter(trainer)
         if trainer.is_global_zero:
             for pattern in (".*.tmp", ".*.old"):
                 for leftover in self.directory.glob(pattern):
@@ -77,28 +103,86 @@ class RunCheckpoint(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Saves where a checkpoint is due."""
-        if trainer.global_step - self._saved_at >= self.every_n_steps:
-            self.save(trainer, pl_module)
+        if trainer.global_step - self._counted_from >= self.every_n_steps:
+            self._save(trainer, pl_module, self._writer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the end of training."""
-        if trainer.global_step > self._saved_at:
+        if trainer.global_step > self._counted_from:
             self.save(trainer, pl_module)
+        self.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Waits for what is being written; it is the newest that the run can go on from."""
+        try:
+            self.close()
+        except CheckpointError as error:
+            # It may be why training ended; any other reason comes first.
+            if isinstance(exception, RunInterrupted):
+                raise
+            _log.error("%s", error)
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves now, unless gradients are being accumulated."""
+        """Saves, unless gradients are being accumulated; returns when it is on the disk.
+
+        Raises:
+            CheckpointError: If it, or the one before, could not be written.
+        """
+        self._save(trainer, pl_module, None)
+
+    def wait(self) -> None:
+        """Returns once nothing is being written.
+
+        Raises:
+            CheckpointError: If what was being written could not be; told once.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
+    def close(self) -> None:
+        """Waits for what is being written, and ends the thread that does it.
+
+        Raises:
+            CheckpointError: If it could not be written.
+        """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.wait()
+            finally:
+                writer.close()
+
+    def _save(
+        self, trainer: Trainer, pl_module: LightningModule, writer: BackgroundWriter | None
+    ) -> None:
+        self.wait()
         if isinstance(pl_module, Defense) and not pl_module.is_between_steps:
             return
-        path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
-        if shards(trainer):
-            save_folder(trainer, path)
-        else:
-            trainer.save_checkpoint(path, weights_only=False)
-        self._saved_at = trainer.global_step
-        if trainer.is_global_zero:
+        step = trainer.global_step
+        if step == self._saved_at:
+            return  # A signal came while it was written; there may be little time.
+        path = self.directory / f"step-{step:08d}.ckpt"
+
+        def then() -> None:
             point_last_at(path)
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.num_kept]:
                 remove(old)
+
+        def on_failure() -> None:
+            # All processes look at it at the same places.
+            if isinstance(pl_module, Defense):
+                pl_module.stop_requested = True
+
+        if writer is not None:
+            writer.begin(path, then, on_failure)
+        elif shards(trainer):
+            save_folder(trainer, path, then)
+        else:
+            trainer.save_checkpoint(path, weights_only=False)
+            then()
+        self._counted_from = self._saved_at = step
 
 
 def point_last_at(path: Path) -> None:

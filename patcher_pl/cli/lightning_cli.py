@@ -143,6 +143,12 @@ class PatcherCLI(LightningCLI):
             help="Steps between checkpoints to resume from.",
         )
         parser.add_argument(
+            "--checkpoint_in_background",
+            type=bool,
+            default=False,
+            help="Write them while training goes on, from a copy in host memory.",
+        )
+        parser.add_argument(
             "--max_gradient_evaluations",
             type=int | None,
             default=None,
@@ -213,7 +219,11 @@ class PatcherCLI(LightningCLI):
         """
         options = self.options
         trainer_config = {**options.trainer, **kwargs}
-        checkpoint = RunCheckpoint(run_directory.checkpoints, options.checkpoint_every_n_steps)
+        checkpoint = RunCheckpoint(
+            run_directory.checkpoints,
+            options.checkpoint_every_n_steps,
+            in_background=options.checkpoint_in_background,
+        )
         callbacks = [*(trainer_config.get("callbacks") or []), CostMonitor(), ConcurrencyMonitor()]
         callbacks.append(ProgressLog())
         if is_main and options.max_gradient_evaluations is not None:

@@ -102,7 +102,7 @@ class Fit(Job[Ending]):
         """Runs it; where it was interrupted, it goes on from its checkpoint."""
         checkpoint = self.run_directory.checkpoints / "last.ckpt"
         try:
-            with held(self.run_directory.root):  # Nobody else may be working there.
+            with held(self.run_directory.root, is_part=True):  # Nobody else may be working there.
                 is_begun = self.load() is not None and checkpoint.exists()
                 if not is_begun:
                     # Before the digest is written, or a checkpoint of other settings would pass for

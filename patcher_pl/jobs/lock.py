@@ -27,7 +27,7 @@ class InUseError(ConfigError):
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def held(directory: Path, *, is_part: bool = False) -> Iterator[None]:
     """Keeps `directory`, which is created when missing, for this process until the block ends.
 
     One that was created here and is empty at the end is removed again.
@@ -35,7 +35,12 @@ def held(directory: Path) -> Iterator[None]:
     The lock is a file that names process and machine, created exclusively, which holds on every file
     system that machines share (NFS, Lustre, ...); `flock` does not on some of them. A lock that a
     process of this machine left when it died is taken over at once, one from another machine after
-    two minutes without a sign of life, for which a job that SLURM has put back into its queue waits.
+    two minutes without a sign of life, for which a job that SLURM has put back into its queue waits,
+    and so does part of a command's work: an engine that lost a node begins it elsewhere.
+
+    Args:
+        directory: To be kept.
+        is_part: Whether a command that holds a folder above it has this work done.
 
     Raises:
         InUseError: If another process has it.
@@ -48,7 +53,7 @@ def held(directory: Path) -> Iterator[None]:
     try:
         lease.acquire(timeout=_PATIENCE_S)
     except Timeout:
-        _outlast(lease, lock)
+        _outlast(lease, lock, is_part=is_part)
     try:
         yield
     finally:
@@ -58,7 +63,7 @@ def held(directory: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
-def _outlast(lease: SoftFileLease, lock: Path) -> None:
+def _outlast(lease: SoftFileLease, lock: Path, *, is_part: bool) -> None:
     """Takes the lock of an owner elsewhere that shows no sign of life any more."""
     owner = lease.owner
     process = "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
@@ -67,7 +72,8 @@ def _outlast(lease: SoftFileLease, lock: Path) -> None:
         f"another directory. ({lock} is its lock.)"
     )
     is_here = owner is not None and owner.hostname == socket.gethostname()
-    may_be_dead = _silence_s(lock) >= _LEASE_S or "SLURM_RESTART_COUNT" in os.environ
+    begins_again = is_part or "SLURM_RESTART_COUNT" in os.environ
+    may_be_dead = begins_again or _silence_s(lock) >= _LEASE_S
     if is_here or not may_be_dead:
         raise refusal
     logger.warning(

@@ -99,8 +99,8 @@ def train(defense: Any, folder: Path, num_processes: int, num_steps: int, **opti
     )
 
 
-def saving(folder: Path) -> RunCheckpoint:
-    return RunCheckpoint(folder, every_n_steps=SAVED_AT)
+def saving(folder: Path, **options: Any) -> RunCheckpoint:
+    return RunCheckpoint(folder, every_n_steps=SAVED_AT, **options)
 
 
 def memory() -> MemoryLogger:

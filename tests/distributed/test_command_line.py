@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from patcher_pl.callbacks.run_checkpoint import find_last
 from tests.commands import (
     ROOT,
     StopAt,
@@ -130,6 +131,31 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(inputs, uninterrupted, tmp_pa
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     finish(fit(config, run_dir, "--ckpt_path", "auto"))
+    assert_same(uninterrupted, run_dir)
+    assert not [*run_dir.rglob("*.tmp"), *run_dir.rglob("*.old")]
+
+
+def test_a_run_that_was_killed_while_it_wrote_ends_as_one_that_was_not(
+    inputs, uninterrupted, tmp_path
+):
+    """A checkpoint in the background, all parts of which are there but for half of the last file."""
+    settings = settings_of(inputs, 2) | {"checkpoint_in_background": True}
+    plain = write_yaml(tmp_path / "config.yaml", settings)
+    kill = {"class_path": "tests.commands.KillWhileWriting", "init_args": {"step": 4}}
+    settings["trainer"]["callbacks"] = [kill]
+    killing = write_yaml(tmp_path / "killing.yaml", settings)
+    run_dir = tmp_path / "run"
+    process = fit(killing, run_dir)
+    try:
+        assert process.wait(timeout=400) == -signal.SIGKILL
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    checkpoints = run_dir / "checkpoints"
+    (torn,) = checkpoints.glob(".step-00000004.ckpt.*.tmp")
+    assert (torn / "meta.pt").exists() and not (torn / "manifest.json").exists()
+    assert find_last(checkpoints).name == "step-00000003.ckpt"
+    finish(fit(plain, run_dir, "--ckpt_path", "auto"))
     assert_same(uninterrupted, run_dir)
     assert not [*run_dir.rglob("*.tmp"), *run_dir.rglob("*.old")]
 

@@ -1,10 +1,12 @@
 """What two processes do for the tests beside this file; run by `in_two_processes`."""
 
 import io
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 
-from patcher_pl.callbacks import GracefulStop, RunCheckpoint
+from patcher_pl.callbacks import AtomicCheckpointIO, GracefulStop, RunCheckpoint
 from patcher_pl.errors import CheckpointError, ConfigError, RunInterrupted
 from patcher_pl.losses import differentiable_loss
 from patcher_pl.models import LanguageModel, Sharding, Weights, export_model
 from patcher_pl.models.sharding import gathered, on_first_process
 from tests.distributed import runs
-from tests.tiny_runs import assert_same, make_llama_exact, snapshot
+from tests.tiny_runs import assert_same, assert_same_content, make_llama_exact, snapshot
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -156,14 +158,45 @@ def a_signal_stops_both(folder: Path) -> None:
             torch.save(weights, folder / f"{name}.pt")
 
 
+def a_checkpoint_in_the_background_is_of_its_step(folder: Path) -> None:
+    """Both processes are two steps further when writing begins; see `patcher_trains_and_resumes`."""
+    gate, save = threading.Event(), state_dict_saver.save
+
+    class OpenLater(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == runs.SAVED_AT + 2:
+                gate.set()
+
+    def save_late(*arguments: Any, **options: Any) -> Any:
+        assert gate.wait(120), "training waited"
+        return save(*arguments, **options)
+
+    checkpoint = runs.saving(folder / "beside", in_background=True)
+    defense = runs.make_patcher(folder / "llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_dict_saver, "save", save_late)
+        runs.train(defense, folder, 2, runs.NUM_STEPS, callbacks=[checkpoint, OpenLater()])
+    for step in (runs.SAVED_AT, runs.NUM_STEPS):
+        beside, in_turn = (
+            AtomicCheckpointIO().load_checkpoint(folder / name / f"step-{step:08d}.ckpt")
+            for name in ("beside", "by-two")
+        )
+        for content in (beside, in_turn):
+            del content["defense"]["random_states"]  # Of whatever ran here before.
+        assert_same_content(beside, in_turn)
+    if RANK == 0:
+        left = sorted(path.name for path in (folder / "beside").iterdir())
+        assert left == ["last.ckpt", "step-00000005.ckpt", "step-00000008.ckpt"], left
+    torch.distributed.barrier()
+
+
 def a_full_disk_leaves_the_checkpoint_before(folder: Path) -> None:
     """Whichever process it hits, and whether in its weights or in what the first writes alone."""
     directory = folder / "full-disk"
-    for rank, function, holder in (
-        (1, "write_data", FileSystemWriter),
-        (0, "save", torch),
+    for (rank, function, holder), in_background in itertools.product(
+        ((1, "write_data", FileSystemWriter), (0, "save", torch)), (False, True)
     ):
-        checkpoint = RunCheckpoint(directory, every_n_steps=2)
+        checkpoint = RunCheckpoint(directory, every_n_steps=2, in_background=in_background)
         defense = runs.make_dropping_sft(folder / "gpt2")
 
         class FillDisk(Callback):
@@ -171,6 +204,8 @@ def a_full_disk_leaves_the_checkpoint_before(folder: Path) -> None:
                 self.patch = patch
 
             def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                if trainer.global_step == 3:
+                    checkpoint.wait()  # noqa: B023
                 if trainer.global_step == 3 and rank == RANK:  # noqa: B023
                     self.patch.setattr(holder, function, refuse)  # noqa: B023
 
@@ -294,6 +329,7 @@ SCENARIOS = (
     hypergradients_by_differences,
     dropout_goes_on,
     a_signal_stops_both,
+    a_checkpoint_in_the_background_is_of_its_step,
     a_full_disk_leaves_the_checkpoint_before,
     recomputing_changes_nothing,
     packing_changes_nothing,

@@ -36,9 +36,11 @@ class FullDisk:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(inputs, tmp_path, monkeypatch):
-    """Wrong if `--ckpt_path last` then led to half a file."""
-    config = write_yaml(tmp_path / "config.yaml", sft_settings(inputs))
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_leaves_the_checkpoint_before(inputs, tmp_path, monkeypatch, in_background):
+    """Wrong if `--ckpt_path last` then led to half a file, or nobody heard of it."""
+    settings = sft_settings(inputs) | {"checkpoint_in_background": in_background}
+    config = write_yaml(tmp_path / "config.yaml", settings)
     command = ("fit", "--config", config, "--run_dir", tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", FullDisk(good_saves=1))
@@ -49,6 +51,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(inputs, tmp_path, monkeypatch)
     assert "No space left" in message
     assert "--ckpt_path last" in message
     assert "Traceback" not in said.err
+    assert said.err.count("could not be written") == 1
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "last.ckpt",

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from patcher_pl.attackers import ConcurrentAttacker, FineTuningAttacker, Member
+from patcher_pl.callbacks import RunCheckpoint
 from patcher_pl.defenses import SFT, Patcher
 from patcher_pl.defenses.strategies import require_supported
 from patcher_pl.errors import ConfigError
@@ -123,6 +124,14 @@ def test_hypergradients_are_refused_with_the_first_fsdp(model):
     with pytest.raises(ConfigError, match=r"must be FirstOrder with FSDPStrategy, got Adjoint"):
         require_supported(patcher, trainer_of(fsdp1()))
     require_supported(Patcher(model, attacker), trainer_of(fsdp1()))
+
+
+def test_checkpoints_in_the_background_are_refused_with_the_first_fsdp(model, tmp_path):
+    """Wrong if they were written as FSDP2 writes them: no run could go on from one."""
+    checkpoint = RunCheckpoint(tmp_path, in_background=True)
+    with pytest.raises(ConfigError, match=r"checkpoint_in_background: FSDPStrategy.*got true"):
+        checkpoint.setup(trainer_of(fsdp1()), SFT(model), "fit")
+    checkpoint.setup(trainer_of(two_shards()), SFT(model), "fit")
 
 
 def test_half_precision_goes_through_the_sharding(model):

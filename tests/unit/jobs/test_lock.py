@@ -74,13 +74,13 @@ def test_an_owner_elsewhere_counts_as_alive_while_it_says_so(tmp_path, monkeypat
         pass
 
 
-@pytest.mark.parametrize("is_requeued", [False, True])
-def test_an_owner_elsewhere_that_is_silent_is_succeeded(tmp_path, monkeypatch, caplog, is_requeued):
-    """Wrong if a job that was put back into the queue could not go on on another machine."""
-    owned_elsewhere(tmp_path / "run", monkeypatch, silence_s=0 if is_requeued else 60)
-    if is_requeued:
+@pytest.mark.parametrize("why", ["silent", "requeued", "part"])
+def test_an_owner_elsewhere_that_is_silent_is_succeeded(tmp_path, monkeypatch, caplog, why):
+    """Wrong if a job that an engine or the queue begins again could not go on on another machine."""
+    owned_elsewhere(tmp_path / "run", monkeypatch, silence_s=60 if why == "silent" else 0)
+    if why == "requeued":
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with held(tmp_path / "run"):
+    with held(tmp_path / "run", is_part=why == "part"):
         assert "on node7 holds it" in caplog.text
         assert "node7" not in (tmp_path / "run" / LOCK).read_text()
 
