@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import distributed
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from patcher_pl.callbacks.checkpoint_files import folder_error, not_written
 from patcher_pl.defenses.strategies import shards
@@ -107,9 +108,23 @@ def in_host_memory(content: Any) -> Any:
     for tensor in tensors:
         place = _place(tensor)
         if place not in copies:
-            copies[place] = tensor.detach().to("cpu", copy=True)
+            copies[place] = _copied(tensor.detach())
         memo[id(tensor)] = copies[place]
     return copy.deepcopy(content, memo)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.to("cpu", copy=True)
+    # Those of torchao (8 bits and their scales) take no notice of `copy`, alone or within a shard.
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}  # A shard has its mesh there, too.
+    inner = {
+        name: _copied(part) if isinstance(part, torch.Tensor) else part
+        for name, part in parts.items()
+    }
+    kind: Any = type(tensor)
+    return kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
 
 
 def _place(tensor: torch.Tensor) -> Any:

@@ -54,7 +54,7 @@ def main() -> int:
         for state_dtype in STATE_DTYPES:
             directory = folder / f"run-{state_dtype}"
             defense = make_patcher(folder, state_dtype)
-            saving = [runs.saving(directory)]
+            saving = [runs.saving(directory, in_background=state_dtype == "8bit")]
             runs.train(defense, folder, 2, runs.NUM_STEPS, callbacks=saving)
             kept = [s["exp_avg"] for s in defense.optimizers().state.values()]  # type: ignore[union-attr]
             assert all(isinstance(one, DTensor) for one in kept)

@@ -57,7 +57,8 @@ LOST_AT = 10
 def fit(inputs: Path, sizes: str, run_dir: Path) -> list[object]:
     files = (inputs / "experiment.yaml", STRATEGY, inputs / f"{sizes}.yaml")
     named = [part for file in files for part in ("--config", file)]
-    return ["fit", *named, "--run_dir", run_dir, "--ckpt_path", "auto"]
+    background = ("--checkpoint_in_background", "true")
+    return ["fit", *named, "--run_dir", run_dir, "--ckpt_path", "auto", *background]
 
 
 def start(

@@ -190,6 +190,27 @@ def test_a_copy_shares_nothing_but_what_was_shared():
     assert copied["a"]._metadata == {"": {"version": 2}}
 
 
+def test_moments_in_8_bits_are_copied():
+    """Wrong if torchao's tensors, which take no notice of `copy`, went on changing while they are written."""
+    optim = pytest.importorskip("torchao.optim")
+    weight = torch.nn.Parameter(torch.ones(32, 128))
+    optimizer = optim.AdamW8bit([weight])
+    torch.manual_seed(0)
+    kept: list[torch.Tensor] = []
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2):
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            moment = optimizer.state[weight]["exp_avg"]
+            if not kept:
+                copied = in_host_memory({"moment": moment})["moment"]
+                kept = [moment.dequantize(), copied.dequantize()]
+    assert type(copied) is type(moment)
+    assert not torch.equal(moment.dequantize(), kept[0])
+    assert torch.equal(kept[1], kept[0])
+    assert torch.equal(copied.dequantize(), kept[0])
+
+
 @pytest.mark.long
 def test_a_run_that_was_killed_while_it_wrote_ends_as_one_that_was_not(inputs, tmp_path):
     """Half of step 6 is on the disk and step 7 is taken; it goes on from step 3."""
