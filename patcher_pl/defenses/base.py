@@ -310,8 +310,7 @@ class Defense(LightningModule):
                 f"{float(grad_norm)}); the weights were not touched. Lower the learning rate of "
                 "model.init_args.optimizer, or go on from an earlier checkpoint."
             )
-        # A number: optimizers that keep a tensor change it in place when the schedule goes on.
-        lr = float(optimizer.param_groups[0]["lr"])
+        lr = float(optimizer.param_groups[0]["lr"])  # A tensor would go on with the schedule.
         self.step_check.before(self.trained_weights.parameters, optimizer)
         optimizer.step()
         self.step_check.after(self.trained_weights.shards.reduction)
