@@ -1,5 +1,6 @@
 """Finds and checks the configurations that a command line names, before anything is made of them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from patcher_pl.shipped import CONFIGS, find_beside, find_file, shipped_file
 _PLAIN = get_loader("yaml")
 # Of a configuration: names a model, or data.
 _PATH = "path"
+_NULLS = ("null", "~")
 
 
 def with_found_files(arguments: Sequence[str]) -> list[str]:
@@ -27,6 +29,9 @@ def with_found_files(arguments: Sequence[str]) -> list[str]:
     A name that means no file where it always did, and begins with `configs/`, means the shipped file.
     Relative paths of models and data (keys `path`) that are not in the working directory, or begin with
     `./` or `../`, are looked for beside the configuration that names them.
+
+    `--some.init_args.option=null` becomes a configuration that says the same: jsonargparse takes the
+    null of a nested option for the text "None".
 
     Args:
         arguments: Command line after the command.
@@ -49,6 +54,12 @@ def with_found_files(arguments: Sequence[str]) -> list[str]:
         option, is_one, value = argument.partition("=")
         if not (argument.startswith("-") and is_one):
             option, is_one, value = before, "", argument
+        if ".init_args." in option and value in _NULLS:
+            if not is_one:
+                found.pop()
+            found.append(f"--config={_nested(option.removeprefix('--'))}")
+            before = ""
+            continue
         file = find_file(value) if value.endswith(SUFFIXES) else None
         if file is not None and not Path(value).expanduser().is_file():
             argument = f"{option}={file}" if is_one else str(file)
@@ -64,6 +75,13 @@ def with_found_files(arguments: Sequence[str]) -> list[str]:
         found.append(argument)
         before = argument
     return found
+
+
+def _nested(option: str) -> str:
+    value: Any = None
+    for name in reversed(option.split(".")):
+        value = {name: value}
+    return json.dumps(value)
 
 
 def _found(value: Any, folder: Path, start: Path, key: str = "") -> Any:
