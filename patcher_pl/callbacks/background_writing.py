@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.fabric.utilities.load import _METADATA_FILENAME
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import distributed
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from patcher_pl.callbacks.checkpoint_files import folder_error, not_written
 from patcher_pl.defenses.strategies import shards
@@ -101,8 +101,7 @@ class BackgroundWriter:
 
 def in_host_memory(content: Any) -> Any:
     """Returns a copy that training does not change: tensors in host memory, tied ones tied still."""
-    tensors: list[torch.Tensor] = []
-    apply_to_collection(content, torch.Tensor, tensors.append)
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
     copies: dict[Any, torch.Tensor] = {}
     memo = {}
     for tensor in tensors:

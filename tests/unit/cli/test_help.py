@@ -71,7 +71,7 @@ def test_every_command_explains_its_options(command):
     said = cli(command, "--help").expect(0)
     assert f"python -m patcher_pl {command} " in said.out
     option = {"plan": "--gpu", "testbed": "--out", "redteam": "--model", "sweep": "--variants"}
-    option |= {"report": "--out", "init": "--unsafe"}
+    option |= {"report": "--out", "init": "--unsafe", "parity": "--backend"}
     assert option.get(command, "--run_dir") in said.out
     assert "--config" in said.out
 

@@ -97,8 +97,8 @@ def test_hooks_that_were_there_can_still_be_taken_away(model):
 
 def test_adapters_are_merged_meanwhile(model):
     """Wrong if an attacker were held to what the defense froze, or the adapters were lost."""
-    plain = copy.deepcopy(model)
-    adapted = Lora(rank=2).attach(model)
+    plain = copy.deepcopy(model).double()
+    adapted = Lora(rank=2).attach(model).double()
     with_b = [p for name, p in adapted.named_parameters() if "lora_B" in name]
     for parameter in with_b:
         nn.init.normal_(parameter)
