@@ -1,8 +1,6 @@
 """`python -m patcher_pl`."""
 
-import sys
-
-from patcher_pl.cli import main
+from patcher_pl.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

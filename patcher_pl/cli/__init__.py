@@ -1,5 +1,5 @@
 """The command line; importing it costs nothing until a command is chosen."""
 
-from patcher_pl.cli.main import main
+from patcher_pl.cli.main import main, run
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
