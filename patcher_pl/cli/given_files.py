@@ -20,7 +20,7 @@ from patcher_pl.shipped import CONFIGS, find_beside, find_file, shipped_file
 _PLAIN = get_loader("yaml")
 # Of a configuration: names a model, or data.
 _PATH = "path"
-_NULLS = ("null", "~")
+_NULLS = ("null", "Null", "NULL", "~")
 
 
 def with_found_files(arguments: Sequence[str]) -> list[str]:

@@ -102,7 +102,7 @@ def run() -> None:
     """`main` as a program of its own, and the end of the process."""
     status = main()
     if status == 0 and sys.argv[1] == "redteam" and num_processes() > 1:
-        # All is written. Now and then (1 of 24) a thread of the processes' group that is still there
+        # All is written. Now and then a thread of the processes' group that is still there
         # aborts the interpreter on its way down, and the launcher takes that for a failure.
         logging.shutdown()
         sys.stdout.flush()

@@ -79,7 +79,8 @@ def run_parity(
             f"  {questions[parting.prompt].origin}, token {parting.position} of the answer: "
             f"{first} {expected}, {second} {other_token}{gap}"
         )
-    wrong = [part for part in found if part.gap is None or abs(part.gap) > tolerance]
+    # Logits that are no numbers explain nothing, either.
+    wrong = [part for part in found if part.gap is None or not abs(part.gap) <= tolerance]
     if wrong:
         raise PatcherError(
             f"{len(wrong)} of {len(questions)} answers of {second} part from those of {first} by more "

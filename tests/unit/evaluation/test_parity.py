@@ -12,7 +12,7 @@ from patcher_pl.data import ChatFormat, Source
 from patcher_pl.errors import PatcherError
 from patcher_pl.evaluation import Benchmark, Generation
 from patcher_pl.evaluation.backends import Backend, HuggingFace
-from patcher_pl.evaluation.parity import partings
+from patcher_pl.evaluation.parity import Parting, partings
 from patcher_pl.types import Message
 
 CHAT = ChatFormat()
@@ -85,6 +85,13 @@ def test_the_command_ends_with_an_error_where_it_does_not(llama, questions, caps
     with pytest.raises(PatcherError, match=told):
         run_parity(str(llama), questions, Changed(), GENERATION, tolerance=1e-6, device="cpu")
     assert "prompts.jsonl:2" in capsys.readouterr().out
+
+
+def test_logits_that_are_no_numbers_are_no_rounding(llama, questions, monkeypatch):
+    found = [Parting(prompt=0, position=1, expected=3, found=4, gap=float("nan"))]
+    monkeypatch.setattr("patcher_pl.cli.parity.partings", lambda *_: found)
+    with pytest.raises(PatcherError, match="1 of 3 answers"):
+        run_parity(str(llama), questions, HuggingFace(), GENERATION, device="cpu")
 
 
 @pytest.fixture
