@@ -156,7 +156,11 @@ def test_8_bits_are_those_of_torchao(monkeypatch):
         assert (ours.codes != expected.codes).float().mean() < 1e-3
         assert torch.equal(ours.codes, state_of_pieces.slots[number][0].codes)
     for ours, again, expected in zip(whole, in_pieces, theirs, strict=True):
-        torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-6)
+        # A moment on the border of two codes falls to either side with the CPU's rounding, and
+        # its parameter then takes another step than the rest, of at most the learning rate.
+        other = (ours - expected.detach()).abs()
+        assert (other > 1e-6 + 1e-5 * expected.detach().abs()).float().mean() < 2e-3
+        assert other.max() < EIGHT_BITS.lr
         assert torch.equal(ours, again)
 
 
