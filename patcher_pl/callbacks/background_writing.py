@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from patcher_pl.callbacks.checkpoint_files import folder_error, not_written
+from patcher_pl.callbacks.checkpoint_files import agree_on_written, folder_error
 from patcher_pl.defenses.strategies import shards
+from patcher_pl.errors import CheckpointError
 
 
 class BackgroundWriter:
@@ -34,7 +35,8 @@ class BackgroundWriter:
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         # In a group of its own: in that of training, messages of the two threads would be mistaken
         # for each other. NCCL would need the device, too.
-        self._group: Any = distributed.new_group(backend="gloo") if shards(trainer) else None
+        several = trainer.world_size > 1
+        self._group: Any = distributed.new_group(backend="gloo") if several else None
         self._writing: Future[None] | None = None
 
     def begin(self, path: Path, then: Callable[[], None], on_failure: Callable[[], None]) -> None:
@@ -49,8 +51,11 @@ class BackgroundWriter:
         """
         assert self._writing is None
         content = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        write = self._write_file if self._group is None else self._write_folder
-        self._writing = self._executor.submit(write, in_host_memory(content), path, then)
+        in_parts = shards(self._trainer)
+        write = self._write_folder if in_parts else self._write_file
+        # Where the first process has it all, the others have nothing to keep.
+        kept = in_host_memory(content) if in_parts or self._trainer.is_global_zero else {}
+        self._writing = self._executor.submit(write, kept, path, then)
         self._writing.add_done_callback(lambda done: on_failure() if done.exception() else None)
 
     def wait(self) -> None:
@@ -70,19 +75,26 @@ class BackgroundWriter:
             distributed.destroy_process_group(self._group)
 
     def _write_file(self, content: dict[str, Any], path: Path, then: Callable[[], None]) -> None:
-        try:
-            self._trainer.strategy.checkpoint_io.save_checkpoint(content, path)
-            then()
-        except OSError as error:
-            raise not_written(path, error) from error
+        error = None
+        if self._trainer.is_global_zero:
+            try:
+                self._trainer.strategy.checkpoint_io.save_checkpoint(content, path)
+                then()
+            except (CheckpointError, OSError) as raised:
+                error = raised
+        agree_on_written(self._any_of, error, path)
 
     def _write_folder(self, content: dict[str, Any], path: Path, then: Callable[[], None]) -> None:
         first = distributed.get_rank() == 0
         error = folder_error(first, lambda to: self._save_parts(content, to), path, then)
-        failed = torch.tensor(int(error is not None))
-        distributed.all_reduce(failed, distributed.ReduceOp.MAX, group=self._group)
-        if failed:
-            raise not_written(path, error or RuntimeError("by another process"))
+        agree_on_written(self._any_of, error, path)
+
+    def _any_of(self, failed: bool, **_: bool) -> bool:
+        if self._group is None:
+            return failed
+        count = torch.tensor(int(failed))
+        distributed.all_reduce(count, distributed.ReduceOp.MAX, group=self._group)
+        return bool(count)
 
     def _save_parts(self, content: dict[str, Any], path: Path) -> None:
         """What Lightning's ModelParallelStrategy does, in a group of one's own."""

@@ -54,6 +54,46 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise _unreadable(path, error) from error
 
 
+def save_file(trainer: Trainer, path: Path, then: Callable[[], None]) -> None:
+    """Saves a run whose first process has everything; all processes must call it.
+
+    Args:
+        trainer: Of the run.
+        path: The file.
+        then: What the first process does once the file is there.
+
+    Raises:
+        CheckpointError: On all processes, if it cannot be written; the one before is untouched.
+    """
+    # As in Trainer.save_checkpoint, but for its barrier, to which a process that failed never came.
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    error = None
+    if trainer.is_global_zero:
+        try:
+            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+            then()
+        except (CheckpointError, OSError) as raised:
+            error = raised
+    agree_on_written(trainer.strategy.reduce_boolean_decision, error, path)
+
+
+def agree_on_written(any_of: Callable[..., bool], error: BaseException | None, path: Path) -> None:
+    """Ends with the same outcome on all processes.
+
+    Args:
+        any_of: Called as `any_of(failed, all=False)`; whether it failed on any process.
+        error: Why this process failed, if it did.
+        path: What was to be written.
+
+    Raises:
+        CheckpointError: If one of them failed.
+    """
+    if any_of(error is not None, all=False):
+        if isinstance(error, CheckpointError):
+            raise error
+        raise not_written(path, error or RuntimeError("by another process"))
+
+
 def save_folder(trainer: Trainer, path: Path, then: Callable[[], None]) -> None:
     """Saves a sharded run: every process writes its parts, then the folder gets its name.
 
@@ -71,8 +111,7 @@ def save_folder(trainer: Trainer, path: Path, then: Callable[[], None]) -> None:
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     save = trainer.strategy.save_checkpoint
     error = folder_error(trainer.is_global_zero, lambda to: save(checkpoint, to), path, then)
-    if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
-        raise not_written(path, error or RuntimeError("by another process"))
+    agree_on_written(trainer.strategy.reduce_boolean_decision, error, path)
 
 
 def folder_error(

@@ -8,7 +8,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from patcher_pl.callbacks.background_writing import BackgroundWriter
-from patcher_pl.callbacks.checkpoint_files import is_whole, read_entry, remove, save_folder
+from patcher_pl.callbacks.checkpoint_files import (
+    is_whole,
+    read_entry,
+    remove,
+    save_file,
+    save_folder,
+)
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import shards, uses_fsdp1
 from patcher_pl.errors import CheckpointError, ConfigError, RunInterrupted
@@ -180,8 +186,7 @@ class RunCheckpoint(Checkpoint):
         elif shards(trainer):
             save_folder(trainer, path, then)
         else:
-            trainer.save_checkpoint(path, weights_only=False)
-            then()
+            save_file(trainer, path, then)
         self._counted_from = self._saved_at = step
 
 

@@ -21,13 +21,13 @@ from patcher_pl.cli.sizes import tell_sizes
 from patcher_pl.contents import model_digest
 from patcher_pl.data.overlap import Known, overlaps
 from patcher_pl.defenses import Defense
-from patcher_pl.defenses.strategies import shards, uses_fsdp1
+from patcher_pl.defenses.strategies import replicates, shards, uses_fsdp1
 from patcher_pl.errors import PatcherError, RunInterrupted
 from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.jobs.lock import held
 from patcher_pl.machine import cpu_threads
 from patcher_pl.models import export_model
-from patcher_pl.models.peers import is_spread
+from patcher_pl.models.peers import is_shared
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
@@ -210,6 +210,9 @@ def _trained_models(
 def _exported(trainer: Trainer, defense: Any, run_directory: RunDirectory) -> _Trained:
     """Writes a model as a plain Hugging Face directory; what only training needs goes then."""
     model: Any = defense.model
+    if replicates(trainer):
+        on_first_process(lambda: export_model(model, defense.tokenizer, run_directory.model))
+        return _Trained(defense, model, run_directory, trainer.logger)
     if not shards(trainer):
         export_model(model, defense.tokenizer, run_directory.model)
         return _Trained(defense, model, run_directory, trainer.logger)
@@ -290,7 +293,7 @@ class _Examination:
         self._cli = cli
         self.board = Board(
             run_directory=run_directory,
-            engine=Together() if is_spread(defense.model) else InProcess(),
+            engine=Together() if is_shared(defense.model) else InProcess(),
             device=str(cli.trainer.strategy.root_device),
             num_threads=options.num_threads,
             settings=as_settings(
@@ -313,7 +316,7 @@ class _Examination:
             return
         defense, logger = trained.defense, trained.logger
         seed = self._cli.options.seed_everything
-        spread = is_spread(trained.model)
+        spread = is_shared(trained.model)
         model = trained.model if spread else trained.model.to(self.board.device)
         bench = Bench(model, defense.tokenizer)
         if spread and torch.distributed.get_rank() > 0:

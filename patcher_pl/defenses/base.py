@@ -21,6 +21,7 @@ from patcher_pl.defenses.strategies import (
     require_readable,
     require_shardable,
     require_supported,
+    shared_out,
     uses_fsdp1,
 )
 from patcher_pl.errors import ConfigError, PatcherError, RunInterrupted
@@ -182,9 +183,8 @@ class Defense(LightningModule):
             self._model = self.language_model.load_sharded(mesh["data_parallel"])
             return
         self._model = self.language_model.load_model()
-        if self._trainer is not None and uses_fsdp1(self.trainer):
-            device = self.trainer.strategy.root_device
-            self._model = self.language_model.sharding.wrap(self._model, device)
+        if self._trainer is not None:
+            self._model = shared_out(self._model, self.language_model.sharding, self.trainer)
 
     def require_shardable(self) -> None:
         """Refuses a defense or attacks that cannot work on sharded weights."""
@@ -231,13 +231,12 @@ class Defense(LightningModule):
         """Begins between two steps, with the random state of the run that is resumed."""
         self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
         self._num_accumulated, self._losses = 0, {}
-        rank = self.global_rank
-        if rank < len(self._restored_random_states):
-            restore_generators(self._restored_random_states[rank], self.device)
-        elif rank > 0:
+        restored, self._restored_random_states = self._restored_random_states, []
+        if self.global_rank < len(restored):
+            restore_generators(restored[self.global_rank], self.device)
+        elif self.global_rank > 0:
             # Lightning gives all processes one seed; each needs its own dropout.
-            torch.manual_seed(torch.initial_seed() + rank)
-        self._restored_random_states = []
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
         self._step = self._begin_step()
         if self.attack_source is not None:
             self.attack_source.open(self.step)
@@ -303,6 +302,7 @@ class Defense(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        self.trained_weights.shards.average_gradients()
         grad_norm = self.trained_weights.shards.clip_gradients(limit)
         if not torch.isfinite(grad_norm):
             raise PatcherError(

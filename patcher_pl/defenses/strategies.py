@@ -8,9 +8,13 @@ from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import ShardingStrategy
 
+from patcher_pl.defenses.replicated_strategy import ReplicatedStrategy
 from patcher_pl.errors import CheckpointError, ConfigError
 from patcher_pl.hypergradients import FirstOrder, Hypergradient
+from patcher_pl.models import Sharding
+from patcher_pl.models.lora import without_adapters
 from patcher_pl.models.packing import require_packing
+from patcher_pl.models.replicas import mark_replicated
 from patcher_pl.models.shards import Shards
 
 if TYPE_CHECKING:
@@ -32,6 +36,20 @@ def uses_fsdp1(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, FSDPStrategy)
 
 
+def replicates(trainer: Trainer) -> bool:
+    """Whether several processes hold the whole model each."""
+    return isinstance(trainer.strategy, ReplicatedStrategy) and trainer.world_size > 1
+
+
+def shared_out(model: Any, sharding: Sharding, trainer: Trainer) -> Any:
+    """Returns a whole model as the processes of a trainer share it, unless that is with FSDP2."""
+    if replicates(trainer):
+        mark_replicated(without_adapters(model))
+    if uses_fsdp1(trainer):
+        return sharding.wrap(model, trainer.strategy.root_device)
+    return model
+
+
 def require_supported(defense: "Defense", trainer: Trainer) -> None:
     """Refuses what would be wrong or would fail hours later, before any compute is spent.
 
@@ -48,11 +66,16 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
     if isinstance(strategy, FSDPStrategy):
         _require_supported_fsdp1(defense, trainer, strategy)
         return
+    if isinstance(strategy, ReplicatedStrategy):
+        if size > 1:
+            require_several_processes(defense)
+        return
     if not isinstance(strategy, ModelParallelStrategy):
         if size > 1:
             raise ConfigError(
                 f"trainer.strategy: {name} on {size} devices needs a strategy that shards, got "
-                f"{type(strategy).__name__}. Use {_SHARDED.format(size)}, or `trainer.devices: 1`."
+                f"{type(strategy).__name__}. Use {_SHARDED.format(size)}, or `replicated` where every "
+                "device has room for the whole model, or `trainer.devices: 1`."
             )
         return
     if strategy._tensor_parallel_size != 1 and (strategy._tensor_parallel_size, size) != (
@@ -74,6 +97,7 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
             "trainer.strategy: ModelParallelStrategy.save_distributed_checkpoint must be true, got "
             "false. Each process saves its part; the export in `model/` is a whole model anyway."
         )
+    defense.language_model.sharding.require_divides(size)
     if trainer.precision != "32-true":
         raise ConfigError(
             f"trainer.precision: FSDP2 has its own mixed precision, got {trainer.precision!r}. Leave "
@@ -84,10 +108,10 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OneDevice:
-    """Says of a class of defenses that it cannot be trained where weights are sharded.
+    """Says of a class of defenses that it cannot be trained by several processes.
 
     Args:
-        why: What stands against it; completes "got a strategy that shards: ".
+        why: What stands against it; completes "got a strategy for several: ".
         instead: A defense that can.
     """
 
@@ -108,14 +132,25 @@ def require_shardable(defense: "Defense") -> None:
             "LanguageModel.dtype must not be bfloat16 where adapters are trained with a strategy that "
             "shards. Set `dtype: float32` and `sharding.param_dtype: bfloat16`, which computes in it."
         )
+    require_several_processes(defense)
+    if defense.attack_source is not None:
+        defense.attack_source.require_shardable(name, model.sharding)
+
+
+def require_several_processes(defense: "Defense") -> None:
+    """Refuses a defense or attacks that several processes cannot train together.
+
+    Raises:
+        ConfigError: If it is one.
+    """
     if defense.one_device is not None:
         raise ConfigError(
-            f"trainer.strategy: {name} works on one device only, got a strategy that shards: "
-            f"{defense.one_device.why}. Set `trainer.devices: 1` and no strategy, or use "
+            f"trainer.strategy: {type(defense).__name__} works on one device only, got a strategy for "
+            f"several: {defense.one_device.why}. Set `trainer.devices: 1` and no strategy, or use "
             f"{defense.one_device.instead}, which works sharded."
         )
     if defense.attack_source is not None:
-        defense.attack_source.require_shardable(name, model.sharding)
+        defense.attack_source.require_several_processes(type(defense).__name__)
 
 
 def require_packable(defense: "Defense", trainer: Trainer) -> None:
@@ -236,6 +271,11 @@ def _require_supported_fsdp1(defense: "Defense", trainer: Trainer, strategy: FSD
         raise ConfigError(
             "LanguageModel.lora must be null with FSDPStrategy, whose units are frozen or trained as "
             f"a whole, got {model.lora}. {instead}"
+        )
+    if model.sharding.num_replicas != 1:
+        raise ConfigError(
+            "LanguageModel.sharding.num_replicas must be 1 with FSDPStrategy (FSDP1), got "
+            f"{model.sharding.num_replicas}. {instead}"
         )
     if model.sharding.cpu_offload or not model.sharding.reshard_after_forward:
         raise ConfigError(

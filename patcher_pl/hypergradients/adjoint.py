@@ -170,7 +170,7 @@ class _Walk:
         pulled = run.inner.update.vjp(
             self.cotangent, gradients, run.state, run.position, run.shards.reduction
         )
-        product = self.settings.hvp.product(run.model, run.parameters, run.loss, pulled, gradients)
+        product = run.product(self.settings.hvp, pulled, gradients)
         self.num_products += 1
         # The gradient depends on theta, too: d theta' / d theta = (by the update) + H (by the
         # gradient).

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.composites import ReplayableAttention
+from patcher_pl.hypergradients.hvp import HessianProduct
 from patcher_pl.models.shards import Shards
 from patcher_pl.optim import OptimizerState
 from patcher_pl.optim.master_weights import MasterWeights
@@ -96,6 +97,13 @@ class AttackRun:
         if self.position not in self.losses:
             self.losses[self.position] = self.shards.mean(loss)
         return gradients
+
+    def product(
+        self, hvp: HessianProduct, vector: list[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The Hessian of L at the current parameters times `vector`; see `HessianProduct.product`."""
+        found = hvp.product(self.model, self.parameters, self.loss, vector, gradients)
+        return [one for one in self.shards.averaged(found) if one is not None]  # None is.
 
     def report(self) -> dict[str, float]:
         """Losses at the first and the last step (nats per answer token)."""

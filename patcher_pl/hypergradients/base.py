@@ -17,7 +17,8 @@ OuterObjective = Callable[[nn.Module], Tensor]  # The outer loss on a batch that
 
 SHARDED_REMEDY = (
     "Use patcher_pl.hypergradients.Adjoint with `hvp: patcher_pl.hypergradients.hvp.FiniteDifference`"
-    " (alone or as `adjoint` of Truncated), or FirstOrder."
+    " (alone or as `adjoint` of Truncated), FirstOrder, or a whole model on every device "
+    "(`trainer.strategy: replicated`)."
 )
 
 

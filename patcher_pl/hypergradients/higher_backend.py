@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from patcher_pl.attackers.inner_problem import InnerProblem
 from patcher_pl.hypergradients.base import HypergradientError, OuterObjective
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
+from patcher_pl.models.shards import Shards
 from patcher_pl.optim import SGD, AdamW, Optimizer
 from patcher_pl.types import move_batch
 
 
 def unroll_with_higher(
     model: nn.Module,
-    parameters: list[nn.Parameter],
+    shards: Shards,
     inner: InnerProblem,
     outer_loss: OuterObjective,
     before_step: Callable[[], None],
@@ -32,13 +33,14 @@ def unroll_with_higher(
     Raises:
         HypergradientError: If the optimizer is neither SGD nor AdamW.
     """
-    update, device = inner.update, parameters[0].device
+    update, parameters, device = inner.update, shards.parameters, shards.device
     every = list(model.parameters())
     places = {id(parameter): place for place, parameter in enumerate(every)}
 
     def clipped(gradients: list[Tensor | None]) -> list[Tensor | None]:
         # `higher` hands out placeholders for what is frozen.
         own = [gradients[places[id(parameter)]] for parameter in parameters]
+        own = shards.averaged_with_graph(own)
         own = own if clip is None else clip.applied(own)
         result: list[Tensor | None] = [None] * len(gradients)
         for parameter, one in zip(parameters, own, strict=True):
@@ -89,7 +91,7 @@ def _sliceable_module_lists() -> Iterator[None]:
 class _AdamW(torch.optim.Optimizer):
     """Carries the settings of AdamW to `higher`; never steps itself."""
 
-    def __init__(self, parameters: list[nn.Parameter], settings: AdamW) -> None:
+    def __init__(self, parameters: list[Any], settings: AdamW) -> None:
         defaults = {
             "lr": settings.lr,
             "betas": settings.betas,
@@ -128,7 +130,7 @@ def _register() -> None:
     higher.register_optim(_AdamW, _DifferentiableAdamW)  # type: ignore[arg-type]
 
 
-def _torch_optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _torch_optimizer(settings: Optimizer, parameters: list[Any]) -> torch.optim.Optimizer:
     if isinstance(settings, SGD):
         return settings.build(parameters)
     if isinstance(settings, AdamW):

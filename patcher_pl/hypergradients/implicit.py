@@ -86,9 +86,7 @@ class Implicit(Hypergradient):
                 # The batches of the last steps, all at theta_K: no step is taken here.
                 for run.position in positions:
                     gradients = run.gradient() if masks else outer
-                    curved = self.hvp.product(
-                        model, parameters, run.loss, [one.clone() for one in u], gradients
-                    )
+                    curved = run.product(self.hvp, [one.clone() for one in u], gradients)
                     for one, change in zip(total, curved, strict=True):
                         one.add_(change, alpha=1 / (strength * num_batches))
                 return total

@@ -18,6 +18,7 @@ from patcher_pl.hypergradients.base import (
 from patcher_pl.hypergradients.composites import twice_differentiable_attention
 from patcher_pl.hypergradients.first_order import full_precision
 from patcher_pl.hypergradients.substitution import without_checkpointing
+from patcher_pl.models.shards import Shards
 from patcher_pl.models.weights import Weights
 from patcher_pl.randomness import RandomState
 from patcher_pl.types import move_batch
@@ -71,11 +72,13 @@ class Unrolled(Hypergradient):
                 from patcher_pl.hypergradients.higher_backend import unroll_with_higher
 
                 attacked, loss = unroll_with_higher(
-                    model, parameters, inner, outer_loss, before_step
+                    model, weights.shards, inner, outer_loss, before_step
                 )
             else:
-                attacked, loss = _unroll(model, parameters, inner, outer_loss, before_step)
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                attacked, loss = _unroll(model, weights.shards, inner, outer_loss, before_step)
+            found = weights.shards.averaged(
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+            )
         gradients = [
             torch.zeros_like(parameter) if one is None else one
             for one, parameter in zip(found, parameters, strict=True)
@@ -90,7 +93,7 @@ class Unrolled(Hypergradient):
             for after, before in zip(attacked, parameters, strict=True)
         ]
         return HypergradientEstimate(
-            gradients, float(loss.detach()), vector, 3.0 * inner.num_steps + 1.0, random_state
+            gradients, weights.shards.mean(loss), vector, 3.0 * inner.num_steps + 1.0, random_state
         )
 
 
@@ -107,13 +110,13 @@ class _Call(nn.Module):
 
 def _unroll(
     model: nn.Module,
-    parameters: list[nn.Parameter],
+    shards: Shards,
     inner: InnerProblem,
     outer_loss: OuterObjective,
     before_step: Callable[[], None],
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the attacked parameters and the outer loss at them, with their graphs."""
-    caller, device = _Call(model), parameters[0].device
+    caller, parameters, device = _Call(model), shards.parameters, shards.device
     names_of = {id(parameter): name for name, parameter in caller.named_parameters()}
     names = [names_of[id(parameter)] for parameter in parameters]
 
@@ -129,6 +132,7 @@ def _unroll(
         batch = move_batch(recorded, device)
         loss = call(theta, lambda module, batch=batch: inner.loss_function(module, batch))
         # The graph of this gradient is what makes the estimate exact, and its memory grow with K.
-        gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        own = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        gradients = shards.averaged_with_graph(own)
         theta, state = inner.update.applied(theta, gradients, state, step)
     return theta, call(theta, outer_loss)

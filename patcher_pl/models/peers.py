@@ -1,4 +1,4 @@
-"""The processes that hold one model together, and how they divide what each could do alone."""
+"""The processes that share one model, and how they divide what each could do alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from patcher_pl.errors import ConfigError, PatcherError
+from patcher_pl.models.replicas import divided, is_replicated
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,8 +33,8 @@ class Peers:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Peers":
-        """Those that FSDP2 spreads the model over; one alone for any other model."""
-        return cls(distributed.get_world_size() if is_spread(model) else 1)
+        """Those that hold the model together, or each a copy of it; one alone for any other model."""
+        return cls(distributed.get_world_size() if is_shared(model) else 1)
 
     def first(self, function: Callable[[], Result]) -> Result:
         """Returns on every process what `function` returns on the first, which alone calls it.
@@ -86,6 +87,11 @@ def is_spread(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether several processes train and attack the model together, in parts or as copies."""
+    return is_spread(model) or is_replicated(model)
+
+
 def is_whole(model: nn.Module) -> bool:
     """Whether this process has every weight now, so that it can run the model by itself."""
     return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -104,6 +110,8 @@ def compute_device(model: nn.Module) -> torch.device:
 def gathered_here(model: nn.Module) -> Iterator[Peers]:
     """Gathers a spread model on every process for the length of the block, where it has room.
 
+    Of a replicated model every process has a copy as it is.
+
     Weights are those that the model computes with (`Sharding.param_dtype`); changes of them are
     lost. Where there is no room, or `Sharding.answers` says so, they stay shards, and whatever runs
     the model has to be done by all processes alike.
@@ -115,7 +123,8 @@ def gathered_here(model: nn.Module) -> Iterator[Peers]:
     """
     spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if is_whole(model):
-        yield Peers()
+        with divided(model) as may_divide:
+            yield Peers.of(model) if may_divide else Peers()
         return
     sharding = getattr(spread[0], _SHARDING)
     if not _has_room(model, sharding):

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -20,13 +20,14 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from patcher_pl.errors import PatcherError
+from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.models import fsdp1
 from patcher_pl.models.blocks import find_blocks
 from patcher_pl.models.lora import attached_like, without_adapters
 from patcher_pl.models.peers import is_spread, remember
 from patcher_pl.models.shards import watch_open_passes
 from patcher_pl.reports.settings import NO_OUTCOME
+from patcher_pl.validation import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,9 @@ class Sharding:
     the processes and kept in the number format of the model.
 
     Args:
+        num_replicas: Copies of the model (count, >= 1, a divisor of the number of processes). Each is
+            spread over as many neighbouring processes, and gradients are averaged over the copies
+            (HSDP).
         param_dtype: Number format of gathered weights, and thus of the computation; None keeps that
             of the model. `bfloat16` with a float32 model is mixed precision.
         reduce_dtype: Number format in which gradients are averaged; None takes that of the gradients.
@@ -58,14 +62,34 @@ class Sharding:
 
     References:
         Zhao et al., 2023, https://arxiv.org/abs/2304.11277; torch.distributed.fsdp.fully_shard.
+
+    Raises:
+        ValueError: If `num_replicas` is below 1.
     """
 
+    num_replicas: int = field(default=1, metadata=NO_OUTCOME)
     param_dtype: ComputeDtype | None = None
     reduce_dtype: ComputeDtype | None = None
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     # The same answers, so that no attack is repeated for it.
     answers: Answers = field(default="auto", metadata=NO_OUTCOME)
+
+    def __post_init__(self) -> None:
+        remedy = "Use 1 to spread one model over all processes."
+        require(self, self.num_replicas >= 1, "num_replicas", ">= 1", remedy)
+
+    def require_divides(self, num_processes: int) -> None:
+        """Refuses copies that cannot be spread evenly.
+
+        Raises:
+            ConfigError: If `num_replicas` does not divide the number of processes.
+        """
+        if num_processes % self.num_replicas:
+            raise ConfigError(
+                f"LanguageModel.sharding.num_replicas must divide the number of processes, "
+                f"{num_processes}, got {self.num_replicas}. Change one of them."
+            )
 
     def load(
         self,
@@ -81,13 +105,15 @@ class Sharding:
             mesh: Processes to spread it over (one dimension).
 
         Raises:
+            ConfigError: If they cannot be divided among the copies.
             PatcherError: On all processes, if loading fails on the first.
         """
         # One process reads the disk or the hub; eight of them would each need host memory for the
         # model.
         whole = on_first_process(load_whole)
-        model = make_empty()
         device = _device_of(mesh)
+        mesh = self._with_replicas(mesh)
+        model = make_empty()
         # Sharded while still on the meta device: memory is given to the shards alone.
         self.apply(model, mesh)
         model.to_empty(device="cpu" if self.cpu_offload else device)
@@ -102,7 +128,7 @@ class Sharding:
         values = {} if whole is None else dict(whole.named_buffers())
         for name, buffer in list(model.named_buffers()):
             sent = values.get(name, buffer).to(device, buffer.dtype).contiguous()
-            torch.distributed.broadcast(sent, src=0, group=mesh.get_group())
+            torch.distributed.broadcast(sent, src=0)
             module, _, own_name = name.rpartition(".")
             model.get_submodule(module)._buffers[own_name] = sent
         if whole is not None:
@@ -110,6 +136,14 @@ class Sharding:
             inner.generation_config = without_adapters(whole).generation_config
         _begin(model)
         return model.eval()
+
+    def _with_replicas(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The same processes in two dimensions, neighbours in the second, where there are copies."""
+        self.require_divides(mesh.size())
+        if self.num_replicas == 1:
+            return mesh
+        shape = self.num_replicas, mesh.size() // self.num_replicas
+        return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
 
     def wrap(self, model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
         """Returns a whole model sharded with FSDP1, which computes on `device`."""

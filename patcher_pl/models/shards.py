@@ -1,4 +1,4 @@
-"""Parameters as plain tensors to calculate with, whether they are whole or sharded ."""
+"""Parameters as plain tensors to calculate with, whether they are whole, sharded or replicated."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,9 +6,11 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+from patcher_pl.models.replicas import averaged, averaged_with_graph, is_replicated
 
 _WATCH = "_patcher_pl_open_passes"
 
@@ -21,8 +23,8 @@ class Shards:
     over all weights is summed over the processes too (`total`, `norm`): plain tensors and sharded
     ones must not meet in one operation.
 
-    Whole parameters beside sharded ones (adapters, vectors of a prompt) are the same on all
-    processes, and their gradients are averaged.
+    Whole parameters beside sharded ones (adapters, vectors of a prompt), and those of a replicated
+    model, are the same on all processes, and their gradients are averaged.
 
     All processes must call the methods in the same order.
 
@@ -37,9 +39,15 @@ class Shards:
         others = (other for other in model.parameters() if isinstance(other, DTensor))
         around = first if isinstance(first, DTensor) else next(others, None)
         self._mesh = None if around is None else around.device_mesh
-        self._group = self._mesh.get_group() if isinstance(first, DTensor) and self._mesh else None
-        self._peers = None if self._mesh is None else self._mesh.get_group()
-        if isinstance(model, FullyShardedDataParallel):
+        self._group, self._peers = None, None
+        if self._mesh is not None:
+            # A second dimension is that of replicas; the last one holds the model together.
+            members = self._mesh.get_group(self._mesh.ndim - 1)
+            self._group = members if isinstance(first, DTensor) else None
+            self._peers = members if self._mesh.ndim == 1 else distributed.group.WORLD
+        elif is_replicated(model):
+            self._peers = distributed.group.WORLD
+        elif isinstance(model, FullyShardedDataParallel):
             # FSDP1's parameters are plain tensors; only the module knows who holds the rest.
             self._group = self._peers = model.process_group
         self._model = model
@@ -72,7 +80,7 @@ class Shards:
         """Gives whole parameters beside sharded ones the values that the first process has."""
         if self._peers is not None and self._group is None:
             for tensor in self.tensors:
-                torch.distributed.broadcast(tensor, group_src=0, group=self._peers)
+                distributed.broadcast(tensor, group_src=0, group=self._peers)
 
     @contextmanager
     def changing(self) -> Iterator[list[Tensor]]:
@@ -110,8 +118,9 @@ class Shards:
         Raises:
             RuntimeError: If sharded parameters hold gradients already, which would be mixed up.
         """
-        if self._peers is None:
-            return list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        if self._mesh is None and self._group is None:
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            return self.averaged(found)
         # `autograd.grad` finds nothing: the graph is one of gathered weights, which FSDP's hooks
         # reduce into `.grad` of the sharded ones. (`model.parameters()` may be gathered ones now.)
         if any(parameter.grad is not None for parameter in self.parameters):
@@ -125,18 +134,30 @@ class Shards:
         found = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        if self._group is None:
-            self._average(found)
-        return [None if gradient is None else part_of(gradient) for gradient in found]
+        parts = [None if gradient is None else part_of(gradient) for gradient in found]
+        return self.averaged(parts)
 
-    def _average(self, gradients: Sequence[Tensor | None]) -> None:
-        """Averages gradients of whole parameters over the processes, in place."""
-        assert self._peers is not None
-        for gradient in gradients:
-            # Which parameters the loss depends on is the same everywhere, so all meet here.
-            if gradient is not None:
-                torch.distributed.all_reduce(gradient, group=self._peers)
-                gradient.div_(self._peers.size())
+    def averaged(self, vector: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns the mean over the processes, where each has found all of a vector by itself.
+
+        None where the loss did not depend on a parameter, which is so everywhere. What FSDP has
+        averaged already comes back as it is.
+        """
+        if self._peers is None or self._group is not None:
+            return list(vector)
+        return averaged(vector, self._peers)
+
+    def averaged_with_graph(self, vector: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """As `averaged`, and can be differentiated."""
+        return list(vector) if self._peers is None else averaged_with_graph(vector)
+
+    def average_gradients(self) -> None:
+        """Averages every `.grad` of whole parameters over the processes, as FSDP does with its own."""
+        if self._peers is None or self._group is not None:
+            return
+        means = averaged([parameter.grad for parameter in self.parameters], self._peers)
+        for parameter, mean in zip(self.parameters, means, strict=True):
+            parameter.grad = mean
 
     def add_to_gradients(self, gradients: Sequence[Tensor], weight: float) -> None:
         """Adds `weight` times what `gradients` holds of each gradient to every `.grad`."""
@@ -173,7 +194,7 @@ class Shards:
     def _sum(self, value: Tensor, group: Any) -> Tensor:
         # Where shards wait in host memory, the group still speaks through the device.
         summed = value.detach().clone().to(self.device)
-        torch.distributed.all_reduce(summed, group=group)
+        distributed.all_reduce(summed, group=group)
         return summed
 
     @torch.no_grad()

@@ -66,6 +66,7 @@ class Placement:
     sharded: bool = (
         False  # Whether FSDP2 splits weights, and all of their shape, among the devices.
     )
+    num_replicas: int = 1  # Copies of the model (count).
     keeps_gathered: bool = False  # Whether gathered layers stay until the backward pass.
     checkpointing: bool = False  # Whether activations are recomputed in the backward pass.
     on_host: frozenset[Part] = frozenset()  # What waits in host memory.
@@ -73,6 +74,7 @@ class Placement:
     def __str__(self) -> str:
         words = [f"{self.num_devices} device{'s' if self.num_devices > 1 else ''}"]
         words += ["FSDP2"] if self.sharded else []
+        words += [f"{self.num_replicas} copies"] if self.num_replicas > 1 else []
         words += ["activation checkpointing"] if self.checkpointing else []
         if self.on_host >= OFFLOADED:
             words.append("CPU offload")
@@ -93,8 +95,9 @@ class Placement:
 
     def _split(self, parts: Parts, layers: LayerSizes, overhead: Overhead) -> tuple[Parts, Parts]:
         """Returns what of a moment lies on one device, and what on the hosts of all."""
+        members = self.num_devices // self.num_replicas
         own = {
-            part: math.ceil(n / self.num_devices) if self.sharded and part in PER_WEIGHT else n
+            part: math.ceil(n / members) if self.sharded and part in PER_WEIGHT else n
             for part, n in parts.items()
         }
         device = {part: n for part, n in own.items() if part not in self.on_host}
@@ -172,6 +175,8 @@ def settings_for(wanted: Placement, now: Placement) -> list[str]:
         "`trainer.strategy` to lightning.pytorch.strategies.ModelParallelStrategy with "
         f"`data_parallel_size: {count}` and `tensor_parallel_size: 1` "
         "(configs/strategies)": wanted.sharded and (more_devices or not now.sharded),
+        f"`{model}.sharding.num_replicas: 1`": wanted.sharded
+        and now.num_replicas > wanted.num_replicas,
         f"`{model}.sharding.cpu_offload: true`": offloads,
         f"`{model}.weight_copies_on: host`": Part.ATTACK_VECTOR in moved and not offloads,
         f"`{model}.sharding.reshard_after_forward: true`": wanted.sharded
@@ -212,6 +217,7 @@ def placement_of(trainer: Any, defense: Defense) -> Placement:
     return Placement(
         num_devices=world_size,
         sharded=sharded,
+        num_replicas=model.sharding.num_replicas if sharded else world_size,
         keeps_gathered=sharded and not model.sharding.reshard_after_forward,
         checkpointing=model.gradient_checkpointing,
         on_host=on_host,

@@ -1,4 +1,4 @@
-"""What two processes with FSDP1 do for `test_fsdp1.py`; run by `in_two_processes`."""
+"""What two processes with FSDP1 do for `test_fsdp1.py`; run by `in_processes`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What two processes do for `test_low_memory_sharded.py`; run by `in_two_processes`."""
+"""What two processes do for `test_low_memory_sharded.py`; run by `in_processes`."""
 
 import os
 import sys

@@ -107,8 +107,10 @@ def memory() -> MemoryLogger:
     return MemoryLogger()
 
 
-def in_two_processes(worker: str, folder: Path, timeout_s: float = 1200) -> None:
-    """Runs a module of the tests in two processes that know of each other, as torchrun would.
+def in_processes(
+    worker: str, folder: Path, timeout_s: float = 1200, *, num_processes: int = 2
+) -> None:
+    """Runs a module of the tests in processes that know of each other, as torchrun would.
 
     Raises:
         AssertionError: With everything that they said, if one of them fails or is late.
@@ -120,12 +122,12 @@ def in_two_processes(worker: str, folder: Path, timeout_s: float = 1200) -> None
         "TORCHELASTIC_RUN_ID": "tests",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
         "GROUP_RANK": "0",
         "OMP_NUM_THREADS": "1",
     }
-    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    logs = [folder / f"rank-{rank}.log" for rank in range(num_processes)]
     processes = []
     for rank, log in enumerate(logs):
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -144,4 +146,4 @@ def in_two_processes(worker: str, folder: Path, timeout_s: float = 1200) -> None
         for process in processes:
             process.kill()
             process.wait()
-    assert statuses == [0, 0], "\n\n".join(log.read_text()[-6000:] for log in logs)
+    assert statuses == [0] * num_processes, "\n\n".join(log.read_text()[-6000:] for log in logs)

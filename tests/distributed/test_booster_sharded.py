@@ -17,7 +17,7 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
     shutil.copytree(llama, tmp_path / "llama")
     alone, logger = booster_worker.make_booster(tmp_path), runs.memory()
     runs.train(alone, tmp_path, 1, runs.NUM_STEPS, logger=logger)
-    runs.in_two_processes("tests.distributed.booster_worker", tmp_path)
+    runs.in_processes("tests.distributed.booster_worker", tmp_path)
     expected = snapshot(alone.model)
     del logger.history["val/loss"]  # A mean over batches, which have half the rows here.
     for kind in ("fsdp2", "fsdp1"):

@@ -1,5 +1,6 @@
 """`fit` in two processes, started by Lightning and by torchrun, killed and resumed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -40,7 +41,15 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def settings_of(inputs: Path, num_processes: int) -> dict[str, Any]:
+COPIES = {
+    "devices": 2,
+    "strategy": "replicated",
+}
+
+
+def settings_of(
+    inputs: Path, num_processes: int, several: dict[str, Any] = TWO_PROCESSES
+) -> dict[str, Any]:
     settings = patcher_settings(inputs)
     settings["data"]["batch_size"] = 4 // num_processes
     settings["control"] = True
@@ -48,7 +57,7 @@ def settings_of(inputs: Path, num_processes: int) -> dict[str, Any]:
     settings["checkpoint_every_n_steps"] = 1
     settings["probe_every_n_steps"] = 3
     if num_processes > 1:
-        settings["trainer"] |= TWO_PROCESSES
+        settings["trainer"] |= several
     return settings
 
 
@@ -108,6 +117,32 @@ def test_a_run_leaves_what_a_run_of_one_process_leaves(inputs, uninterrupted, tm
     probed = [probes(run) for run in (uninterrupted, tmp_path / "run")]
     assert probed[0] == probed[1]
     assert [step for step, _ in probed[0]] == [3, 6, 8]  # At the end, the red team.
+
+
+def test_two_whole_models_leave_what_one_leaves(inputs, tmp_path):
+    """With the exact hypergradient, killed in between; probes and the red team divide the questions."""
+    for name, num_processes in (("one", 1), ("two", 2)):
+        settings = settings_of(inputs, num_processes, COPIES)
+        settings["model"]["init_args"]["language_model"]["dtype"] = "float64"
+        settings["model"]["init_args"]["hypergradient"] = "patcher_pl.hypergradients.Adjoint"
+        settings["checkpoint_in_background"] = True
+        plain = write_yaml(tmp_path / f"{name}.yaml", settings)
+        if num_processes == 2:
+            stop = {
+                "class_path": "tests.distributed.test_command_line.StopFirst",
+                "init_args": {"step": 4},
+            }
+            settings["trainer"]["callbacks"] = [stop]
+            process = fit(write_yaml(tmp_path / "stopping.yaml", settings), tmp_path / name)
+            said, _ = process.communicate(timeout=400)
+            assert process.returncode == 128 + signal.SIGTERM, said[-6000:]
+        finish(fit(plain, tmp_path / name, "--ckpt_path", "auto"))
+    assert_same(tmp_path / "two", tmp_path / "one", tolerance=1e-9)
+    assert probes(tmp_path / "two") == probes(tmp_path / "one")
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
+    )
+    assert two["curves"] == one["curves"]
 
 
 def test_torchrun_starts_the_same_run(inputs, uninterrupted, tmp_path):

@@ -35,7 +35,7 @@ def test_two_processes_train_as_one(exact, llama, tmp_path):
     alone, logger = runs.make_patcher(tmp_path / "llama"), runs.memory()
     callbacks = [runs.saving(tmp_path / "by-one")]
     runs.train(alone, tmp_path, 1, runs.NUM_STEPS, logger=logger, callbacks=callbacks)
-    runs.in_two_processes("tests.distributed.fsdp1_worker", tmp_path)
+    runs.in_processes("tests.distributed.fsdp1_worker", tmp_path)
 
     sharded, logged = read(tmp_path / "patcher.pt")
     assert_close(snapshot(alone.model), sharded)

@@ -23,7 +23,7 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
         runs.train(defense, tmp_path, 1, runs.NUM_STEPS)
         alone[state_dtype] = snapshot(defense.model)
     torch.compiler.set_stance("default")
-    runs.in_two_processes("tests.distributed.low_memory_worker", tmp_path)
+    runs.in_processes("tests.distributed.low_memory_worker", tmp_path)
     for state_dtype, expected in alone.items():
         weights = torch.load(tmp_path / f"{state_dtype}.pt", weights_only=True)
         for name, value in expected.items():

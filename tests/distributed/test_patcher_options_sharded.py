@@ -25,7 +25,7 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
         )
         del logger.history["val/loss"]  # A mean over batches, which have half the rows here.
         alone[kind] = snapshot(defense.model), logger.history
-    runs.in_two_processes("tests.distributed.patcher_options_worker", tmp_path)
+    runs.in_processes("tests.distributed.patcher_options_worker", tmp_path)
     for kind, (expected, history) in alone.items():
         for strategy in ("fsdp2",) if kind in worker.ON_ADAPTERS else ("fsdp2", "fsdp1"):
             weights, found = torch.load(tmp_path / f"{strategy}-{kind}.pt", weights_only=True)

@@ -66,9 +66,14 @@ def settings(inputs: Path, model: Path, *attacks: dict[str, Any]) -> dict[str, A
 
 
 def together(
-    config: Path, run_dir: Path, *options: str, program: Sequence[str] = ("-m", "patcher_pl")
+    config: Path,
+    run_dir: Path,
+    *options: str,
+    program: Sequence[str] = ("-m", "patcher_pl"),
+    num_processes: int = 2,
 ) -> subprocess.CompletedProcess:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    torchrun = (*torchrun, f"--nproc-per-node={num_processes}")
     command = (*torchrun, *program, "redteam", "--config", config, "--run_dir", run_dir)
     return subprocess.run(
         [str(part) for part in (*command, *options)],
@@ -140,6 +145,16 @@ def test_answers_over_shards_are_the_same(llama, inputs, tmp_path):
     said = together(config, tmp_path / "two", "--sharding.answers", "shards")
     assert said.returncode == 0, said.stderr[-6000:]
     assert_same(curves(tmp_path / "two"), curves(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_copies_of_two_processes_each_find_what_one_finds(llama, inputs, tmp_path):
+    """Four processes; each copy's attack would be another one if it did not see all rows."""
+    config = write_yaml(tmp_path / "config.yaml", settings(inputs, llama, FULL, *OTHERS))
+    alone(config, tmp_path / "one")
+    said = together(config, tmp_path / "four", "--sharding.num_replicas", "2", num_processes=4)
+    assert said.returncode == 0, said.stderr[-6000:]
+    assert_same(curves(tmp_path / "four"), curves(tmp_path / "one"))
 
 
 @pytest.mark.slow

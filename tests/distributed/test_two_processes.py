@@ -44,7 +44,7 @@ def prepare(folder: Path, llama: Path, gpt2: Path) -> None:
         _, trainer = attacked_beside(folder, folder / "by-one" / CHECKPOINT)
         trainer.save_checkpoint(folder / "by-beside.ckpt")
         torch.save((snapshot(alone.model), logger.history), folder / "alone.pt")
-        runs.in_two_processes("tests.distributed.worker", folder)
+        runs.in_processes("tests.distributed.worker", folder)
 
 
 def attacked_beside(folder: Path, saved: Path) -> tuple[Patcher, Trainer]:

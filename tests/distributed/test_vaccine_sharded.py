@@ -17,7 +17,7 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
     shutil.copytree(llama, tmp_path / "llama")
     alone, logger = vaccine_worker.make_vaccine(tmp_path), runs.memory()
     runs.train(alone, tmp_path, 1, vaccine_worker.NUM_STEPS, logger=logger)
-    runs.in_two_processes("tests.distributed.vaccine_worker", tmp_path)
+    runs.in_processes("tests.distributed.vaccine_worker", tmp_path)
     expected = snapshot(alone.model)
     for name in ("fsdp2", "recomputed", "fsdp1"):
         weights, history = torch.load(tmp_path / f"{name}.pt", weights_only=True)

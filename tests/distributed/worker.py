@@ -1,4 +1,4 @@
-"""What two processes do for the tests beside this file; run by `in_two_processes`."""
+"""What two processes do for the tests beside this file; run by `in_processes`."""
 
 import io
 import itertools

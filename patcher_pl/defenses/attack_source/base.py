@@ -76,6 +76,13 @@ class AttackSource(ABC):
             Losses to log, by the names of the terms.
         """
 
+    def require_several_processes(self, owner: str) -> None:  # noqa: B027  # Most can.
+        """Refuses what several processes cannot do together, whatever each of them holds.
+
+        Raises:
+            ConfigError: If there is such a setting of `owner`, the class of the defense.
+        """
+
     def require_shardable(self, owner: str, sharding: Sharding) -> None:
         """Refuses what cannot be done with sharded weights.
 

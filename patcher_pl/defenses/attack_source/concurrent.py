@@ -32,7 +32,7 @@ from patcher_pl.mailbox import (
     Theta,
     wait_for,
 )
-from patcher_pl.models import Sharding, Weights
+from patcher_pl.models import Weights
 from patcher_pl.randomness import RandomState
 from patcher_pl.supervision import Supervisor
 from patcher_pl.validation import require
@@ -157,10 +157,10 @@ class Concurrent(AttackSource):
     def add_gradients(self, step: Step, terms: Sequence[Term], share: float) -> dict[str, Tensor]:
         return add_gradients_at(step, self.vectors_at(step.number), terms, share)
 
-    def require_shardable(self, owner: str, sharding: Sharding) -> None:
+    def require_several_processes(self, owner: str) -> None:
         raise ConfigError(
             f"{owner}.attacker: a ConcurrentAttacker needs a defender on one device, whose weights "
-            "are whole, got a strategy that shards them. Use a FineTuningAttacker, or "
+            "are whole, got a strategy for several. Use a FineTuningAttacker, or "
             "`trainer.devices: 1` and no strategy."
         )
 

@@ -10,7 +10,7 @@ from torch import nn
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation.backends.base import Backend, Decoding
 from patcher_pl.evaluation.backends.vllm_engine import VllmEngine
-from patcher_pl.models.peers import is_spread
+from patcher_pl.models.peers import is_shared
 from patcher_pl.validation import require
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _plain(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def _require_exportable(model: nn.Module) -> None:
-    if is_spread(model):
+    if is_shared(model):
         raise ConfigError(
             "Generation.backend: Vllm answers from an exported copy, and several processes hold this "
             "model together. Use HuggingFace, or attack on one device."

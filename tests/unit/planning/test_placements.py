@@ -89,6 +89,16 @@ def test_what_is_offloaded_lies_on_the_host_once_per_device():
     assert whole.device_bytes == 50 * GIB
 
 
+def test_copies_that_are_split_among_fewer_devices_need_more_of_each():
+    """As many devices as hold one copy do; those of other copies hold the same once more."""
+    copies = Placement(num_devices=8, sharded=True, num_replicas=4).need(footprint(), NOTHING)
+    pair = Placement(num_devices=2, sharded=True).need(footprint(), NOTHING)
+    assert copies.device == pair.device
+    on_host = Placement(num_devices=8, sharded=True, num_replicas=4, on_host=OFFLOADED)
+    assert on_host.need(footprint(), NOTHING).host_bytes == 4 * 120 * GIB
+    assert str(on_host) == "8 devices, FSDP2, 4 copies, CPU offload"
+
+
 def test_overhead_is_added_to_tensors():
     need = Placement().need(footprint(), Overhead(fixed_gib=2, fragmentation=0.1))
     assert need.device_bytes == (120 + 12 + 2) * GIB

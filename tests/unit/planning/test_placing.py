@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from patcher_pl.attackers import FineTuningAttacker
-from patcher_pl.defenses import SFT, Patcher
+from patcher_pl.defenses import SFT, Patcher, ReplicatedStrategy
 from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Adjoint
 from patcher_pl.hypergradients.hvp import FiniteDifference
@@ -50,6 +50,15 @@ def test_devices_are_counted_on_all_machines():
     assert (found.num_devices, found.sharded, found.keeps_gathered) == (16, True, False)
 
 
+def test_copies_are_counted():
+    found = placement_of(fsdp2(16), sft(sharding=Sharding(num_replicas=4)))
+    assert (found.num_devices, found.sharded, found.num_replicas) == (16, True, 4)
+    exact = Patcher(LanguageModel(path="moon/root"), ATTACKER, hypergradient=Adjoint())
+    found = placement_of(trainer(devices=4, strategy=ReplicatedStrategy()), exact)
+    assert (found.num_devices, found.sharded, found.num_replicas) == (4, False, 4)
+    assert placement_of(trainer(), sft()).num_replicas == 1
+
+
 @pytest.mark.parametrize(
     ("language_model", "on_host"),
     [
@@ -91,6 +100,11 @@ def test_layers_that_stay_gathered_are_read():
 def test_what_fit_refuses_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         placement_of(options, sft())
+
+
+def test_copies_that_cannot_be_split_evenly_are_refused():
+    with pytest.raises(ConfigError, match=r"num_replicas must divide .*, 16, got 3"):
+        placement_of(fsdp2(16), sft(sharding=Sharding(num_replicas=3)))
 
 
 def test_only_what_works_sharded_is_offered_on_several_devices():
