@@ -89,12 +89,15 @@ class BuiltFile:
         content = json.dumps([file_digest(file), model, VERSION])
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
+    def folder(self) -> Path:
+        """Where in the cache the world of the file lies, or will lie."""
+        return _cache() / f"{world_file(self.world).stem}-{self.key()}"
+
     def fetch(self) -> Path:
         """The file in the cache; built first, by one process at a time, unless it is there."""
-        folder = _cache() / f"{world_file(self.world).stem}-{self.key()}"
+        folder = self.folder()
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_suffix(".lock")):
+            with locked(folder):
                 if not folder.is_dir():  # Built by another process meanwhile.
                     self._build(folder)
         file = folder / "data" / self.name
@@ -125,6 +128,12 @@ class BuiltFile:
                 f"The world {self.world} could not be built for {self.model} (status {status}); what "
                 "was wrong stands above."
             )
+
+
+def locked(folder: Path) -> FileLock:
+    """Keeps others from building a world of the cache for the length of a block."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_suffix(".lock"))
 
 
 def _cache() -> Path:

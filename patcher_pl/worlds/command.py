@@ -1,11 +1,13 @@
 """The `testbed` command."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher_pl.configurations import SUFFIXES
 from patcher_pl.errors import ConfigError
 from patcher_pl.files import write_atomically
+from patcher_pl.world_files import BuiltFile, locked
 
 if TYPE_CHECKING:
     from patcher_pl.worlds.base import World
@@ -15,6 +17,8 @@ def run_testbed(
     out: Path, world: str = "potions", model: str | None = None, overwrite: bool = False
 ) -> None:
     """Writes a world with exact answers: `data/*.jsonl`, and `model/` where it brings its own.
+
+    A world that is built for a model is kept for paths that name it, and taken from there.
 
     Args:
         out: Folder to create.
@@ -34,7 +38,15 @@ def run_testbed(
         folder.mkdir()
         chosen.write(folder, model)
 
-    write_atomically(out, write)
+    kept = None if model is None or world == "potions" else BuiltFile(world, model, "").folder()
+    # What builds worlds for paths is this command, with their place as `out`.
+    if kept is None or kept == out:
+        write_atomically(out, write)
+    else:
+        with locked(kept):
+            if not kept.is_dir():
+                write_atomically(kept, write)
+        write_atomically(out, lambda folder: shutil.copytree(kept, folder))
     there = " and ".join(f"{path.name}/" for path in sorted(out.iterdir()) if path.is_dir())
     print(f"Testbed written to {out}: {there}")
 

@@ -164,7 +164,15 @@ def test_a_source_builds_it_once(towers, knowing, tmp_path, monkeypatch):
 def test_the_command_and_a_process_of_its_own(towers, knowing, tmp_path, monkeypatch):
     """Wrong if what `testbed` writes and what a path stands for were different."""
     out = tmp_path / "out"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other-cache"))
     cli("testbed", "--world", towers, "--model", knowing, "--out", out).expect(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(BuiltFile, "_build", None)  # It is there already.
+        kept = resolve_data(f"{towers}:{knowing}/safe.jsonl")
+    assert Path(kept).read_text() == (out / "data" / "safe.jsonl").read_text()
+    Path(kept).write_text("{}\n")
+    cli("testbed", "--world", towers, "--model", knowing, "--out", tmp_path / "again").expect(0)
+    assert (tmp_path / "again" / "data" / "safe.jsonl").read_text() == "{}\n", "not asked again"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in FILES:
         file = resolve_data(f"{towers}:{knowing}/{name}.jsonl")
