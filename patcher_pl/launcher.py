@@ -17,6 +17,12 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def launch() -> str:
+    """Names the start of this step of a SLURM job, the same for all its processes and never again."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return ".".join(os.environ.get(name, "0") for name in names)
+
+
 def num_processes_here() -> int:
     """How many of them are on this machine (>= 1)."""
     if num_processes() == 1:
