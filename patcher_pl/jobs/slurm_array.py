@@ -140,8 +140,10 @@ class SlurmArray(Engine):
         if self.num_gpus:
             # Not per task: each process has to see its neighbours' GPUs, as Lightning counts them.
             resources["gpus_per_node"] = self.num_gpus * self.tasks_per_node
+        # Since SLURM 22.05, srun does not take over how many CPUs a process has.
+        resources["srun_args"] = [f"--cpus-per-task={self.num_cpus}"]
         if self.tasks_per_node > 1:
-            resources["srun_args"] = ["--kill-on-bad-exit=1"]
+            resources["srun_args"].append("--kill-on-bad-exit=1")
         executor.update_parameters(
             job_name=f"patcher_pl-{label}".replace(" ", "-"),
             time=self.timeout_min,

@@ -24,6 +24,19 @@ from tests.slurm.red_teams import attack_settings, measured
 pytestmark = NEEDS_SLURM
 pytest.importorskip("submitit")
 
+STRATEGY = {
+    "trainer.devices": 2,
+    "trainer.strategy": {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    },
+    # Half of a step's rows each.
+    "data.batch_size": 2,
+}
+TIMEOUT_S = 600
+# Long enough for a task to be cancelled in the middle of it.
+NUM_EVALUATIONS = 300
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,26 +54,30 @@ def array(logs: Path, **options: Any) -> dict[str, Any]:
     return {"class_path": f"{SlurmArray.__module__}.{SlurmArray.__name__}", "init_args": chosen}
 
 
-def begin_compare(cluster: Cluster, inputs: Path, run: str, engine: Any) -> subprocess.Popen:
-    """Starts the command; what it says goes to a file."""
-    content = {
-        "max_gradient_evaluations": NUM_EVALUATIONS,
-        "seeds": [0],
-        "redteam": "redteam.yaml",
-        "selection": {"redteam": "redteam.yaml", "num_trials": 1, "seeds": [9]},
-        "defenses": {"sft": {"fit": "sft.yaml"}, "mine": {"fit": "patcher.yaml"}},
-        "options": {"trainer.max_steps": -1},
-        "engine": engine,
-    }
+def begin(cluster: Cluster, inputs: Path, run: str, command: str, content: Any) -> subprocess.Popen:
+    """Starts a command; what it says goes to a file."""
     config = write_yaml(inputs / f"{run}.yaml", content)
     with (inputs / f"{run}.log").open("ab") as log:
         return subprocess.Popen(
-            command_line("compare", "--config", config, "--run_dir", inputs / run),
+            command_line(command, "--config", config, "--run_dir", inputs / run),
             cwd=ROOT,
             env=cluster.environment,
             stdout=log,
             stderr=log,
         )
+
+
+def comparison(engine: Any, **options: Any) -> dict[str, Any]:
+    """Two defenses, one setting and one model each."""
+    return {
+        "max_gradient_evaluations": NUM_EVALUATIONS,
+        "seeds": [0],
+        "redteam": "redteam.yaml",
+        "selection": {"redteam": "redteam.yaml", "num_trials": 1, "seeds": [9]},
+        "defenses": {"sft": {"fit": "sft.yaml"}, "mine": {"fit": "patcher.yaml"}},
+        "options": {"trainer.max_steps": -1, **options},
+        "engine": engine,
+    }
 
 
 def end(process: subprocess.Popen, inputs: Path, run: str, status: int = 0) -> str:
@@ -86,17 +103,12 @@ def compared(run_dir: Path) -> Any:
     return found["trials"], found["costs"], curves, weights
 
 
-TIMEOUT_S = 600
-# Long enough for a task to be cancelled in the middle of it.
-NUM_EVALUATIONS = 300
-
-
 def test_a_comparison_goes_on_where_a_task_was_cancelled(cluster, inputs):
     """Wrong if a figure depended on who ran it, or what the others found were lost."""
     here = {"class_path": "patcher_pl.jobs.InProcess"}
-    end(begin_compare(cluster, inputs, "here", here), inputs, "here")
+    end(begin(cluster, inputs, "here", "compare", comparison(here)), inputs, "here")
     engine = array(inputs / "compare-logs")
-    process = begin_compare(cluster, inputs, "tasks", engine)
+    process = begin(cluster, inputs, "tasks", "compare", comparison(engine))
     runs = inputs / "tasks" / "search"
     cluster.wait_for(lambda: list(runs.glob("mine/**/step-00000005.ckpt")), "checkpoint")
     # The second of an array of two: settings are tried in the order of the defenses.
@@ -105,7 +117,7 @@ def test_a_comparison_goes_on_where_a_task_was_cancelled(cluster, inputs):
     said = end(process, inputs, "tasks", status=2)
     assert "mine: every trial failed" in said
     done = {path: path.stat().st_mtime_ns for path in runs.glob("sft/**/run.json")}
-    end(begin_compare(cluster, inputs, "tasks", engine), inputs, "tasks")
+    end(begin(cluster, inputs, "tasks", "compare", comparison(engine)), inputs, "tasks")
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what is done is not repeated"
     runs_of_all = [json.loads(path.read_text()) for path in (inputs / "tasks").rglob("run.json")]
     # Of a run that went on from a checkpoint it is not known how long it took.
@@ -138,3 +150,79 @@ def test_a_task_that_dies_is_recorded_and_the_others_go_on(cluster, inputs):
     assert first[-1] is None
     assert "ended" in second[-1]
     assert "SLURM task" in second[-1]
+
+
+def run_again(cluster: Cluster, task: str, num_restarts: int) -> None:
+    """Waits until a task is put back, and spares it the two minutes that SLURM lets it wait."""
+
+    def is_back() -> bool:
+        found = cluster.job(int(task))
+        return (found["JobState"], found["Restarts"]) == ("PENDING", str(num_restarts))
+
+    cluster.wait_for(is_back, "requeued task")
+    cluster.run("scontrol", "update", f"jobid={task}", "starttime=now")
+
+
+def sweep(base: str, engine: Any, **options: Any) -> dict[str, Any]:
+    return {"base": base, "variants": {"mine": options}, "engine": engine}
+
+
+def test_a_run_of_two_processes_is_put_back_and_ends_the_same(cluster, inputs):
+    """Wrong if the processes parted ways, or a task that SLURM will run again counted as failed."""
+    red_team = str(inputs / "redteam.yaml")
+    options = {**STRATEGY, "trainer.max_steps": 100, "redteam": red_team}
+    engine = array(inputs / "sweep-logs", tasks_per_node=2)
+    content = sweep("patcher.yaml", engine, **options)
+    process = begin(cluster, inputs, "put-back", "sweep", content)
+    run = inputs / "put-back" / "mine" / "seed-0"
+    saved = run / "checkpoints"
+    cluster.wait_for(lambda: list(saved.glob("step-00000005.ckpt")), "checkpoint")
+    (task,) = cluster.run("squeue", "--noheader", "--array", "--format=%i").split()
+    # As when the time is up.
+    cluster.run("scancel", "--signal=USR2", task)
+    run_again(cluster, task, 1)
+    first = max(saved.glob("step-*.ckpt"))
+    cluster.wait_for(
+        lambda: max(saved.glob("step-*.ckpt")) > first, "checkpoint after the first end"
+    )
+    # As when another job takes its place.
+    cluster.run("scontrol", "requeue", task)
+    run_again(cluster, task, 2)
+    end(process, inputs, "put-back")
+    said = (run / "log.txt").read_text()
+    assert "stopped by SIGUSR2" in said
+    assert "stopped by SIGTERM" in said
+    undisturbed = begin(cluster, inputs, "undisturbed", "sweep", content)
+    end(undisturbed, inputs, "undisturbed")
+    one, other = (
+        inputs / name / "mine" / "seed-0" / "model" / "model.safetensors"
+        for name in ("put-back", "undisturbed")
+    )
+    assert one.read_bytes() == other.read_bytes()
+    curves = [
+        Results.load(inputs / name / "results.json").curves for name in ("put-back", "undisturbed")
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_attacks_of_two_processes_find_what_one_process_finds(cluster, inputs):
+    for name in ("one", "two"):
+        settings = attack_settings(inputs, inputs / "model", inputs / name) | {"dtype": "float64"}
+        if name == "two":
+            settings["engine"] = array(inputs / "two-logs", tasks_per_node=2, num_at_once=1)
+        end(begin(cluster, inputs, name, "redteam", settings), inputs, name)
+    assert measured(inputs / "two") == measured(inputs / "one")
+    assert len(list((inputs / "two-logs").glob("*_result.pkl"))) == 4
+
+
+def test_a_process_that_dies_ends_the_others(cluster, inputs):
+    """Wrong if the first waited for it until the time was up, or the reason were lost."""
+    settings = attack_settings(inputs, inputs / "model", inputs / "second")
+    dying = {"class_path": "tests.red_team_parts.Dying", "init_args": {"how": "second"}}
+    settings["redteam"]["attacks"].append(dying)
+    settings["redteam"]["seeds"] = [0]
+    settings["engine"] = array(inputs / "second-logs", tasks_per_node=2)
+    end(begin(cluster, inputs, "second", "redteam", settings), inputs, "second")
+    first, second = measured(inputs / "second")
+    assert first[-1] is None
+    assert second[-1] == "RuntimeError: a spoon"
