@@ -3,11 +3,14 @@
 import os
 import re
 
+# Where launchers say how many there are. Not SLURM_NTASKS, which a batch script has, too, that starts
+# one process alone.
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
 
 def num_processes() -> int:
     """How many processes the launcher has started for this command (>= 1)."""
-    # Not SLURM_NTASKS, which a batch script has, too, that starts one process alone.
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return int(next((count for name in COUNTS if (count := os.environ.get(name))), 1))
 
 
 def rank() -> int:

@@ -18,7 +18,7 @@ from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.lock import InUseError, held
 from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.run_directory import RunDirectory
-from patcher_pl.launcher import launch, rank
+from patcher_pl.launcher import COUNTS, launch, rank
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import fingerprint
 from patcher_pl.shipped import location_independent
@@ -112,14 +112,13 @@ class Fit(Job[Ending]):
         """Runs it; where it was interrupted, it goes on from its checkpoint."""
         goes_on = self._begin()
         if goes_on is not None:
-            self._run(device, goes_on=goes_on, is_first=True)
+            self._run(self._environment(device, alone=True), goes_on=goes_on)
 
     def perform_together(self, device: str) -> None:
         """As `perform`; every process starts one of the run's own, for a strategy that shards."""
-        is_first = rank() == 0
+        is_first, environment = rank() == 0, self._environment(device, alone=False)
         goes_on = self._begin() if is_first else self._begun_by_first()
-        status = 1 if goes_on is None else self._run(device, goes_on=goes_on, is_first=is_first)
-        if status not in _IN_ORDER:
+        if goes_on is None or self._run(environment, goes_on=goes_on, is_first=is_first):
             sys.exit(1)
 
     def _begin(self) -> bool | None:
@@ -145,8 +144,8 @@ class Fit(Job[Ending]):
         goes_on: bool = found["goes_on"]
         return goes_on
 
-    def _run(self, device: str, *, goes_on: bool, is_first: bool) -> int:
-        """Runs `fit` and returns its exit status; the first process marks the end."""
+    def _run(self, environment: dict[str, str], *, goes_on: bool, is_first: bool = True) -> bool:
+        """Runs `fit`; whether that failed, without a checkpoint. The first process marks the end."""
         began = time.monotonic()
         command = [
             *(sys.executable, "-m", "patcher_pl", "fit", *self.arguments),
@@ -160,7 +159,7 @@ class Fit(Job[Ending]):
                 stdin=subprocess.PIPE,  # Closes when this process dies, and the run ends.
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(device),
+                env=environment,
                 start_new_session=True,
             )
             assert process.stdin is not None
@@ -176,10 +175,13 @@ class Fit(Job[Ending]):
             # Of one that went on from a checkpoint, this process has seen the rest alone.
             took = {} if goes_on else {"seconds": round(time.monotonic() - began, 3)}
             self.write(True, **took)
-        return status
+        return status not in _IN_ORDER
 
-    def _environment(self, device: str) -> dict[str, str]:
+    def _environment(self, device: str, *, alone: bool) -> dict[str, str]:
         environment = {**os.environ, SUPERVISED: "1"}
+        if alone:  # Of the processes of a launcher, such as Ray's workers, none has a part in it.
+            for name in COUNTS:
+                environment.pop(name, None)
         if self.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.num_threads)
         kind, _, index = device.partition(":")

@@ -235,7 +235,7 @@ class _Task:
                 raise PatcherError(said[0])
         elif not self.job.is_done:
             # Its last words are in a log of several pages.
-            how = "failed" if self.has_ended else "ended without a word"
+            how = "failed" if self.has_ended else "ended without a result"
             log = self.submitted.task(0).paths.stderr
             self.job.fail(f"SLURM task {self.id} {how}; see {log}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from patcher_pl.cli.ablate import run_ablate
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import Fit, SlurmArray, fit, run_missing, slurm_array
 from tests.unit.jobs.test_jobs import saying
@@ -151,7 +152,7 @@ def test_a_lost_task_is_listed_and_tried_again(slurm, tmp_path):
     jobs = words(tmp_path, 3)
     (failed,) = run_missing(jobs, SlurmArray(), "cpu", "words")
     assert failed is jobs[1]
-    assert "SLURM task 0_1 ended without a word; see " in failed.load().error
+    assert "SLURM task 0_1 ended without a result; see " in failed.load().error
     slurm.lost = ""
     assert run_missing(jobs, SlurmArray(), "cpu", "words") == []
     assert slurm.arrays == [3, 1], "what is done is not submitted again"
@@ -196,6 +197,12 @@ def test_several_processes_have_a_job_and_gpus_each(slurm, tmp_path, monkeypatch
     given = slurm.parameters
     assert (given["ntasks_per_node"], given["gpus_per_node"], given["cpus_per_task"]) == (2, 8, 3)
     assert "--kill-on-bad-exit=1" in given["srun_args"]
+
+
+def test_estimates_are_for_one_process(tmp_path):
+    """Wrong if the model were trained before that is said."""
+    with pytest.raises(ConfigError, match=r"tasks_per_node must be 1 for estimates"):
+        run_ablate("base.yaml", None, tmp_path, engine=SlurmArray(tasks_per_node=2))
 
 
 @pytest.fixture
