@@ -3,11 +3,14 @@
 import os
 import re
 
+# Where launchers say how many there are. Not SLURM_NTASKS, which a batch script has, too, that starts
+# one process alone.
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
 
 def num_processes() -> int:
     """How many processes the launcher has started for this command (>= 1)."""
-    # Not SLURM_NTASKS, which a batch script has, too, that starts one process alone.
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return int(next((count for name in COUNTS if (count := os.environ.get(name))), 1))
 
 
 def rank() -> int:
@@ -15,6 +18,12 @@ def rank() -> int:
     if num_processes() == 1:
         return 0
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def launch() -> str:
+    """Names the start of this step of a SLURM job, the same for all its processes and never again."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return ".".join(os.environ.get(name, "0") for name in names)
 
 
 def num_processes_here() -> int:

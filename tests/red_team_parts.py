@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from dataclasses import dataclass
 
 from patcher_pl.evaluation import Judge, Verdict
@@ -44,6 +45,10 @@ class Dying(Attack):
         yield AttackPoint(0, 0, float("nan"))
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "second" and os.environ["SLURM_PROCID"] == "0":
+            threading.Event().wait()  # As where the second process is waited for.
         if self.how == "exit":
             os._exit(3)
-        raise {"bug": KeyError, "failure": RuntimeError}[self.how]("a spoon")
+        raise {"bug": KeyError, "failure": RuntimeError, "second": RuntimeError}[self.how](
+            "a spoon"
+        )

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, with a checkpoint."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end a run between two steps, with a checkpoint."""
 
 import logging
 import os
@@ -17,11 +17,11 @@ from patcher_pl.errors import RunInterrupted
 
 _log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class GracefulStop(Callback):
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a checkpoint and a clean end of the run.
+    """Turns the first SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 into a checkpoint and a clean end of the run.
 
     The handlers only set a flag. It is looked at after every defender step and before every step of
     a simulated attack, where the weights are those of the defender again; there, all processes agree
@@ -29,7 +29,7 @@ class GracefulStop(Callback):
 
     SIGUSR1 is what `sbatch --signal=USR1@300` sends before a job's time is up: the job is put back
     into the queue too. After SIGTERM it is not, since `scancel` sends that; SLURM itself requeues
-    what it preempts.
+    what it preempts. SIGUSR2 comes to tasks of `SlurmArray`, which puts them back itself.
     """
 
     def __init__(self, checkpoint: RunCheckpoint) -> None:

@@ -9,7 +9,15 @@ from patcher_pl.ablation import ComparisonGrid, Hardening, Subject, compare_esti
 from patcher_pl.ablation.hardening import hardened, plan_hardening
 from patcher_pl.cli.console import wide_console
 from patcher_pl.errors import ConfigError, PatcherError
-from patcher_pl.jobs import ConfigFile, Engine, Fit, OptionValue, choose_engine, run_fits
+from patcher_pl.jobs import (
+    ConfigFile,
+    Engine,
+    Fit,
+    OptionValue,
+    choose_engine,
+    require_one_process,
+    run_fits,
+)
 from patcher_pl.machine import choose_device
 from patcher_pl.reports.ablation import Ablation, comparison_table, hardened_table
 from patcher_pl.reports.ablation_figures import ablation_figures
@@ -67,6 +75,7 @@ def run_ablate(
     """
     seeds = seeds or [0]
     engine = choose_engine(engine, num_processes)
+    require_one_process(engine, "estimates of hypergradients")
     place = choose_device(device)
     path = model or str(_train(Path(base), trained or {}, run_dir / "trained", engine))
     comparisons = compare_estimators(

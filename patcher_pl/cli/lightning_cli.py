@@ -36,6 +36,7 @@ from patcher_pl.files import write_text
 from patcher_pl.jobs.fit import OptionValue
 from patcher_pl.jobs.resuming import flat_settings
 from patcher_pl.jobs.run_directory import RunDirectory
+from patcher_pl.launcher import num_processes
 from patcher_pl.planning import Run
 from patcher_pl.redteam import RedTeam
 
@@ -253,6 +254,7 @@ class PatcherCLI(LightningCLI):
         return self._supported(Trainer(**trainer_config))
 
     def _supported(self, trainer: Trainer) -> Trainer:
+        _require_as_many_processes(trainer)
         require_supported(self.model, trainer)
         if shards(trainer):
             probes = any(isinstance(callback, RobustnessProbe) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -305,3 +307,15 @@ class PatcherCLI(LightningCLI):
         config = self.config[self.command].clone()
         config.overwrite, config.ckpt_path = False, None
         return self._parser(self.command).dump(config, skip_unset=False)
+
+
+def _require_as_many_processes(trainer: Trainer) -> None:
+    """Refuses processes that would each run on their own, or for which others would be waited."""
+    devices, started = trainer.num_devices * trainer.num_nodes, num_processes()
+    if devices != started and (started > 1 or trainer.world_size != devices):
+        raise ConfigError(
+            f"trainer.devices: must be the number of processes that the launcher has started, {started}, "
+            f"divided by trainer.num_nodes, got {trainer.num_devices} on {trainer.num_nodes}. Change it, "
+            "with a strategy that shards as in configs/strategies, or start as many processes "
+            "(`torchrun --nproc-per-node`, `srun --ntasks-per-node`, `SlurmArray.tasks_per_node`)."
+        )

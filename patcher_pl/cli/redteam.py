@@ -47,8 +47,8 @@ def run_redteam(
 ) -> Results | None:
     """Attacks models with a red team and reports how their safety holds.
 
-    Several processes that torchrun or srun has started hold each model together, spread with FSDP2,
-    and attack it together.
+    Several processes that torchrun or srun has started, or an engine for each attack, hold a model
+    together, spread with FSDP2, and attack it together.
 
     Every attack with every seed on every model leaves a file below `run_dir/cells`, whole or not at
     all. At the end come `results.json`, `results.csv`, `asr.png` and `asr.svg` (and of a search,
@@ -138,7 +138,12 @@ def run_redteam(
         return _attacked(board, redteam, attacked, search, f"Red team of {title}")
 
     if num_processes() == 1:
-        return attack(Bench(), engine or InProcess(), device)
+        runner = engine or InProcess()
+        if runner.processes_per_job > 1:
+            from patcher_pl.cli.spread_attacks import Spread
+
+            runner = Spread(engine=runner)
+        return attack(Bench(), runner, device)
     from patcher_pl.cli.launched import launched
 
     _require_one_kind_of_processes(engine, targets)

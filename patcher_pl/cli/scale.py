@@ -188,6 +188,9 @@ class _Study:
         fits = [fit for column in self.columns for fit in column.search]
         if not fits:
             raise ConfigError("budgets: no defense takes part at any of them; see its min_budget.")
+        if self.engine.processes_per_job > 1:
+            self.throughput = Throughput(error="runs of several processes are not measured")
+            return
         num_threads = self.engine.num_threads(len(fits))
         job = ThroughputJob.plan(fits[-1], run_dir / "throughput.json", num_threads)
         run_missing([job], self.engine, "auto", "measurements of throughput")

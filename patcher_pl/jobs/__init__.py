@@ -1,6 +1,6 @@
 """Jobs that leave a file each, and what runs them: red teams, ablations, sweeps, comparisons."""
 
-from patcher_pl.jobs.engine import Engine, InProcess, run_missing
+from patcher_pl.jobs.engine import Engine, InProcess, require_one_process, run_missing
 from patcher_pl.jobs.fit import (
     ConfigFile,
     Fit,
@@ -29,6 +29,7 @@ __all__ = [
     "SlurmArray",
     "choose_engine",
     "plan_sweep",
+    "require_one_process",
     "run_fits",
     "run_missing",
     "seed_options",

@@ -42,6 +42,11 @@ class Engine(ABC):
     def at_once(self, num_jobs: int) -> int | None:
         """How many of so many jobs run at the same time; None where that is not known."""
 
+    @property
+    def processes_per_job(self) -> int:
+        """Processes that do a job together (count, >= 1), see `Job.perform_together`."""
+        return 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class InProcess(Engine):
@@ -63,6 +68,19 @@ class InProcess(Engine):
 
     def at_once(self, num_jobs: int) -> int:
         return 1
+
+
+def require_one_process(engine: Engine, label: str) -> None:
+    """Refuses an engine that has several processes do a job, for jobs that cannot be shared.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    if engine.processes_per_job > 1:
+        raise ConfigError(
+            f"engine.init_args.tasks_per_node must be 1 for {label}, got {engine.processes_per_job}. "
+            "Each of them is the work of one process on one device; leave it away."
+        )
 
 
 def run_missing(jobs: Sequence[AnyJob], engine: Engine, device: str, label: str) -> list[AnyJob]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from patcher_pl.jobs.job import Job
 from patcher_pl.jobs.lock import InUseError, held
 from patcher_pl.jobs.processes import Processes
 from patcher_pl.jobs.run_directory import RunDirectory
+from patcher_pl.launcher import COUNTS, launch, rank
 from patcher_pl.reports.results import Results
 from patcher_pl.reports.settings import fingerprint
 from patcher_pl.shipped import location_independent
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 else:
     # Relative to the configuration file that names it, and checked to be readable.
     from jsonargparse.typing import Path_fr as ConfigFile  # noqa: F401 (for others' signatures)
+
+# How `fit` ends that has done everything, or has saved a checkpoint because of a signal.
+_IN_ORDER = (
+    0,
+    *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)),
+)
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Fit(Job[Ending]):
     num_threads: int | None = None
 
     key: ClassVar[str] = "done"
+    is_shareable: ClassVar[bool] = True
 
     @classmethod
     def plan(cls, directory: Path, base: Path, options: Mapping[str, Any]) -> "Fit":
@@ -100,23 +110,47 @@ class Fit(Job[Ending]):
 
     def perform(self, device: str) -> None:
         """Runs it; where it was interrupted, it goes on from its checkpoint."""
+        goes_on = self._begin()
+        if goes_on is not None:
+            self._run(self._environment(device, alone=True), goes_on=goes_on)
+
+    def perform_together(self, device: str) -> None:
+        """As `perform`; every process starts one of the run's own, for a strategy that shards."""
+        is_first, environment = rank() == 0, self._environment(device, alone=False)
+        goes_on = self._begin() if is_first else self._begun_by_first()
+        if goes_on is None or self._run(environment, goes_on=goes_on, is_first=is_first):
+            sys.exit(1)
+
+    def _begin(self) -> bool | None:
+        """Prepares the directory; whether there is a checkpoint to go on from, None if it is in use."""
         checkpoint = self.run_directory.checkpoints / "last.ckpt"
         try:
             with held(self.run_directory.root, is_part=True):  # Nobody else may be working there.
-                is_begun = self.load() is not None and checkpoint.exists()
-                if not is_begun:
+                goes_on = self.load() is not None and checkpoint.exists()
+                if not goes_on:
                     # Before the digest is written, or a checkpoint of other settings would pass for
                     # its own.
                     self.run_directory.clear()
-                self.write(False)
+                self.write(False, launch=launch(), goes_on=goes_on)
         except InUseError as error:
             self.fail(str(error))  # This run's alone.
-            return
+            return None
+        return goes_on
+
+    def _begun_by_first(self) -> bool:
+        """What the first process has decided, which ends the others where it decides nothing."""
+        while (found := self.read()) is None or found.get("launch") != launch():
+            time.sleep(_POLL_S)
+        goes_on: bool = found["goes_on"]
+        return goes_on
+
+    def _run(self, environment: dict[str, str], *, goes_on: bool, is_first: bool = True) -> bool:
+        """Runs `fit`; whether that failed, without a checkpoint. The first process marks the end."""
         began = time.monotonic()
         command = [
             *(sys.executable, "-m", "patcher_pl", "fit", *self.arguments),
             *("--run_dir", str(self.run_directory.root)),
-            "--ckpt_path=last" if is_begun else "--overwrite=true",
+            "--ckpt_path=last" if goes_on else "--overwrite=true",
             *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
         ]
         with self.log.open("ab") as log:
@@ -125,7 +159,7 @@ class Fit(Job[Ending]):
                 stdin=subprocess.PIPE,  # Closes when this process dies, and the run ends.
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(device),
+                env=environment,
                 start_new_session=True,
             )
             assert process.stdin is not None
@@ -137,13 +171,17 @@ class Fit(Job[Ending]):
                 raise
             finally:
                 process.stdin.close()
-        if status == 0:
+        if status == 0 and is_first:
             # Of one that went on from a checkpoint, this process has seen the rest alone.
-            took = {} if is_begun else {"seconds": round(time.monotonic() - began, 3)}
+            took = {} if goes_on else {"seconds": round(time.monotonic() - began, 3)}
             self.write(True, **took)
+        return status not in _IN_ORDER
 
-    def _environment(self, device: str) -> dict[str, str]:
+    def _environment(self, device: str, *, alone: bool) -> dict[str, str]:
         environment = {**os.environ, SUPERVISED: "1"}
+        if alone:  # Of the processes of a launcher, such as Ray's workers, none has a part in it.
+            for name in COUNTS:
+                environment.pop(name, None)
         if self.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.num_threads)
         kind, _, index = device.partition(":")

@@ -46,6 +46,8 @@ class Job(ABC, Generic[Found]):
     """Of the outcome in the file."""
     wants_own_process: ClassVar[bool] = False
     """Whether it measures its process, which must not have done anything else."""
+    is_shareable: ClassVar[bool] = False
+    """Whether several processes can do it, see `perform_together`."""
     if_killed: ClassVar[str] = ""
     """What helps where the system killed its process."""
 
@@ -60,6 +62,18 @@ class Job(ABC, Generic[Found]):
             PatcherError: For what all other jobs would meet too: it ends the whole run. Any other
                 exception is this job's failure alone.
         """
+
+    def perform_together(self, device: str) -> None:
+        """Does the work as one of the processes that a launcher has started for it.
+
+        All of them call it. The first alone decides how it is done and leaves the outcome; one that
+        failed, and that the others would wait for, leaves why and ends with a status that is not 0.
+
+        Raises:
+            PatcherError: See `perform`.
+            SystemExit: If this process failed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not shareable")
 
     @abstractmethod
     def fail(self, reason: str) -> None:
@@ -117,6 +131,14 @@ class Job(ABC, Generic[Found]):
                 f"{self.path}: this is no outcome of a job ({error}). Delete it and go on with the "
                 "same command."
             ) from error
+
+    @property
+    def changed_at(self) -> int | None:
+        """When the file was last written (ns since 1970); None where there is none."""
+        try:
+            return self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     @property
     def is_done(self) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import distributed
@@ -42,12 +41,7 @@ class Together(Engine):
         """
         with stoppable(label), progress_bar(label, len(jobs)) as advance:
             for job in cast(Sequence[AttackJob], jobs):
-                if job.needs_model:
-                    _send(job.on(Bench()))
-                    _require_ready(job)
-                    _guarded(job, partial(job.perform, device))
-                else:
-                    job.attempt(device)
+                lead(job, device)
                 advance()
 
     def num_threads(self, num_jobs: int) -> int:
@@ -55,6 +49,20 @@ class Together(Engine):
 
     def at_once(self, num_jobs: int) -> int:
         return 1
+
+
+def lead(job: AttackJob, device: str) -> None:
+    """Attacks with those who `follow`, and leaves the outcome; on the first process.
+
+    Raises:
+        PatcherError: See `Job.perform`; a `PeerError` where one process alone failed.
+    """
+    if job.needs_model:
+        _send(job.on(Bench()))
+        _require_ready(job)
+        _guarded(job, partial(job.perform, device))
+    else:
+        job.attempt(device)
 
 
 def follow(bench: Bench, device: str) -> None:
@@ -77,7 +85,7 @@ def leading() -> Iterator[None]:
     """Lets the others leave `follow` at the end of the block, if they are there."""
     try:
         yield
-    except (PeerError, RunInterrupted):
+    except (PeerError, RunInterrupted, KeyboardInterrupt):
         raise  # They are in the middle of an attack, and end with this process.
     except BaseException:
         _send(None)
@@ -118,7 +126,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _guarded(job: AttackJob, function: Callable[[], Any]) -> None:
-    written = _changed_at(job.path)
+    written = job.changed_at
     try:
         function()
     except PatcherError:
@@ -127,17 +135,13 @@ def _guarded(job: AttackJob, function: Callable[[], Any]) -> None:
         rank = distributed.get_rank()
         logger.warning("%s failed on process %d", job.path, rank, exc_info=error)
         # Once one has failed, the others lose their connection to it: what it wrote says why.
-        if _changed_at(job.path) == written:
+        if job.changed_at == written:
             job.fail(f"{type(error).__name__}: {error}")
         raise PeerError(
             f"{job.path.name} failed on process {rank} of {distributed.get_world_size()} "
             f"({type(error).__name__}: {error}). The others cannot go on without it; what was done "
             "before is kept. Start the same command again, without this attack if it fails again."
         ) from error
-
-
-def _changed_at(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _send(job: AttackJob | None) -> None:

@@ -12,10 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.commands import ROOT
 
 NODE = "localhost"  # A name that every machine can resolve, as those of a cluster can.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
+_PATH = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
+_MISSING = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
+NEEDS_SLURM = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(_MISSING), reason=f"apt-get install slurm-wlm munge: {_MISSING}"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons are started as root"),
+]
 _CONFIG = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -113,7 +122,7 @@ class Cluster:
             AssertionError: With everything that it said, if it fails.
         """
         program, *rest = (str(part) for part in command)
-        path = shutil.which(program, path=f"{self.environment['PATH']}:/usr/sbin:/usr/local/sbin")
+        path = shutil.which(program, path=f"{self.environment['PATH']}:{_PATH}")
         assert path is not None, program
         done = subprocess.run(
             [path, *rest], cwd=ROOT, env=self.environment, capture_output=True, text=True

@@ -1,27 +1,16 @@
 """The shipped job file on a real SLURM: its time runs out, it is cancelled, its node dies."""
 
-import json
-import os
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from patcher_pl.jobs import SlurmArray
 from tests.commands import ROOT, patcher_settings, redteam_settings, write_inputs, write_yaml
-from tests.slurm.cluster import PROGRAMS, Cluster
+from tests.slurm.cluster import NEEDS_SLURM, Cluster
+from tests.slurm.red_teams import attack_settings, measured
 
-_PATH = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
-_MISSING = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(_MISSING), reason=f"apt-get install slurm-wlm munge: {_MISSING}"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons are started as root"),
-]
+pytestmark = NEEDS_SLURM
 JOB = ROOT / "configs" / "strategies" / "fsdp2-multinode.sbatch"
 TWO_TASKS = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0")
 STRATEGY: dict[str, Any] = {
@@ -34,16 +23,6 @@ STRATEGY: dict[str, Any] = {
         },
     }
 }
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    # Jobs find the interpreter that runs the tests.
-    cluster.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    cluster.start()
-    yield cluster
-    cluster.stop()
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +117,6 @@ def test_a_job_whose_node_dies_goes_on_when_it_is_back(cluster, inputs, undistur
     assert_same(run_dir, undisturbed)
 
 
-def attack_settings(inputs: Path, model: Path, run_dir: Path) -> dict[str, Any]:
-    redteam = redteam_settings(inputs) | {"seeds": [0, 1]}
-    common = {"device": "cpu", "num_threads": 1, "redteam": redteam}
-    return {"run_dir": str(run_dir), "model": str(model), **common}
-
-
 def test_a_red_team_of_two_tasks_finds_what_one_process_finds(cluster, inputs):
     """srun starts both, which hold the model together."""
     one = write_yaml(
@@ -156,43 +129,3 @@ def test_a_red_team_of_two_tasks_finds_what_one_process_finds(cluster, inputs):
     cluster.run("srun", *TWO_TASKS, *command, two)
     cluster.run(*command, one)
     assert measured(inputs / "together") == measured(inputs / "alone")
-
-
-def test_a_red_team_as_an_array_finds_what_one_process_finds(cluster, inputs):
-    """Wrong if a figure depended on who ran it."""
-    pytest.importorskip("submitit")
-    command = ("python", "-m", "patcher_pl", "redteam", "--config")
-    for name in ("alone", "array"):
-        settings = attack_settings(inputs, inputs / "model", inputs / f"as-{name}")
-        if name == "array":
-            chosen = {"num_cpus": 1, "timeout_min": 10, "logs": str(inputs / "logs")}
-            engine = f"{SlurmArray.__module__}.{SlurmArray.__name__}"
-            settings["engine"] = {"class_path": engine, "init_args": chosen}
-        cluster.run(*command, write_yaml(inputs / f"as-{name}.yaml", settings))
-    assert measured(inputs / "as-array") == measured(inputs / "as-alone")
-    assert len(list((inputs / "logs").glob("*_result.pkl"))) == 2
-
-
-def test_a_task_that_dies_is_recorded_and_the_others_go_on(cluster, inputs):
-    """There is no accounting to ask here; wrong if the command waited for ever."""
-    pytest.importorskip("submitit")
-    settings = attack_settings(inputs, inputs / "model", inputs / "dying")
-    dying = {"class_path": "tests.red_team_parts.Dying", "init_args": {"how": "kill"}}
-    settings["redteam"]["attacks"].append(dying)
-    settings["redteam"]["seeds"] = [0]
-    chosen = {"num_cpus": 1, "timeout_min": 10, "logs": str(inputs / "logs-dying")}
-    engine = f"{SlurmArray.__module__}.{SlurmArray.__name__}"
-    settings["engine"] = {"class_path": engine, "init_args": chosen}
-    config = write_yaml(inputs / "dying.yaml", settings)
-    cluster.run("python", "-m", "patcher_pl", "redteam", "--config", config)
-    first, second = measured(inputs / "dying")
-    assert first[-1] is None
-    assert "ended" in second[-1]
-    assert "SLURM task" in second[-1]
-
-
-def measured(run_dir: Path) -> list[Any]:
-    curves = json.loads((run_dir / "results.json").read_text())["curves"]
-    assert len(curves) == 2
-    keys = ("attack", "seed", "attack_steps", "asr", "benign_accuracy", "error")
-    return [[curve[key] for key in keys] for curve in curves]

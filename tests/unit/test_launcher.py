@@ -3,7 +3,7 @@
 import pytest
 
 from patcher_pl import launcher
-from tests.commands import cli
+from tests.commands import cli, sft_settings, write_inputs, write_yaml
 
 TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
@@ -45,3 +45,12 @@ def test_a_world_can_be_built_by_one_of_several(launched, tmp_path):
     """As when data is first read in a sharded run: the command inherits the launcher's variables."""
     cli("testbed", "--out", tmp_path / "out").expect(0)
     assert (tmp_path / "out" / "data" / "safe.jsonl").is_file()
+
+
+def test_processes_that_would_train_for_themselves_are_refused(launched, tmp_path):
+    """Wrong if eight processes wrote eight models into one directory."""
+    config = write_yaml(tmp_path / "fit.yaml", sft_settings(write_inputs(tmp_path)))
+    refused = cli("fit", "--config", config, "--run_dir", tmp_path / "run").expect(2)
+    assert "trainer.devices: must be the number of processes" in refused.err
+    assert "started, 8, divided by trainer.num_nodes, got 1 on 1" in refused.err
+    assert not (tmp_path / "run").exists()

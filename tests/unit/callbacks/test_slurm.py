@@ -50,10 +50,11 @@ def test_a_refusal_is_told_and_no_more(scontrol, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("number", "asked"), [(signal.SIGUSR1, ["requeue 9"]), (signal.SIGTERM, [])]
+    ("number", "asked"),
+    [(signal.SIGUSR1, ["requeue 9"]), (signal.SIGTERM, []), (signal.SIGUSR2, [])],
 )
 def test_only_the_warning_signal_requeues(scontrol, monkeypatch, tmp_path, number, asked):
-    """SIGTERM may come from `scancel`: who cancels a job does not want it back."""
+    """SIGTERM may come from `scancel`, SIGUSR2 from `SlurmArray`, whose task puts itself back."""
     # As srun sets them, so that Lightning too knows the job and would handle signals itself.
     job = {"JOB_ID": 9, "JOB_NAME": "train", "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
     for name, value in job.items():

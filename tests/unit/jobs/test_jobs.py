@@ -135,4 +135,4 @@ def test_a_run_sees_the_device_that_it_was_dealt(run, monkeypatch, device, visib
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert run._environment(device).get("CUDA_VISIBLE_DEVICES") == given
+    assert run._environment(device, alone=True).get("CUDA_VISIBLE_DEVICES") == given
