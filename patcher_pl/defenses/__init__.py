@@ -3,7 +3,6 @@
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.booster import Booster
 from patcher_pl.defenses.patcher import Patcher
-from patcher_pl.defenses.replicated_strategy import ReplicatedStrategy
 from patcher_pl.defenses.repnoise import RepNoise
 from patcher_pl.defenses.seam import Seam
 from patcher_pl.defenses.sft import SFT
@@ -17,7 +16,6 @@ __all__ = [
     "Defense",
     "Patcher",
     "RepNoise",
-    "ReplicatedStrategy",
     "Seam",
     "TVaccine",
     "Tar",

@@ -18,7 +18,7 @@ from patcher_pl.cli.redteam import run_redteam
 from patcher_pl.cli.scale import run_scale
 from patcher_pl.comparison import Column
 from patcher_pl.comparison.trials import plan_trials
-from patcher_pl.defenses.strategies import shards
+from patcher_pl.defenses.strategies import replicates, shards
 from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation import Benchmark, Judge
 from patcher_pl.jobs import Fit, plan_sweep
@@ -166,7 +166,8 @@ def test_a_strategy_is_built_on_top_of_an_experiment(
         return
     built = PatcherCLI("fit", arguments)
     assert built.trainer.world_size == devices * num_nodes
-    assert shards(built.trainer) == (devices * num_nodes > 1)
+    is_spread = shards(built.trainer) or replicates(built.trainer)
+    assert is_spread == (devices * num_nodes > 1)
 
 
 @pytest.mark.parametrize("path", of_kind("red team"))

@@ -10,7 +10,8 @@ import torch
 
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.callbacks import AtomicCheckpointIO
-from patcher_pl.defenses import Patcher, ReplicatedStrategy
+from patcher_pl.defenses import Patcher
+from patcher_pl.defenses.replicated_strategy import ReplicatedStrategy
 from patcher_pl.models import Sharding
 from patcher_pl.optim import SGD
 from tests.distributed import patcher_options_worker, runs

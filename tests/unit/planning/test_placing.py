@@ -6,7 +6,8 @@ import pytest
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from patcher_pl.attackers import FineTuningAttacker
-from patcher_pl.defenses import SFT, Patcher, ReplicatedStrategy
+from patcher_pl.defenses import SFT, Patcher
+from patcher_pl.defenses.replicated_strategy import ReplicatedStrategy
 from patcher_pl.errors import ConfigError
 from patcher_pl.hypergradients import Adjoint
 from patcher_pl.hypergradients.hvp import FiniteDifference
