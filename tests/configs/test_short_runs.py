@@ -63,6 +63,8 @@ def simulated(attacker):
 
 def mixtures_of(content):
     found = [content["redteam"]["data"], *map(content["data"].get, ("safe", "attack", "val"))]
+    outer = content["model"]["init_args"].get("outer", {})
+    found.append(outer.get("init_args", {}).get("data"))
     return [mixture for mixture in found if mixture]
 
 
