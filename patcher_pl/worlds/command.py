@@ -46,7 +46,11 @@ def run_testbed(
         with locked(kept):
             if not kept.is_dir():
                 write_atomically(kept, write)
-        write_atomically(out, lambda folder: shutil.copytree(kept, folder))
+
+        def copy(folder: Path) -> None:
+            shutil.copytree(kept, folder)
+
+        write_atomically(out, copy)
     there = " and ".join(f"{path.name}/" for path in sorted(out.iterdir()) if path.is_dir())
     print(f"Testbed written to {out}: {there}")
 
