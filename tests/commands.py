@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -234,6 +235,18 @@ class AnnouncedAttacker(FineTuningAttacker):
             before_step()
 
         return super().attack(model, weights, batches, announce)
+
+
+def end(process: subprocess.Popen, log: Path, status: int = 0, timeout_s: float = 600) -> str:
+    """Waits for a command that writes to a log; returns what it said."""
+    try:
+        found = process.wait(timeout_s)
+    finally:
+        process.kill()
+        process.wait()
+    said = log.read_text()
+    assert found == status, said[-6000:]
+    return said
 
 
 def command_line(*arguments: object) -> list[str]:

@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from patcher_pl.callbacks.checkpoint_files import agree_on_written, folder_error
+from patcher_pl.callbacks.checkpoint_files import agree_on_written, file_error, folder_error
 from patcher_pl.defenses.strategies import shards
-from patcher_pl.errors import CheckpointError
 
 
 class BackgroundWriter:
@@ -75,14 +74,7 @@ class BackgroundWriter:
             distributed.destroy_process_group(self._group)
 
     def _write_file(self, content: dict[str, Any], path: Path, then: Callable[[], None]) -> None:
-        error = None
-        if self._trainer.is_global_zero:
-            try:
-                self._trainer.strategy.checkpoint_io.save_checkpoint(content, path)
-                then()
-            except (CheckpointError, OSError) as raised:
-                error = raised
-        agree_on_written(self._any_of, error, path)
+        agree_on_written(self._any_of, file_error(self._trainer, content, path, then), path)
 
     def _write_folder(self, content: dict[str, Any], path: Path, then: Callable[[], None]) -> None:
         first = distributed.get_rank() == 0

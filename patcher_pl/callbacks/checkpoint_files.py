@@ -67,14 +67,28 @@ def save_file(trainer: Trainer, path: Path, then: Callable[[], None]) -> None:
     """
     # As in Trainer.save_checkpoint, but for its barrier, to which a process that failed never came.
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    error = None
+    error = file_error(trainer, checkpoint, path, then)
+    agree_on_written(trainer.strategy.reduce_boolean_decision, error, path)
+
+
+def file_error(
+    trainer: Trainer, content: dict[str, Any], path: Path, then: Callable[[], None]
+) -> BaseException | None:
+    """Why the first process could not write a file; None where it could, and on all others.
+
+    Args:
+        trainer: Of the run.
+        content: Of the checkpoint.
+        path: The file.
+        then: What the first process does once the file is there.
+    """
     if trainer.is_global_zero:
         try:
-            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+            trainer.strategy.checkpoint_io.save_checkpoint(content, path)
             then()
-        except (CheckpointError, OSError) as raised:
-            error = raised
-    agree_on_written(trainer.strategy.reduce_boolean_decision, error, path)
+        except (CheckpointError, OSError) as error:
+            return error
+    return None
 
 
 def agree_on_written(any_of: Callable[..., bool], error: BaseException | None, path: Path) -> None:

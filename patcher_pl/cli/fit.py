@@ -27,7 +27,7 @@ from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.jobs.lock import held
 from patcher_pl.machine import cpu_threads
 from patcher_pl.models import export_model
-from patcher_pl.models.peers import is_shared
+from patcher_pl.models.peers import is_shared, is_spread
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
 from patcher_pl.redteam.grid import ModelName
@@ -316,11 +316,14 @@ class _Examination:
             return
         defense, logger = trained.defense, trained.logger
         seed = self._cli.options.seed_everything
-        spread = is_shared(trained.model)
-        model = trained.model if spread else trained.model.to(self.board.device)
+        shared, is_plain = is_shared(trained.model), not is_spread(trained.model)
+        # Lightning has left a plain one in host memory; shards are where they were.
+        model = trained.model.to(self.board.device) if is_plain else trained.model
         bench = Bench(model, defense.tokenizer)
-        if spread and torch.distributed.get_rank() > 0:
+        if shared and torch.distributed.get_rank() > 0:
             follow(bench, self.board.device)
+            if is_plain:
+                model.cpu()
             return
         attacked = AttackedModel(
             name=ModelName(
@@ -333,15 +336,15 @@ class _Examination:
             bench=bench,
         )
         try:
-            with leading() if spread else nullcontext():
+            with leading() if shared else nullcontext():
                 curves = self.board.attack(redteam, [attacked])
         except RunInterrupted as stop:
             how = f"{str(stop).removesuffix('.')} and --ckpt_path last."
             raise RunInterrupted(how, signal=stop.signal) from stop
-        if spread:
+        if shared:
             bench.clear()
-        else:
-            trained.model.cpu()  # Room for the next one on the device.
+        if is_plain:
+            model.cpu()  # Room for the next one on the device.
         curves = [curve for curve in curves if curve.attack_steps]  # The others failed at once.
         if curves and isinstance(logger, TensorBoardLogger):
             step = defense.trainer.global_step

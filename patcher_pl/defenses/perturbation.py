@@ -76,7 +76,8 @@ def add_perturbed_gradients(
     dropout = RandomState.capture(batch["input_ids"].device)
     gradients, loss_safe = output_gradients(step, modules, batch)
     # Not of the model's own parameters: FSDP2 leaves gathered ones behind.
-    norm = step.trained_weights.shards.total(norms_of(gradients).square().sum()).sqrt()
+    own, shards = norms_of(gradients).square().sum(), step.trained_weights.shards
+    norm = shards.total_of_batches(own).sqrt()
     # Where the loss is flat there is no worst direction.
     scale = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
     pairs = zip(modules, gradients, strict=True)
@@ -89,7 +90,8 @@ def add_perturbed_gradients(
         "loss_safe": loss_safe,
         "loss_perturbed": loss_perturbed.detach(),
         "perturbation_gap": loss_perturbed.detach() - loss_safe,
-        "embedding_grad_norm": norm,
+        # Losses here are means over this process's rows, of which the step's loss is the mean.
+        "embedding_grad_norm": norm / shards.num_peers,
     }
 
 

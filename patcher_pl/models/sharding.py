@@ -108,12 +108,12 @@ class Sharding:
             ConfigError: If they cannot be divided among the copies.
             PatcherError: On all processes, if loading fails on the first.
         """
+        mesh = self._with_replicas(mesh)
         # One process reads the disk or the hub; eight of them would each need host memory for the
         # model.
         whole = on_first_process(load_whole)
-        device = _device_of(mesh)
-        mesh = self._with_replicas(mesh)
         model = make_empty()
+        device = _device_of(mesh)
         # Sharded while still on the meta device: memory is given to the shards alone.
         self.apply(model, mesh)
         model.to_empty(device="cpu" if self.cpu_offload else device)

@@ -63,6 +63,11 @@ class Shards:
         return self._group is not None
 
     @property
+    def num_peers(self) -> int:
+        """Processes whose gradients are averaged, each of a batch of its own (count, >= 1)."""
+        return 1 if self._peers is None else self._peers.size()
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes; offloaded shards wait elsewhere."""
         if self._mesh is None or self._mesh.device_type == "cpu":
@@ -185,11 +190,16 @@ class Shards:
             return value
         return self._sum(value, self._group).to(value.device)
 
+    @torch.no_grad()
+    def total_of_batches(self, value: Tensor) -> Tensor:
+        """Returns the sum over the processes of what each found for its rows, whatever it holds."""
+        return value if self._peers is None else self._sum(value, self._peers).to(value.device)
+
     def mean(self, value: Tensor) -> float:
         """Returns the mean over the processes, of a loss for example."""
         if self._peers is None:
             return float(value.detach())
-        return float(self._sum(value, self._peers)) / self._peers.size()
+        return float(self._sum(value, self._peers)) / self.num_peers
 
     def _sum(self, value: Tensor, group: Any) -> Tensor:
         # Where shards wait in host memory, the group still speaks through the device.

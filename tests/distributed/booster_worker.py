@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from tests.tiny_runs import make_llama_exact
 RANK = int(os.environ.get("RANK", 0))
 
 
-def make_booster(folder: Path) -> Booster:
+def make_booster(folder: Path, **options: Any) -> Booster:
     """With clipping, and accumulation: gradients are set aside while others are computed."""
-    model = LanguageModel(path=str(folder / "llama"), dtype="float64")
+    model = LanguageModel(path=str(folder / "llama"), dtype="float64", **options)
     return Booster(
         model, optimizer=runs.build_optimizer, max_grad_norm=0.5, accumulate_grad_batches=2
     )

@@ -8,52 +8,46 @@ from typing import Any
 import pytest
 import torch
 
-from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.callbacks import AtomicCheckpointIO
-from patcher_pl.defenses import Patcher
+from patcher_pl.defenses import Defense
 from patcher_pl.defenses.replicated_strategy import ReplicatedStrategy
 from patcher_pl.models import Sharding
-from patcher_pl.optim import SGD
 from tests.distributed import patcher_options_worker, runs
+from tests.distributed.booster_worker import make_booster
 from tests.distributed.patcher_options_worker import Seeded
+from tests.distributed.vaccine_worker import make_vaccine
 from tests.distributed.worker import assert_same_parts, whole
 from tests.estimator_table import HIGHER_ORDER
 from tests.tiny_runs import make_llama_exact, snapshot
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-OPTIONS = ("attacks", "adapters", "lora", "kl")
+OPTIONS = ("attacks", "adapters", "lora", "kl", "states")
+OTHERS = ("vaccine", "booster")  # What they divide by is a norm over the rows of all processes.
 
 
-def make(folder: Path, kind: str) -> Patcher:
-    """Patcher as others train it sharded, or with a hypergradient that is taken anew at every step."""
+def make(folder: Path, kind: str) -> Defense:
+    """A defense as others train it sharded, or with a hypergradient that is taken anew at every step."""
     options: dict[str, Any] = {}
     if SIZE == 4:  # Two copies, of two processes each.
         options["language_model"] = {"sharding": Sharding(num_replicas=2)}
+    if kind == "vaccine":
+        return make_vaccine(folder, **options.get("language_model", {}))
+    if kind == "booster":
+        return make_booster(folder, **options.get("language_model", {}))
     if kind in OPTIONS:
         return patcher_options_worker.make(folder, kind, **options)
     if kind == "plain":
         return runs.make_patcher(folder / "llama", **options)
-    attacker = FineTuningAttacker(
-        num_steps=3, optimizer=SGD(lr=0.3, momentum=0.5), max_grad_norm=0.2
-    )
-    return runs.make_patcher(
-        folder / "llama",
-        attacker=attacker,
-        hypergradient=HIGHER_ORDER[kind],
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        refresh_every=1,
-        num_sft_steps=0,
-        trust_every=1,
-        **options,
-    )
+    options["accumulate_grad_batches"] = 2
+    return runs.make_hypergradient_patcher(folder / "llama", HIGHER_ORDER[kind], **options)
 
 
 def kinds(size: int) -> tuple[str, ...]:
     """What so many processes train: exact hypergradients need whole copies."""
-    return ("plain", *OPTIONS, *HIGHER_ORDER) if size == 2 else ("plain", *OPTIONS)
+    return ("plain", *OPTIONS, *OTHERS, *(HIGHER_ORDER if size == 2 else ()))
 
 
-def train(defense: Patcher, folder: Path, num_steps: int, **options: Any) -> None:
+def train(defense: Defense, folder: Path, num_steps: int, **options: Any) -> None:
     """As `runs.train` does; with two processes, each has the whole model."""
     if SIZE == 2:
         options |= {"strategy": ReplicatedStrategy(), "plugins": [AtomicCheckpointIO()]}

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from patcher_pl.attackers import FineTuningAttacker
 from patcher_pl.callbacks import RunCheckpoint
 from patcher_pl.defenses import SFT, Patcher
-from patcher_pl.hypergradients import Adjoint, Truncated
+from patcher_pl.hypergradients import Adjoint, Hypergradient, Truncated
 from patcher_pl.hypergradients.hvp import FiniteDifference
 from patcher_pl.models import LanguageModel
 from patcher_pl.optim import SGD, AdamW
@@ -54,20 +54,20 @@ def make_patcher(path: Path, **options: Any) -> Patcher:
     return Patcher(model, **{**settings, **options})
 
 
-def make_hypergradient_patcher(path: Path, name: str) -> Patcher:
-    """Patcher with a fresh estimate by differences of gradients at every step."""
+def make_hypergradient_patcher(path: Path, hypergradient: Hypergradient, **options: Any) -> Patcher:
+    """Patcher with a fresh estimate at every step."""
     attacker = FineTuningAttacker(
         num_steps=3, optimizer=SGD(lr=0.3, momentum=0.5), max_grad_norm=0.2
     )
     return make_patcher(
         path,
         attacker=attacker,
-        hypergradient=ESTIMATORS[name],
+        hypergradient=hypergradient,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         refresh_every=1,
         num_sft_steps=0,
         trust_every=1,
-        accumulate_grad_batches=1,
+        **{"accumulate_grad_batches": 1, **options},
     )
 
 
@@ -97,6 +97,18 @@ def train(defense: Any, folder: Path, num_processes: int, num_steps: int, **opti
         devices=num_processes,
         **{"num_sanity_val_steps": 1, "val_check_interval": 1, **several, **options},
     )
+
+
+def read(path: Path) -> Any:
+    """What a process has left there."""
+    return torch.load(path, weights_only=True)
+
+
+def assert_close(one: Any, other: Any, tolerance: float = 1e-10) -> None:
+    """The same tensors, by name."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=tolerance)
 
 
 def saving(folder: Path, **options: Any) -> RunCheckpoint:

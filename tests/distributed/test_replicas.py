@@ -8,9 +8,10 @@ import torch
 from patcher_pl.callbacks import AtomicCheckpointIO
 from tests.distributed import replicas_worker as worker
 from tests.distributed import runs
+from tests.distributed.runs import assert_close, read
 from tests.tiny_runs import make_llama_exact, snapshot
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 CHECKPOINT = f"step-{runs.SAVED_AT:08d}.ckpt"
 
@@ -36,16 +37,6 @@ def folder(tmp_path_factory, llama):
     return folder
 
 
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_close(found, expected, tolerance=1e-9):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance)
-
-
 @pytest.mark.parametrize(
     ("size", "kind"), [(size, kind) for size in (2, 4) for kind in worker.kinds(size)]
 )
@@ -63,7 +54,7 @@ def test_they_train_as_one(folder, size, kind):
 
 @pytest.mark.parametrize("run", ["2-from-by-one", "4-from-by-one", "4-from-2-plain"])
 def test_they_go_on_from_others_checkpoints(folder, run):
-    assert_close(read(folder / f"{run}.pt"), read(folder / "1-plain.pt")[0])
+    assert_close(read(folder / f"{run}.pt"), read(folder / "1-plain.pt")[0], 1e-9)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -76,4 +67,4 @@ def test_one_process_goes_on_from_theirs(folder, tmp_path, monkeypatch, size):
         weights_only=True,
         plugins=[AtomicCheckpointIO()],
     )
-    assert_close(snapshot(resumed.model), read(folder / "1-plain.pt")[0])
+    assert_close(snapshot(resumed.model), read(folder / "1-plain.pt")[0], 1e-9)

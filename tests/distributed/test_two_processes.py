@@ -16,6 +16,7 @@ from patcher_pl.callbacks import AtomicCheckpointIO
 from patcher_pl.defenses import Patcher
 from tests.concurrent_runs import concurrent
 from tests.distributed import runs
+from tests.distributed.runs import assert_close, read
 from tests.distributed.worker import SCENARIOS
 from tests.tiny_runs import make_llama_exact, snapshot
 
@@ -77,16 +78,6 @@ def folder(tmp_path_factory, llama, gpt2):
 @pytest.fixture
 def exact(monkeypatch):
     make_llama_exact(monkeypatch)
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_close(one, other, tolerance=1e-10):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
@@ -163,7 +154,7 @@ def test_concurrent_attacks_go_on_from_a_checkpoint_by_two(folder, exact):
 
 @pytest.mark.parametrize("name", runs.ESTIMATORS)
 def test_hypergradients_by_differences_agree(folder, exact, tmp_path, name):
-    alone = runs.make_hypergradient_patcher(folder / "llama", name)
+    alone = runs.make_hypergradient_patcher(folder / "llama", runs.ESTIMATORS[name])
     logger = runs.memory()
     runs.train(alone, tmp_path, 1, 2, logger=logger)
     sharded, logged = read(folder / f"{name}.pt")

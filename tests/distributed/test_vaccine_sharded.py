@@ -24,7 +24,8 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
         assert weights.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-10)
-        for metric in ("train/loss_safe", "train/loss_perturbed", "train/grad_norm"):
+        for metric in ("loss_safe", "loss_perturbed", "grad_norm", "embedding_grad_norm"):
+            metric = f"train/{metric}"
             assert list(history[metric].values()) == pytest.approx(
                 list(logger.history[metric].values()), rel=1e-9
             )

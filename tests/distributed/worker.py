@@ -106,7 +106,7 @@ def packing_changes_nothing(folder: Path) -> None:
 def hypergradients_by_differences(folder: Path) -> None:
     for name in runs.ESTIMATORS:
         logger = runs.memory()
-        defense = runs.make_hypergradient_patcher(folder / "llama", name)
+        defense = runs.make_hypergradient_patcher(folder / "llama", runs.ESTIMATORS[name])
         runs.train(defense, folder, 2, 2, logger=logger)
         weights = whole(defense.model)
         if RANK == 0:

@@ -13,6 +13,7 @@ from patcher_pl.reports import Results
 from tests.commands import (
     ROOT,
     command_line,
+    end,
     patcher_settings,
     redteam_settings,
     sft_settings,
@@ -67,20 +68,8 @@ def begin(folder: Path, run: str, engine: dict[str, Any]) -> subprocess.Popen:
         )
 
 
-def end(process: subprocess.Popen, folder: Path, run: str, status: int = 0) -> str:
-    """Waits for it; returns what it said."""
-    try:
-        found = process.wait(TIMEOUT_S)
-    finally:
-        process.kill()
-        process.wait()
-    said = (folder / f"{run}.log").read_text()
-    assert found == status, said[-6000:]
-    return said
-
-
 def compare(folder: Path, run: str, engine: dict[str, Any]) -> None:
-    end(begin(folder, run, engine), folder, run)
+    end(begin(folder, run, engine), folder / f"{run}.log")
 
 
 def on(cluster: Any, **options: Any) -> dict[str, Any]:
@@ -141,7 +130,7 @@ def test_ray_goes_on_elsewhere_with_what_a_lost_node_did(cluster, folder, in_pro
     run, node = "one-lost", cluster.add_node(num_cpus=1)
     process = begin(folder, run, on(cluster))
     lose(cluster, node, folder / run, process)
-    end(process, folder, run)
+    end(process, folder / f"{run}.log")
     assert len(begun_twice(folder / run)) == 1
     assert_same(folder, run, in_process)
 
@@ -152,7 +141,7 @@ def test_the_same_command_goes_on_where_ray_did_not(cluster, folder, in_process)
     engine = on(cluster, max_retries=0)
     process = begin(folder, run, engine)
     lose(cluster, node, folder / run, process)
-    said = end(process, folder, run, status=2)
+    said = end(process, folder / f"{run}.log", status=2)
     assert ": every trial failed; the first left " in said
     logs = [path.read_text() for path in (folder / run / "search").rglob("log.txt")]
     assert sum("Error" in log for log in logs) == 1, logs

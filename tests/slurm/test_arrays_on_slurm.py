@@ -1,6 +1,7 @@
 """`SlurmArray` on a real SLURM."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from patcher_pl.reports import Results
 from tests.commands import (
     ROOT,
     command_line,
+    end,
     patcher_settings,
     redteam_settings,
     sft_settings,
@@ -33,7 +35,6 @@ STRATEGY = {
     # Half of a step's rows each.
     "data.batch_size": 2,
 }
-TIMEOUT_S = 600
 # Long enough for a task to be cancelled in the middle of it.
 NUM_EVALUATIONS = 500
 
@@ -67,6 +68,11 @@ def begin(cluster: Cluster, inputs: Path, run: str, command: str, content: Any) 
         )
 
 
+def perform(cluster: Cluster, inputs: Path, run: str, command: str, content: Any) -> None:
+    """Starts a command and waits for it."""
+    end(begin(cluster, inputs, run, command, content), inputs / f"{run}.log")
+
+
 def comparison(engine: Any, **options: Any) -> dict[str, Any]:
     """Two defenses, one setting and one model each."""
     return {
@@ -78,18 +84,6 @@ def comparison(engine: Any, **options: Any) -> dict[str, Any]:
         "options": {"trainer.max_steps": -1, **options},
         "engine": engine,
     }
-
-
-def end(process: subprocess.Popen, inputs: Path, run: str, status: int = 0) -> str:
-    """Waits for it; returns what it said."""
-    try:
-        found = process.wait(TIMEOUT_S)
-    finally:
-        process.kill()
-        process.wait()
-    said = (inputs / f"{run}.log").read_text()
-    assert found == status, said[-6000:]
-    return said
 
 
 def compared(run_dir: Path) -> Any:
@@ -106,7 +100,7 @@ def compared(run_dir: Path) -> Any:
 def test_a_comparison_goes_on_where_a_task_was_cancelled(cluster, inputs):
     """Wrong if a figure depended on who ran it, or what the others found were lost."""
     here = {"class_path": "patcher_pl.jobs.InProcess"}
-    end(begin(cluster, inputs, "here", "compare", comparison(here)), inputs, "here")
+    perform(cluster, inputs, "here", "compare", comparison(here))
     engine = array(inputs / "compare-logs")
     process = begin(cluster, inputs, "tasks", "compare", comparison(engine))
     runs = inputs / "tasks" / "search"
@@ -114,10 +108,10 @@ def test_a_comparison_goes_on_where_a_task_was_cancelled(cluster, inputs):
     # The second of an array of two: settings are tried in the order of the defenses.
     queued = cluster.run("squeue", "--noheader", "--array", "--format=%i").split()
     cluster.run("scancel", max(queued))
-    said = end(process, inputs, "tasks", status=2)
+    said = end(process, inputs / "tasks.log", status=2)
     assert "mine: every trial failed" in said
     done = {path: path.stat().st_mtime_ns for path in runs.glob("sft/**/run.json")}
-    end(begin(cluster, inputs, "tasks", "compare", comparison(engine)), inputs, "tasks")
+    perform(cluster, inputs, "tasks", "compare", comparison(engine))
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what is done is not repeated"
     runs_of_all = [json.loads(path.read_text()) for path in (inputs / "tasks").rglob("run.json")]
     # Of a run that went on from a checkpoint it is not known how long it took.
@@ -125,31 +119,36 @@ def test_a_comparison_goes_on_where_a_task_was_cancelled(cluster, inputs):
     assert compared(inputs / "tasks") == compared(inputs / "here")
 
 
-def test_a_red_team_as_an_array_finds_what_one_process_finds(cluster, inputs):
-    """Wrong if a figure depended on who ran it."""
-    command = ("python", "-m", "patcher_pl", "redteam", "--config")
-    for name in ("alone", "array"):
-        settings = attack_settings(inputs, inputs / "model", inputs / f"as-{name}")
-        if name == "array":
-            settings["engine"] = array(inputs / "logs")
-        cluster.run(*command, write_yaml(inputs / f"as-{name}.yaml", settings))
-    assert measured(inputs / "as-array") == measured(inputs / "as-alone")
-    assert len(list((inputs / "logs").glob("*_result.pkl"))) == 2
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_red_team_as_an_array_finds_what_one_process_finds(cluster, inputs, num_processes):
+    """Wrong if a figure depended on who ran it, or on how many did."""
+    logs = inputs / f"logs-{num_processes}"
+    engine = array(logs, tasks_per_node=num_processes, num_at_once=2 // num_processes)
+    runs = [f"{who}-{num_processes}" for who in ("alone", "array")]
+    for run, chosen in zip(runs, ({}, {"engine": engine}), strict=True):
+        settings = attack_settings(inputs, inputs / "model", inputs / run) | {"dtype": "float64"}
+        perform(cluster, inputs, run, "redteam", settings | chosen)
+    assert measured(inputs / runs[1]) == measured(inputs / runs[0])
+    assert len(list(logs.glob("*_result.pkl"))) == 2 * num_processes
 
 
-def test_a_task_that_dies_is_recorded_and_the_others_go_on(cluster, inputs):
-    """There is no accounting to ask here; wrong if the command waited for ever."""
-    settings = attack_settings(inputs, inputs / "model", inputs / "dying")
-    dying = {"class_path": "tests.red_team_parts.Dying", "init_args": {"how": "kill"}}
+@pytest.mark.parametrize(
+    ("how", "num_processes", "reason"),
+    [("kill", 1, r"SLURM task .* ended"), ("second", 2, r"^RuntimeError: a spoon$")],
+)
+def test_a_process_that_dies_is_recorded_and_other_tasks_go_on(
+    cluster, inputs, how, num_processes, reason
+):
+    """Wrong if the command, which has no accounting to ask, or a first process waited for ever."""
+    settings = attack_settings(inputs, inputs / "model", inputs / how)
+    dying = {"class_path": "tests.red_team_parts.Dying", "init_args": {"how": how}}
     settings["redteam"]["attacks"].append(dying)
     settings["redteam"]["seeds"] = [0]
-    settings["engine"] = array(inputs / "logs-dying")
-    config = write_yaml(inputs / "dying.yaml", settings)
-    cluster.run("python", "-m", "patcher_pl", "redteam", "--config", config)
-    first, second = measured(inputs / "dying")
+    settings["engine"] = array(inputs / f"logs-{how}", tasks_per_node=num_processes)
+    perform(cluster, inputs, how, "redteam", settings)
+    first, second = measured(inputs / how)
     assert first[-1] is None
-    assert "ended" in second[-1]
-    assert "SLURM task" in second[-1]
+    assert re.search(reason, second[-1])
 
 
 def run_again(cluster: Cluster, task: str, num_restarts: int) -> None:
@@ -188,12 +187,12 @@ def test_a_run_of_two_processes_is_put_back_and_ends_the_same(cluster, inputs):
     # As when another job takes its place.
     cluster.run("scontrol", "requeue", task)
     run_again(cluster, task, 2)
-    end(process, inputs, "put-back")
+    end(process, inputs / "put-back.log")
     said = (run / "log.txt").read_text()
     assert "stopped by SIGUSR2" in said
     assert "stopped by SIGTERM" in said
     undisturbed = begin(cluster, inputs, "undisturbed", "sweep", content)
-    end(undisturbed, inputs, "undisturbed")
+    end(undisturbed, inputs / "undisturbed.log")
     one, other = (
         inputs / name / "mine" / "seed-0" / "model" / "model.safetensors"
         for name in ("put-back", "undisturbed")
@@ -203,26 +202,3 @@ def test_a_run_of_two_processes_is_put_back_and_ends_the_same(cluster, inputs):
         Results.load(inputs / name / "results.json").curves for name in ("put-back", "undisturbed")
     ]
     assert curves[0] == curves[1]
-
-
-def test_attacks_of_two_processes_find_what_one_process_finds(cluster, inputs):
-    for name in ("one", "two"):
-        settings = attack_settings(inputs, inputs / "model", inputs / name) | {"dtype": "float64"}
-        if name == "two":
-            settings["engine"] = array(inputs / "two-logs", tasks_per_node=2, num_at_once=1)
-        end(begin(cluster, inputs, name, "redteam", settings), inputs, name)
-    assert measured(inputs / "two") == measured(inputs / "one")
-    assert len(list((inputs / "two-logs").glob("*_result.pkl"))) == 4
-
-
-def test_a_process_that_dies_ends_the_others(cluster, inputs):
-    """Wrong if the first waited for it until the time was up, or the reason were lost."""
-    settings = attack_settings(inputs, inputs / "model", inputs / "second")
-    dying = {"class_path": "tests.red_team_parts.Dying", "init_args": {"how": "second"}}
-    settings["redteam"]["attacks"].append(dying)
-    settings["redteam"]["seeds"] = [0]
-    settings["engine"] = array(inputs / "second-logs", tasks_per_node=2)
-    end(begin(cluster, inputs, "second", "redteam", settings), inputs, "second")
-    first, second = measured(inputs / "second")
-    assert first[-1] is None
-    assert second[-1] == "RuntimeError: a spoon"
