@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from patcher_pl.errors import ConfigError
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What this class sets itself.
-_OWN = {"model", "dtype", "skip_tokenizer_init", "max_model_len", "seed", "enable_prefix_caching"}
+_OWN = {
+    "model",
+    "dtype",
+    "skip_tokenizer_init",
+    "max_model_len",
+    "seed",
+    "enable_prefix_caching",
+    "enable_sleep_mode",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +34,7 @@ class Vllm(Backend):
     """Lets vLLM answer, from weights that are updated in place from measurement to measurement.
 
     One engine stays up as long as the process does, beside the live model on its GPU, and has only
-    what is left of its memory. Before it answers, the likeliest first tokens of a few prompts are
+    what is left of its memory, which it keeps or gives back between measurements (`sleeps`). Before it answers, the likeliest first tokens of a few prompts are
     compared with the live model's (see `VllmEngine`). Sampling is seeded per prompt; its draws differ
     from those of `HuggingFace`, greedy answers by rounding alone, which `python -m patcher_pl parity`
     measures. `Generation.batch_size` is not used: vLLM makes its own batches.
@@ -35,6 +44,9 @@ class Vllm(Backend):
     Args:
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take (in (0, 1]).
         tensor_parallel_size: GPUs that one model is spread over (count, >= 1).
+        sleeps: Give weights' and cache's memory back after every round of answers (vLLM's sleep
+            mode, level 2) and take it again for the next. Where training or attacks need the room;
+            needs a GPU, and PyTorch's `expandable_segments` off.
         export_dir: Where the weights are handed over, `/dev/shm` for instance; None takes the
             system's place for temporary files.
         engine_args: Further arguments of `vllm.LLM`, such as `enforce_eager`.
@@ -45,6 +57,7 @@ class Vllm(Backend):
 
     gpu_memory_utilization: float = 0.4
     tensor_parallel_size: int = 1
+    sleeps: bool = False
     export_dir: str | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,6 +84,11 @@ class Vllm(Backend):
                 "Generation.backend: Vllm needs vLLM, which is not installed. "
                 "Run `pip install vllm`, or use patcher_pl.evaluation.backends.HuggingFace."
             )
+        if self.sleeps and not torch.cuda.is_available():
+            raise ConfigError(
+                "Generation.backend: Vllm.sleeps gives a GPU's memory back, and PyTorch sees none here. "
+                "Leave it out."
+            )
         _require_exportable(model)
         if not prompts:
             return []
@@ -78,12 +96,15 @@ class Vllm(Backend):
             "max_model_len": decoding.context,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "tensor_parallel_size": self.tensor_parallel_size,
+            "enable_sleep_mode": self.sleeps,
             "seed": 0,  # Every prompt has one of its own.
             **self.engine_args,
         }
         engine = VllmEngine.of(_plain(model), options, self.export_dir, prompts)
         sampling = [_sampling(decoding, number, len(ids)) for number, ids in enumerate(prompts)]
-        return [_tokens(output, decoding) for output in engine.generate(prompts, sampling)]
+        outputs = engine.generate(prompts, sampling)
+        engine.rest()
+        return [_tokens(output, decoding) for output in outputs]
 
 
 def _sampling(decoding: Decoding, number: int, prompt_length: int) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class VllmEngine:
         self.options = options
         self._folder = tempfile.TemporaryDirectory(prefix="patcher_pl-vllm-", dir=export_dir)
         self._llm: Any = None
+        self._asleep = False
 
     @staticmethod
     def _key(model: "PreTrainedModel", options: dict[str, Any], export_dir: str | None) -> str:
@@ -118,6 +119,13 @@ class VllmEngine:
         )
         return [output.outputs[0] for output in outputs]
 
+    def rest(self) -> None:
+        """Gives its GPU's memory back until the next weights come, where its options let it."""
+        if self.options.get("enable_sleep_mode"):
+            # The next weights come from the export: keeping these in host memory would be a copy.
+            self._llm.sleep(level=2)
+            self._asleep = True
+
     def _start(self, model: "PreTrainedModel", prompts: Sequence[list[int]]) -> str | None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # Hundreds of lines otherwise.
         from vllm import LLM  # type: ignore[import-not-found]
@@ -137,7 +145,14 @@ class VllmEngine:
     def _update(self, model: "PreTrainedModel", prompts: Sequence[list[int]]) -> str | None:
         _export(model, Path(self._folder.name))
         try:
-            self._llm.collective_rpc("reload_weights")
+            if self._asleep:
+                # The cache's memory is taken last: weights are in memory twice while they are read.
+                self._llm.wake_up(tags=["weights"])
+                self._llm.collective_rpc("reload_weights")
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            else:
+                self._llm.collective_rpc("reload_weights")
         except Exception as error:  # vLLM raises plain ones, of whatever happened in its processes.
             return f"{type(error).__name__}: {error}"
         return self._difference(model, prompts)

@@ -45,11 +45,12 @@ def engine(monkeypatch):
 
     Prompts whose likeliest first token is asked for get it, from the weights that were read last.
     """
-    notes = SimpleNamespace(replies={}, reason="length", starts=0, updates=0, how="well")
+    notes = SimpleNamespace(replies={}, reason="length", starts=0, updates=0, how="well", asleep=set())
 
     class LLM:
         def __init__(self, model, **options):
             notes.folder, notes.options = Path(model), options
+            self.options = options
             notes.starts += 1
             notes.config = json.loads((notes.folder / "config.json").read_text())
             self._read()
@@ -66,13 +67,23 @@ def engine(monkeypatch):
 
         def collective_rpc(self, method):
             assert method == "reload_weights"
+            assert "weights" not in notes.asleep
             if notes.how == "not in place":
                 raise AttributeError(method)
             notes.updates += 1
             if notes.how != "stale":
                 self._read()
 
+        def sleep(self, level):
+            assert level == 2
+            assert self.options["enable_sleep_mode"], "vLLM refuses it otherwise"
+            notes.asleep, self.model = {"weights", "kv_cache"}, None
+
+        def wake_up(self, tags):
+            notes.asleep -= set(tags)
+
         def generate(self, prompts, sampling, use_tqdm):
+            assert not notes.asleep
             asked = [prompt["prompt_token_ids"] for prompt in prompts]
             if getattr(sampling[0], "logprobs", None):
                 return [SimpleNamespace(outputs=[self._likeliest(ids)]) for ids in asked]
@@ -139,6 +150,30 @@ def test_it_stays_up_and_takes_new_weights_in_place(model, tokenizer, engine):
     assert torch.equal(engine.weights["lm_head.weight"], model.lm_head.weight)
     asked(model, tokenizer, gpu_memory_utilization=0.5)
     assert engine.starts == 2, "other settings are another engine"
+
+
+def test_it_gives_memory_back_between_measurements(model, tokenizer, engine, monkeypatch):
+    """Wrong if an engine kept its memory, answered without the weights it let go, or slept unasked."""
+    monkeypatch.setattr("patcher_pl.evaluation.backends.vllm.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("patcher_pl.evaluation.backends.vllm_engine.torch.cuda.empty_cache", int)
+    asked(model, tokenizer, sleeps=True)
+    assert engine.asleep == {"weights", "kv_cache"}
+    shift(model)
+    asked(model, tokenizer, sleeps=True)
+    assert (engine.starts, engine.updates) == (1, 1)
+    assert engine.asleep == {"weights", "kv_cache"}
+    assert torch.equal(engine.weights["lm_head.weight"], model.lm_head.weight)
+    engine.asleep = set()
+    asked(model, tokenizer)
+    assert not engine.asleep
+
+
+def test_sleep_without_a_gpu_is_refused(model, tokenizer, engine):
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.raises(ConfigError, match=r"Vllm\.sleeps .* PyTorch sees none"):
+        asked(model, tokenizer, sleeps=True)
+    assert engine.starts == 0
 
 
 @pytest.mark.parametrize("how", ["stale", "not in place"])
