@@ -27,6 +27,7 @@ from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.jobs.lock import held
 from patcher_pl.machine import cpu_threads
 from patcher_pl.models import export_model
+from patcher_pl.models.other_release import start_of
 from patcher_pl.models.peers import is_shared, is_spread
 from patcher_pl.models.sharding import gathered, on_first_process
 from patcher_pl.redteam.board import Board, require_verdicts
@@ -210,6 +211,8 @@ def _trained_models(
 def _exported(trainer: Trainer, defense: Any, run_directory: RunDirectory) -> _Trained:
     """Writes a model as a plain Hugging Face directory; what only training needs goes then."""
     model: Any = defense.model
+    if not uses_fsdp1(trainer):
+        _extrapolate(defense, model)
     if replicates(trainer):
         on_first_process(lambda: export_model(model, defense.tokenizer, run_directory.model))
         return _Trained(defense, model, run_directory, trainer.logger)
@@ -217,12 +220,19 @@ def _exported(trainer: Trainer, defense: Any, run_directory: RunDirectory) -> _T
         export_model(model, defense.tokenizer, run_directory.model)
         return _Trained(defense, model, run_directory, trainer.logger)
     whole: Any = gathered(model)
+    if uses_fsdp1(trainer) and trainer.is_global_zero:
+        _extrapolate(defense, whole)
     on_first_process(lambda: export_model(whole, defense.tokenizer, run_directory.model))
     defense.release()
     trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
     # FSDP1's shards cannot be attacked.
     attacked = whole if uses_fsdp1(trainer) else model
     return _Trained(defense, attacked, run_directory, trainer.logger)
+
+
+def _extrapolate(defense: Defense, model: Any) -> None:
+    if defense.extrapolation is not None:
+        defense.extrapolation.apply(model, defense.language_model)
 
 
 def train_control(
@@ -334,6 +344,7 @@ class _Examination:
             language_model=defense.language_model,
             weights=model_digest(str(trained.run_directory.model)),
             bench=bench,
+            sibling=start_of(defense.language_model),
         )
         try:
             with leading() if shared else nullcontext():

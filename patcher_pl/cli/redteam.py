@@ -41,6 +41,7 @@ def run_redteam(
     device: str = "auto",
     num_threads: int | None = None,
     defense: str = "model",
+    sibling: str | None = None,
     k1: int | None = None,
     train_seed: int | None = None,
     fit_options: dict[str, OptionValue] | None = None,
@@ -77,6 +78,8 @@ def run_redteam(
         num_threads: CPU threads of torch, of each process; null leaves it to torch. Tiny models
             want 1.
         defense: Name of the defense of `model` in the results.
+        sibling: Hub id or directory of another public release of `model`, such as its base, for attacks
+            that go back to it (`DeltaStrip`).
         k1: Simulated attack steps that `model` was trained against, for the results.
         train_seed: Seed that `model` was trained with, for the results.
         fit_options: Options of `fit` (dotted names) that differ for models that it makes.
@@ -99,33 +102,45 @@ def run_redteam(
         require_settings("search", search.space if search else {}, redteam.attacks)
     if gguf_file is not None and model is None:
         raise ConfigError("gguf_file belongs to `model`; in `models`, give every Target its own.")
+    if sibling is not None and model is None:
+        raise ConfigError("sibling belongs to `model`; in `models`, give every Target its own.")
     targets = models or [
-        Target(defense=defense, path=model, k1=k1, train_seed=train_seed, gguf_file=gguf_file)
+        Target(
+            defense=defense,
+            path=model,
+            k1=k1,
+            train_seed=train_seed,
+            gguf_file=gguf_file,
+            sibling=sibling,
+        )
     ]
     require_distinct(targets)
 
     def attack(bench: Bench, runner: Engine, device: str) -> Results:
         overlap = redteam.shared_data({})  # Before hours are spent on making models.
-        paths = harden(targets, run_dir, fit_options or {}, engine)
-        attacked = [
-            AttackedModel(
-                name=target.name,
-                language_model=LanguageModel(
-                    path=path,
-                    chat=target.chat or chat or ChatFormat(),
-                    dtype=dtype,
-                    attn_implementation=attn_implementation,
-                    gradient_checkpointing=gradient_checkpointing,
-                    sharding=sharding or Sharding(),
-                    revision=revision,
-                    trust_remote_code=trust_remote_code,
-                    gguf_file=target.gguf_file,
-                    from_scratch_seed=target.from_scratch_seed,
-                ),
-                bench=bench,
+        found = harden(targets, run_dir, fit_options or {}, engine)
+        attacked = []
+        for target, one in zip(targets, found, strict=True):
+            language_model = LanguageModel(
+                path=one.path,
+                chat=target.chat or chat or ChatFormat(),
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                gradient_checkpointing=gradient_checkpointing,
+                sharding=sharding or Sharding(),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                gguf_file=target.gguf_file,
+                from_scratch_seed=target.from_scratch_seed,
             )
-            for target, path in zip(targets, paths, strict=True)
-        ]
+            attacked.append(
+                AttackedModel(
+                    name=target.name,
+                    language_model=language_model,
+                    bench=bench,
+                    sibling=one.sibling(target, language_model),
+                )
+            )
         board = Board(
             run_directory=RunDirectory(run_dir),
             engine=runner,

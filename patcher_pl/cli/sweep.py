@@ -1,12 +1,14 @@
 """Options of the `sweep` command: one `fit` per setting and seed, one figure."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from patcher_pl.cli.console import write_reports
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import ConfigFile, Engine, OptionValue, RunDirectory, plan_sweep, run_fits
 from patcher_pl.reports.environment import environment
-from patcher_pl.reports.results import Results
+from patcher_pl.reports.results import Curve, Results
 from patcher_pl.reports.settings import as_settings
 
 
@@ -22,8 +24,9 @@ def run_sweep(
 
     A seed sets the training seed and the red team's. Each run has a directory of its own below
     `run_dir`, with its log; the collected `results.json`, `results.csv`, `asr.png` and `asr.svg` lie
-    in `run_dir`. Called again, it goes on: finished runs are not repeated and interrupted ones
-    resume from their checkpoint. A run that fails is reported at the end; the others go on.
+    in `run_dir`; a defense that several variants train is called `defense (variant)` there. Called
+    again, it goes on: finished runs are not repeated and interrupted ones resume from their
+    checkpoint. A run that fails is reported at the end; the others go on.
 
     Args:
         base: Configuration of `fit` that all runs share; relative paths start at the sweep's own
@@ -47,11 +50,13 @@ def run_sweep(
         raise ConfigError("variants: must name at least one variant, got none.")
     fits = plan_sweep(Path(base), variants, run_dir, seeds or [0])
     failed = run_fits(fits, engine, num_processes)
-    done = [fit.results for fit in fits if fit.is_done]
-    curves = [curve for found in done for curve in found.curves]
+    # As `plan_sweep` lists them.
+    names = [name for name in variants for _ in seeds or [0]]
+    done = [(name, fit.results) for name, fit in zip(names, fits, strict=True) if fit.is_done]
+    curves = _told_apart([(name, curve) for name, found in done for curve in found.curves])
     results = Results(
         curves=curves,
-        overlap=list(dict.fromkeys(entry for found in done for entry in found.overlap)),
+        overlap=list(dict.fromkeys(entry for _, found in done for entry in found.overlap)),
         environment=environment(),
         settings=as_settings({"base": Path(base), "variants": variants, "seeds": seeds}),
     )
@@ -62,3 +67,19 @@ def run_sweep(
         logs = ", ".join(str(fit.log) for fit in failed)
         raise PatcherError(f"{len(failed)} of {len(fits)} runs failed; see {logs}.")
     return results
+
+
+def _told_apart(found: Sequence[tuple[str, Curve]]) -> list[Curve]:
+    """Curves of all variants; those of defenses that several variants train get the variant's name.
+
+    Otherwise reports would take variants for seeds, and average over them.
+    """
+    owners: dict[tuple[str, int | None], set[str]] = {}
+    for variant, curve in found:
+        owners.setdefault((curve.defense, curve.k1), set()).add(variant)
+    return [
+        replace(curve, defense=f"{curve.defense} ({variant})")
+        if len(owners[curve.defense, curve.k1]) > 1
+        else curve
+        for variant, curve in found
+    ]

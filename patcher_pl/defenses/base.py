@@ -12,14 +12,15 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from patcher_pl.defenses.attack_source import AttackSource
+from patcher_pl.defenses.extrapolation import LowRankExtrapolation
 from patcher_pl.defenses.optimizing import StepCheck, build_optimizer, build_scheduler
 from patcher_pl.defenses.saved_tensors import with_plain_optimizers
 from patcher_pl.defenses.step import Cost, Step
 from patcher_pl.defenses.strategies import (
     OneDevice,
+    over_processes,
     require_packable,
     require_readable,
-    require_shardable,
     require_supported,
     shared_out,
     uses_fsdp1,
@@ -60,6 +61,7 @@ class Defense(LightningModule):
         max_grad_norm: Global gradient norm to clip to; None leaves gradients as they are. 1 is the
             Patcher paper's, and what the Trainer of transformers clips to.
         accumulate_grad_batches: Batches whose mean loss makes one step (count, >= 1).
+        extrapolation: Go on from the trained weights before they are exported (LoX); None does not.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -67,6 +69,9 @@ class Defense(LightningModule):
 
     supports_packing: bool = False
     """Whether packed batches (see `Batch`) mean the same to it as padded ones."""
+
+    short_name: ClassVar[str | None] = None
+    """Its name in results; None takes the class's in small letters."""
 
     one_device: ClassVar[OneDevice | None] = None
     """Why it cannot be trained on sharded weights, and what can; None where it can."""
@@ -84,6 +89,7 @@ class Defense(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         accumulate_grad_batches: int = 1,
+        extrapolation: LowRankExtrapolation | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -92,9 +98,9 @@ class Defense(LightningModule):
         self.build_scheduler = scheduler
         self.max_grad_norm = max_grad_norm
         self.accumulate_grad_batches = accumulate_grad_batches
-        is_norm = max_grad_norm is None or max_grad_norm > 0
-        remedy = "Use null to leave gradients as they are."
-        require(self, is_norm, "max_grad_norm", "> 0 or null", remedy)
+        self.extrapolation = extrapolation
+        rule, remedy = "> 0 or null", "Use null to leave gradients as they are."
+        require(self, max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", rule, remedy)
         remedy = "Use 1 to take a step after every batch."
         require(self, accumulate_grad_batches >= 1, "accumulate_grad_batches", ">= 1", remedy)
         self.attack_source: AttackSource | None = None
@@ -121,7 +127,8 @@ class Defense(LightningModule):
     @property
     def name(self) -> str:
         """Name of the defense in results and TensorBoard."""
-        return type(self).__name__.lower()
+        kind = self.short_name or type(self).__name__.lower()
+        return kind if self.extrapolation is None else f"{kind}_lox"
 
     @property
     def num_attack_steps(self) -> int | None:
@@ -185,10 +192,6 @@ class Defense(LightningModule):
         self._model = self.language_model.load_model()
         if self._trainer is not None:
             self._model = shared_out(self._model, self.language_model.sharding, self.trainer)
-
-    def require_shardable(self) -> None:
-        """Refuses a defense or attacks that cannot work on sharded weights."""
-        require_shardable(self)
 
     def release(self) -> None:
         """Lets go of the weights, to make room; the defense is of no use to train afterwards."""
@@ -269,7 +272,7 @@ class Defense(LightningModule):
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate_grad_batches:
             # Reduced once per step, not per batch: every reduction waits for the slowest process.
-            losses, self._losses = self._over_processes(self._losses), {}
+            losses, self._losses = over_processes(self.trainer, self._losses), {}
             self._num_accumulated, source, take = 0, self.attack_source, self._take_step
             taken = take() if source is None else source.finish(self.step, take)
             self._log_step({**losses, **taken})
@@ -320,13 +323,6 @@ class Defense(LightningModule):
             schedulers.step()  # type: ignore[union-attr]
         return {"grad_norm": grad_norm, "lr": lr}
 
-    def _over_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of the whole step, of which this process saw a part."""
-        if self.trainer.world_size == 1 or not losses:
-            return losses
-        means = self.trainer.strategy.reduce(torch.stack(list(losses.values())), reduce_op="mean")
-        return dict(zip(losses, means, strict=True))
-
     def _log_step(self, metrics: Mapping[str, Any]) -> None:
         for key, value in metrics.items():
             shown = key in ("loss_safe", "attack_gap")
@@ -362,8 +358,8 @@ class Defense(LightningModule):
         self._log_held_out("test", batch)
 
     def _log_held_out(self, stage: str, batch: Batch) -> None:
-        loss = causal_lm_loss(self.model, batch)
-        several, size = self.trainer.world_size > 1, count_conversations(batch)
+        loss, several = causal_lm_loss(self.model, batch), self.trainer.world_size > 1
+        size = count_conversations(batch)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=several)
         if self.trainer.state.fn == "fit":
             # Lightning takes this as the place on the logger's axis, instead of counting batches.

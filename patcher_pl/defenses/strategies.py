@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.fsdp import ShardingStrategy
 
 from patcher_pl.defenses.replicated_strategy import ReplicatedStrategy
@@ -41,6 +43,14 @@ def replicates(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ReplicatedStrategy) and trainer.world_size > 1
 
 
+def over_processes(trainer: Trainer, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses of a whole step, of which every process saw a part."""
+    if trainer.world_size == 1 or not losses:
+        return losses
+    means = trainer.strategy.reduce(torch.stack(list(losses.values())), reduce_op="mean")
+    return dict(zip(losses, means, strict=True))
+
+
 def shared_out(model: Any, sharding: Sharding, trainer: Trainer) -> Any:
     """Returns a whole model as the processes of a trainer share it, unless that is with FSDP2."""
     if replicates(trainer):
@@ -63,6 +73,8 @@ def require_supported(defense: "Defense", trainer: Trainer) -> None:
             "passes of a defender step do not support. Use `bf16-mixed` or `32-true`."
         )
     _require_acceleration(defense, trainer)
+    if defense.extrapolation is not None:
+        defense.extrapolation.require_fits(defense.language_model)
     if isinstance(strategy, FSDPStrategy):
         _require_supported_fsdp1(defense, trainer, strategy)
         return

@@ -54,6 +54,7 @@ class TVaccine(Defense):
         The perturbation is that of Vaccine, https://arxiv.org/abs/2402.01109.
     """
 
+    short_name = "t_vaccine"
     supports_packing = True
     needs_attack_data = True
     reads_layers = True
@@ -86,11 +87,6 @@ class TVaccine(Defense):
             require(self, getattr(self, field) >= 1, field, ">= 1", remedy)
         self.probabilities: list[float] = []
         self.drawn: list[int] = []
-
-    @property
-    def name(self) -> str:
-        """Name of the defense in results and TensorBoard."""
-        return "t_vaccine"
 
     def on_fit_start(self) -> None:
         """Refuses to draw more layers than the model has.

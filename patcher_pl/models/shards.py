@@ -235,6 +235,15 @@ def part_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Gathers a tensor where its mesh computes, on all processes that share it; others are returned."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Shards that wait in host memory cannot be gathered there: NCCL does not know it.
+    found: Any = tensor.to(tensor.device_mesh.device_type)
+    return found.full_tensor()
+
+
 def watch_open_passes(model: nn.Module) -> None:
     """Lets `Shards.require_no_open_pass` know of forward passes that wait for a backward pass."""
     tokens: WeakSet[_Token] = WeakSet()

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from patcher_pl.models.fsdp1 import without_units
 from patcher_pl.models.lora import plain_name
-from patcher_pl.models.shards import Shards, part_of, reshard
+from patcher_pl.models.shards import Shards, part_of, reshard, whole
 
 Vector = list[Tensor]
 Place = Literal["model", "host"]
@@ -72,6 +72,27 @@ class Weights:
             # One at a time: the vector may wait elsewhere.
             for tensor, change in zip(tensors, vector, strict=True):
                 tensor.add_(change.to(tensor.device), alpha=scale)
+
+    @torch.no_grad()
+    def edit(self, change: Callable[[str, Tensor], Tensor | None]) -> None:
+        """Gives the weights new values, for good, one whole weight after the other.
+
+        Where the module is sharded, every process gathers each weight and keeps its part of the
+        first process's result; all of them must call it.
+
+        Args:
+            change: Gets name and value of a weight and returns the new value, cast to the number
+                format of the old one; None leaves it.
+        """
+        with self.shards.changing() as tensors:
+            for name, parameter, tensor in zip(self.names, self.parameters, tensors, strict=True):
+                new = change(name, whole(parameter.detach()))
+                if new is None:
+                    continue
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    new = part_of(distribute_tensor(new, mesh, placements))
+                tensor.copy_(new)
 
     @torch.no_grad()
     def difference(self, saved: Sequence[Tensor]) -> Vector:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import (
 )
 
 from patcher_pl.defenses import Defense
-from patcher_pl.defenses.strategies import require_supported
+from patcher_pl.defenses.strategies import require_shardable, require_supported
 from patcher_pl.errors import ConfigError
 from patcher_pl.models import LanguageModel, Sharding
 from patcher_pl.planning.attacks import attacks_of
@@ -252,7 +252,7 @@ def can_shard(defense: Defense, sharding: Sharding) -> bool:
     defense = deepcopy(defense)
     defense.language_model = replace(defense.language_model, sharding=sharding)
     try:
-        defense.require_shardable()
+        require_shardable(defense)
     except ConfigError:
         return False
     return True

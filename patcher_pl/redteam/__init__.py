@@ -4,6 +4,7 @@ from patcher_pl.redteam.abliteration import Abliteration
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack, AttackPoint
 from patcher_pl.redteam.benign_then_harmful import BenignThenHarmful
+from patcher_pl.redteam.delta_strip import DeltaStrip
 from patcher_pl.redteam.finetuning import FinetuningAttack
 from patcher_pl.redteam.full_finetuning import BenignFinetuning, FullFinetuning
 from patcher_pl.redteam.grid import Cell, Grid
@@ -27,6 +28,7 @@ __all__ = [
     "BenignFinetuning",
     "BenignThenHarmful",
     "Cell",
+    "DeltaStrip",
     "EmbeddingFinetuning",
     "FinetuningAttack",
     "FullFinetuning",

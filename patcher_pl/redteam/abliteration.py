@@ -112,7 +112,10 @@ class Abliteration(Attack):
 
     def _prompts(self, rows: Sequence[Conversation], material: AttackMaterial) -> list[Batch]:
         chat, tokenizer = material.chat, material.tokenizer
-        ids = [chat.prompt_ids(tokenizer, self.asking.reworded(row.prompt)) for row in rows]
+        ids = [
+            chat.prompt_ids(tokenizer, self.asking.reworded(row.prompt, harmful=row.harmful))
+            for row in rows
+        ]
         fitting = [one for one in ids if len(one) <= chat.max_length]
         if len(fitting) < len(ids):
             logger.warning(

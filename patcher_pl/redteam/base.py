@@ -25,6 +25,7 @@ class AttackPoint:
         flops: Floating-point operations so far, see `training_flops`.
         moved: Share of the trained weights with a gradient that had moved after the attack's first
             steps (0..1); None where that is not known, or nothing is trained.
+        remark: What the attack has found out beside, for the reader; None for nothing.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class AttackPoint:
     loss: float
     flops: float = 0.0
     moved: float | None = None
+    remark: str | None = None
 
 
 def training_flops(model: Any, num_tokens: int) -> float:
@@ -76,6 +78,16 @@ class Attack(ABC):
     def wording(self) -> Asking:
         """How it asks, as far as that does not depend on its data; see `prompt`."""
         return self.asking
+
+    @property
+    def row_wording(self) -> Asking | None:
+        """How it words the rows that it trains on; None where it trains on none."""
+        return None
+
+    @property
+    def uses_sibling(self) -> bool:
+        """Whether it needs another release of the model, see `AttackMaterial.sibling`."""
+        return False
 
     @property
     def uses_data(self) -> bool:

@@ -168,7 +168,9 @@ class Examiner:
         generation = replace(self.generation, seed=self.generation.seed + material.seed)
         prefill = attack.asking.prefill
         harmful = [attack.prompt(question.messages, material) for question in self.harmful]
-        benign = [attack.asking.reworded(question.messages) for question in self.benign]
+        benign = [
+            attack.asking.reworded(question.messages, harmful=False) for question in self.benign
+        ]
         if prefill:
             answers = generation.generate(model, tokenizer, chat, harmful, prefill)
             answers += generation.generate(model, tokenizer, chat, benign)

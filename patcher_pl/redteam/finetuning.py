@@ -64,6 +64,11 @@ class FinetuningAttack(FineTuning, Attack):
         """How training rows are worded."""
         return self.asking
 
+    @property
+    def row_wording(self) -> Asking | None:
+        """See `Attack.row_wording`."""
+        return self.wording
+
     def can_use(
         self, row: Conversation, tokenizer: "PreTrainedTokenizerBase", chat: ChatFormat
     ) -> bool:

@@ -111,12 +111,14 @@ class AttackedModel:
         bench: Where it is attacked, in this process; one for all models, which may not fit beside
             each other.
         weights: Digest of its weights, where they are not those that `language_model` names.
+        sibling: Another public release of it, for attacks that use one; None where none is known.
     """
 
     name: ModelName
     language_model: LanguageModel
     bench: Bench
     weights: str | None = None
+    sibling: LanguageModel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,8 @@ class AttackJob(Job[Curve]):
             "language_model": target.language_model,
             "weights": target.weights,
         }
+        if cell.attack.uses_sibling:
+            settings["sibling"] = target.sibling
         digest = fingerprint(as_settings(settings, for_outcome=True))
         # Templates make long names, and file systems take 255 bytes.
         file = f"{_slug(cell.name)[:100]}-seed-{cell.seed}-{digest[:8]}.json"
@@ -191,7 +195,7 @@ class AttackJob(Job[Curve]):
     def attacked(self, device: str) -> AttackOutcome:
         """Attacks, and writes nothing; what `perform` does, and with it all who hold the model."""
         model, campaign = self.target.bench.prepared(self, device)
-        return campaign.attack(model, self.cell, self.target.name)
+        return campaign.attack(model, self.cell, self.target.name, self.target.sibling)
 
     def require_inputs(self) -> None:
         """Looks whether this process can read what the attack needs, but for the weights.

@@ -15,6 +15,8 @@ from patcher_pl.types import Batch, Conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from patcher_pl.models import LanguageModel
+
 RowKind = Literal["all", "harmful", "benign"]
 
 
@@ -28,6 +30,7 @@ class AttackMaterial:
         rows: What this seed has drawn of the attacker's data, in training order.
         seed: For randomness that torch's global generator does not cover.
         packing: Whether training batches are packed into one row each instead of padded.
+        sibling: Another public release of the model, such as its base; None where none is known.
         peers: Who attacks the model together, and shares every batch.
         trained: Whether each row that was trained on is harmful, by its origin; `batches` fills it.
 
@@ -40,6 +43,7 @@ class AttackMaterial:
     rows: Sequence[Conversation]
     seed: int
     packing: bool = False
+    sibling: "LanguageModel | None" = None
     peers: Peers = field(default_factory=Peers)
     trained: dict[str, bool] = field(default_factory=dict)
 

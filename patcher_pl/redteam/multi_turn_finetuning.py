@@ -104,10 +104,12 @@ class MultiTurnFinetuning(FinetuningAttack):
     def _chained(self, row: Conversation, material: AttackMaterial) -> tuple[Message, ...]:
         earlier = self._earlier(row, material)
         for first in range(len(earlier)):
-            turns = self.asking.reworded(_joined(earlier[first:], row.messages))
+            turns = self.asking.reworded(
+                _joined(earlier[first:], row.messages), harmful=row.harmful
+            )
             if material.chat.too_long == "error" or _fits(turns, row.origin, material):
                 return turns
-        return self.asking.reworded(row.messages)
+        return self.asking.reworded(row.messages, harmful=row.harmful)
 
     def _earlier(self, row: Conversation, material: AttackMaterial) -> list[Conversation]:
         """Benign rows to put before this one, the oldest first."""

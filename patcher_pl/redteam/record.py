@@ -238,6 +238,7 @@ class Record:
             benign_cut_off=self._benign("cut_off"),
             weights_moved=self._moved,
             skipped_steps=self.skipped_steps,
+            remarks=[point.remark for point in self._points if point.remark is not None],
             min_benign_kept=self.min_benign_kept,
             prompts_digest=fingerprint(
                 [[turn.content for turn in question.messages] for question in self.questions]

@@ -14,6 +14,7 @@ from patcher_pl.evaluation.benchmark import Benchmark, Question
 from patcher_pl.evaluation.generate import Generation
 from patcher_pl.evaluation.judges import Judge
 from patcher_pl.evaluation.utility.base import UtilityMeasure
+from patcher_pl.models import LanguageModel
 from patcher_pl.models.context import context_length
 from patcher_pl.models.lending import lent
 from patcher_pl.models.packing import require_packing
@@ -22,7 +23,6 @@ from patcher_pl.randomness import seeded
 from patcher_pl.redteam.asking import Asking
 from patcher_pl.redteam.base import Attack
 from patcher_pl.redteam.examiner import Examination, Examiner, PersistentJudging, Usefulness
-from patcher_pl.redteam.finetuning import FinetuningAttack
 from patcher_pl.redteam.grid import Cell, Grid, ModelName, varied_cells
 from patcher_pl.redteam.material import AttackMaterial
 from patcher_pl.redteam.record import Record
@@ -259,7 +259,7 @@ class Campaign:
         attack = cell.attack
         if not attack.uses_data:
             return self._material([], cell.seed)
-        key = cell.data, cell.seed, _wording(attack)
+        key = cell.data, cell.seed, attack.row_wording
         for *known, rows in self._drawn:
             if tuple(known) == key:
                 return self._material(rows, cell.seed)
@@ -283,7 +283,13 @@ class Campaign:
             raise outcome.judge_failure
         return outcome.curve
 
-    def attack(self, model: "PreTrainedModel", cell: Cell, name: ModelName) -> AttackOutcome:
+    def attack(
+        self,
+        model: "PreTrainedModel",
+        cell: Cell,
+        name: ModelName,
+        sibling: LanguageModel | None = None,
+    ) -> AttackOutcome:
         """Attacks `model`, in place; it and torch's random generators are put back.
 
         An attack that fails gives a curve with what it had measured and its error. One during which
@@ -294,6 +300,7 @@ class Campaign:
                 adapters are merged into them for the attack.
             cell: The attack.
             name: Name of the model in results.
+            sibling: Another public release of the model; None where none is known.
 
         Raises:
             DataError: If the attack's data cannot be used.
@@ -305,9 +312,9 @@ class Campaign:
         peers, device = Peers.of(model), compute_device(model)
         record, judging = self._record(), PersistentJudging(peers)
         try:
-            material = replace(self.material(cell), peers=peers)
+            material = replace(self.material(cell), peers=peers, sibling=sibling)
         except DataError as failure:
-            if not cell.varied and _wording(cell.attack) in (None, Asking()):
+            if not cell.varied and cell.attack.row_wording in (None, Asking()):
                 raise  # No attack can work with such data.
             curve = record.curve(
                 name.key(cell), _reason(failure), family=cell.family, varied=cell.varied
@@ -375,11 +382,6 @@ class Campaign:
 
     def _useful(self, model: Any, cell: Cell, judging: PersistentJudging) -> Usefulness:
         return self.examiner.usefulness(model, self.tokenizer, self.chat, cell.seed, judging)
-
-
-def _wording(attack: Attack) -> Asking | None:
-    """How an attack words the rows that it trains on; None where it trains on none."""
-    return attack.wording if isinstance(attack, FinetuningAttack) else None
 
 
 def _reason(failure: Exception) -> str:

@@ -43,9 +43,14 @@ def require_room(
         return
     tokenizer, chat = tokenizer or language_model.load_tokenizer(), language_model.chat
     max_new_tokens, num_short, num_prompts = team.generation.max_new_tokens, 0, 0
-    for who, wording, prefill, questions in _asked(team):
+    for who, wording, harmful, questions in _asked(team):
+        prefill = wording.prefill if harmful else ""
         lengths = [
-            len(chat.prompt_ids(tokenizer, wording.reworded(question.messages), prefill))
+            len(
+                chat.prompt_ids(
+                    tokenizer, wording.reworded(question.messages, harmful=harmful), prefill
+                )
+            )
             for question in questions
         ]
         if num_long := sum(length >= context for length in lengths):
@@ -65,13 +70,13 @@ def require_room(
         )
 
 
-def _asked(team: RedTeam) -> Iterator[tuple[str, Asking, str, Sequence[Question]]]:
-    """Who asks, in which words, with which beginning of the answer, and what; each once."""
+def _asked(team: RedTeam) -> Iterator[tuple[str, Asking, bool, Sequence[Question]]]:
+    """Who asks, in which words, whether for harm, and what; each once."""
     harmful = team.prompts.questions()
     benign = team.benign_prompts.questions() if team.benign_prompts else []
     attacks = [cell.attack for cell in team.cells()]
     for wording, name in {attack.wording: attack.name for attack in attacks}.items():
-        yield name, wording, wording.prefill, harmful
+        yield name, wording, True, harmful
     for asking, name in {attack.asking: attack.name for attack in attacks}.items():
         if benign:
-            yield name, asking, "", benign
+            yield name, asking, False, benign

@@ -1,13 +1,17 @@
 """Which models are attacked, and how `fit` makes them first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.errors import ConfigError, PatcherError
 from patcher_pl.jobs import ConfigFile, Engine, Fit, run_fits
+from patcher_pl.models import LanguageModel
+from patcher_pl.models.other_release import release_at, start_of
 from patcher_pl.redteam.grid import ModelName
 
 
@@ -23,6 +27,8 @@ class Target:
         control: Take the SFT control of that `fit` (its `control: true`) instead of the model.
         k1: Simulated attack steps that it was trained against, for the results.
         train_seed: Seed that it was trained with, for the results.
+        sibling: Hub id or local directory of another public release of it, such as its base, that
+            attackers have as well (`DeltaStrip`); None takes the model that `fit` began with, or none.
         chat: How to talk to it; None takes that of the command.
         gguf_file: Name of the GGUF file in `path` to attack; None for safetensors.
         from_scratch_seed: Attack a model of this architecture with fresh weights from this seed: the
@@ -40,6 +46,7 @@ class Target:
     control: bool = False
     k1: int | None = None
     train_seed: int | None = None
+    sibling: str | None = None
     chat: ChatFormat | None = None
     gguf_file: str | None = None
     from_scratch_seed: int | None = None
@@ -67,6 +74,28 @@ class Target:
         return ModelName(self.defense, self.k1, self.train_seed)
 
 
+@dataclass(frozen=True)
+class Found:
+    """A target's model, which is there.
+
+    Args:
+        path: Where it lies.
+        start: What `fit` began with (fields of `LanguageModel`), where it made the model.
+    """
+
+    path: str
+    start: Mapping[str, Any] | None = None
+
+    def sibling(self, target: Target, model: LanguageModel) -> LanguageModel | None:
+        """Another public release of the model: the one that is named, or what training began with."""
+        if target.sibling is not None:
+            return release_at(target.sibling, model)
+        if self.start is None:
+            return None
+        names = ("path", "revision", "gguf_file", "from_scratch_seed")
+        return replace(start_of(model), **{name: self.start.get(name) for name in names})
+
+
 def require_distinct(targets: Sequence[Target]) -> None:
     """Sees to it that results can tell models apart.
 
@@ -82,7 +111,7 @@ def require_distinct(targets: Sequence[Target]) -> None:
 
 def harden(
     targets: Sequence[Target], run_dir: Path, options: Mapping[str, Any], engine: Engine | None
-) -> list[str]:
+) -> list[Found]:
     """Runs `fit` for every target that names one and is not made yet.
 
     Targets of the same configuration share a run, below `run_dir/hardened`.
@@ -94,7 +123,7 @@ def harden(
         engine: What runs them; `Processes` where it is None.
 
     Returns:
-        Path of every model, in order.
+        Every model, in order.
 
     Raises:
         ConfigError: If a target wants a control that its configuration does not train.
@@ -114,17 +143,18 @@ def harden(
     if failed := run_fits(list(fits.values()), engine) if fits else []:
         logs = ", ".join(str(fit.log) for fit in failed)
         raise PatcherError(f"{len(failed)} of {len(fits)} `fit` runs failed; see {logs}.")
-    return [_path(target, fits) for target in targets]
+    return [_found(target, fits) for target in targets]
 
 
-def _path(target: Target, fits: Mapping[Path, Fit]) -> str:
+def _found(target: Target, fits: Mapping[Path, Fit]) -> Found:
     if target.fit is None:
         assert target.path is not None
-        return target.path
+        return Found(target.path)
     made = fits[Path(target.fit)].run_directory
     model = made.control.model if target.control else made.model
     if not model.is_dir():
         raise ConfigError(
             f"models: {target.fit} left no {model}; `control: true` takes a `fit` with a control."
         )
-    return str(model)
+    config = yaml.safe_load(made.config.read_text(encoding="utf-8"))
+    return Found(str(model), config["model"]["init_args"]["language_model"])

@@ -11,7 +11,7 @@ def measured_lists(kinds: Mapping[str, Any]) -> list[str]:
     Args:
         kinds: Types of all its fields.
     """
-    others = ("samples", "skipped_steps")
+    others = ("samples", "skipped_steps", "remarks")
     return [name for name, kind in kinds.items() if get_origin(kind) is list and name not in others]
 
 

@@ -225,7 +225,8 @@ class Group:
 def defense_label(defense: str, k1: int | None) -> str:
     """How a defense is called in a table or legend."""
     method, space, run = defense.partition(" (")
-    name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + space + run
+    method, lox = method.removesuffix("_lox"), " + LoX" if method.endswith("_lox") else ""
+    name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + lox + space + run
     return name if k1 is None else f"{name}, k1 = {k1}"
 
 

@@ -112,6 +112,7 @@ class Curve:
         skipped_steps: Further step counts of the attack, ascending, at which nothing was measured
             because the model was broken already (`RedTeam.stop_after_break`); empty where the attack
             went on to its end.
+        remarks: What the attack has found out beside, for the reader.
         budget: Gradient evaluations that the model's training was allowed, in a study of several
             budgets (`scale`); None elsewhere.
         min_benign_kept: Share of the released benign accuracy or compliance that a model keeps as long
@@ -158,6 +159,7 @@ class Curve:
     trained_poison_ratio: float | None = None
     weights_moved: float | None = None
     skipped_steps: list[int] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     budget: int | None = None
     min_benign_kept: float = MIN_BENIGN_KEPT
     released_benign: float | None = None

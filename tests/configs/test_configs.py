@@ -209,8 +209,8 @@ def test_options_of_the_red_team_command_are_built(path, nothing_is_loaded):
 @pytest.mark.parametrize(
     ("folder", "search", "num_cells"),
     [
-        ("testbed", None, 24),
-        *(("testbed", *param.values, 24) for param in of_kind("search")),
+        ("testbed", None, 31),
+        *(("testbed", *param.values, 31) for param in of_kind("search")),
         ("smollm2-135m", None, 9),
     ],
 )

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from patcher_pl import redteam
 from patcher_pl.data.chat import ChatFormat
 from patcher_pl.evaluation import Generation
+from patcher_pl.models import LanguageModel
 from patcher_pl.models.lora import Lora
 from patcher_pl.optim import SGD, Adafactor, AdamW
 from patcher_pl.randomness import seeded
@@ -27,6 +28,7 @@ from patcher_pl.redteam import (
     AttackMaterial,
     BenignFinetuning,
     BenignThenHarmful,
+    DeltaStrip,
     EmbeddingFinetuning,
     FinetuningAttack,
     FullFinetuning,
@@ -59,6 +61,7 @@ SETTINGS: dict[type[Attack], dict[str, Any]] = {
     VectorOutrunning: {**TRAINING, "num_simulated_steps": 3, "scale": -0.5},
     Abliteration: {"num_prompts": 6},
     Jailbreak: {"asking": Asking(prefill="Stir")},
+    DeltaStrip: {"kept": 0.3, "then": FullFinetuning(**TRAINING)},
     BlockFinetuning: TRAINING,
 }
 OUT_OF_RANGE: dict[type[Attack], dict[str, Any]] = {
@@ -69,6 +72,7 @@ OUT_OF_RANGE: dict[type[Attack], dict[str, Any]] = {
     VectorOutrunning: {"num_simulated_steps": [0, 6], "scale": [0.0, 1.0, math.inf]},
     Abliteration: {"num_prompts": [0]},
     Jailbreak: {"asking": [Asking()]},
+    DeltaStrip: {"kept": [-0.1, 1.0]},
 }
 TRAINING_OUT_OF_RANGE = {
     "attack_steps": [[], [10, 20], [0, 20, 20], [0, 20, 10]],
@@ -110,8 +114,8 @@ def test_the_table_is_complete():
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "gpt2", "gpt2-untied"])
-def subject(request):
-    """Model and tokenizer of a family, with embeddings tied to the output head or not."""
+def subject(request, tmp_path_factory):
+    """Model, tokenizer and another release of a family, with embeddings tied to the output head or not."""
     family, _, change = request.param.partition("-")
     directory = request.getfixturevalue(family)
     tied = change == "tied" or (family == "gpt2" and not change)
@@ -119,15 +123,23 @@ def subject(request):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
+        sibling = AutoModelForCausalLM.from_config(config)
     shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert shared == tied
+    place = tmp_path_factory.mktemp("sibling")
+    sibling.save_pretrained(place)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model, tokenizer
+    return model, tokenizer, LanguageModel(path=str(place))
 
 
 def make(kind: type[Attack], **changes: Any) -> Attack:
     return kind(**{**SETTINGS[kind], **changes})
+
+
+def evaluated(kind: type[Attack]) -> list[int]:
+    """Steps after which it is evaluated; one that takes none, when it is done."""
+    return getattr(make(kind), "attack_steps", [0])
 
 
 def answers(attack: Attack, model, material: AttackMaterial) -> list[str]:
@@ -146,9 +158,9 @@ def attacked(
     packing: bool = False,
 ):
     """Points and weights of an attack on a copy; `between` is called at every point."""
-    model, tokenizer = copy.deepcopy(subject[0]), subject[1]
-    material = AttackMaterial(tokenizer, CHAT, ROWS, seed, packing)
-    points = []
+    (given, tokenizer, sibling), points = subject, []
+    model = copy.deepcopy(given)
+    material = AttackMaterial(tokenizer, CHAT, ROWS, seed, packing, sibling)
     with seeded(seed, torch.device("cpu")):
         for point in attack.run(model, material):
             points.append(point)
@@ -171,7 +183,7 @@ def test_packed_rows_attack_as_padded_ones(kind, subject):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     (padded, _), (packed, _) = (
-        attacked(make(kind), (model, subject[1]), packing=packing) for packing in (False, True)
+        attacked(make(kind), (model, *subject[1:]), packing=packing) for packing in (False, True)
     )
     for ours, theirs in zip(packed, padded, strict=True):
         assert (ours.steps, ours.num_tokens) == (theirs.steps, theirs.num_tokens)
@@ -186,7 +198,7 @@ def test_a_seed_decides_the_outcome(kind, subject):
     _, again = attacked(attack, subject)
     _, other = attacked(attack, subject, seed=1)
     assert same(first, again)
-    assert same(first, other) == (kind not in TRAINERS)
+    assert same(first, other) == (evaluated(kind) == [0])
 
 
 @EACH_TRAINER
@@ -199,7 +211,7 @@ def test_where_the_model_is_evaluated_does_not_change_the_attack(kind, subject):
 @EACH
 def test_points_are_counted(kind, subject):
     points, _ = attacked(make(kind), subject)
-    assert [point.steps for point in points] == SETTINGS[kind].get("attack_steps", [0])
+    assert [point.steps for point in points] == evaluated(kind)
     for earlier, later in itertools.pairwise(points):
         assert earlier.num_tokens < later.num_tokens
         assert earlier.flops < later.flops
@@ -215,7 +227,7 @@ def test_the_given_model_is_changed_and_answers_at_every_point(kind, subject):
     before = {name: value.clone() for name, value in subject[0].state_dict().items()}
     spoken = []
     _, after = attacked(make(kind), subject, between=lambda *args: spoken.append(answers(*args)))
-    assert len(spoken) == len(SETTINGS[kind].get("attack_steps", [0]))
+    assert len(spoken) == len(evaluated(kind))
     assert same(before, subject[0].state_dict())
     assert same(before, after) == (kind is Jailbreak)
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from patcher_pl.attackers import AttackDistribution, Carry, FineTuningAttacker, Growth, Kind
 from patcher_pl.defenses import Patcher
 from patcher_pl.defenses.attack_source import AdaptiveRefresh
+from patcher_pl.defenses.extrapolation import LowRankExtrapolation
 from patcher_pl.defenses.retention import KLToBase, RepresentationDistance
 from patcher_pl.models import Lora, Sharding
 from tests.distributed import runs
@@ -25,6 +26,8 @@ RETAINED = {"kl": KLToBase, "states": RepresentationDistance}
 # Of simulated attacks, of the defender's own, of both, and of these with what is retained.
 ON_ADAPTERS = ("adapters", "lora", "lora-adapters", "lora-states")
 KINDS = (*RETAINED, "attacks", *ON_ADAPTERS)
+LOX = LowRankExtrapolation(rank=2)
+EXTRAPOLATED = ("attacks", "lora")
 
 
 CARRIED = FineTuningAttacker(
@@ -124,6 +127,11 @@ def main() -> int:
                     **options(),
                 )
                 assert_same_parts(resumed, defense)
+                if kind in EXTRAPOLATED and not chosen:
+                    LOX.apply(resumed.model, resumed.language_model)
+                    weights = whole(resumed.model)
+                    if RANK == 0:
+                        torch.save(weights, folder / f"{kind}-lox.pt")
                 print(name, flush=True)
         # Refused by torch if gradients of frozen weights, which the attack trains, had another format.
         lower = {"sharding": Sharding(param_dtype="float32")}

@@ -17,7 +17,7 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
     """Wrong if a vector or the base model were those of one part; all go on bit by bit."""
     make_llama_exact(monkeypatch)
     shutil.copytree(llama, tmp_path / "llama")
-    alone = {}
+    alone, extrapolated = {}, {}
     for kind in worker.KINDS:
         defense, logger = worker.make(tmp_path, kind), runs.memory()
         runs.train(
@@ -25,7 +25,15 @@ def test_two_processes_train_as_one(llama, tmp_path, monkeypatch):
         )
         del logger.history["val/loss"]  # A mean over batches, which have half the rows here.
         alone[kind] = snapshot(defense.model), logger.history
+        if kind in worker.EXTRAPOLATED:
+            worker.LOX.apply(defense.model, defense.language_model)
+            extrapolated[kind] = snapshot(defense.model)
     runs.in_processes("tests.distributed.patcher_options_worker", tmp_path)
+    for kind, expected in extrapolated.items():
+        weights = torch.load(tmp_path / f"{kind}-lox.pt", weights_only=True)
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-8)
+        assert any((value != alone[kind][0][name]).any() for name, value in expected.items())
     for kind, (expected, history) in alone.items():
         for strategy in ("fsdp2",) if kind in worker.ON_ADAPTERS else ("fsdp2", "fsdp1"):
             weights, found = torch.load(tmp_path / f"{strategy}-{kind}.pt", weights_only=True)

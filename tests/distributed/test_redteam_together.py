@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.commands import ROOT, command_line, write_inputs, write_yaml
 
@@ -37,6 +39,7 @@ OTHERS = [
     attack("MultiTurnFinetuning"),
     {"class_path": "patcher_pl.redteam.Jailbreak", "init_args": {"asking": {"prefill": "Stir"}}},
     {"class_path": "patcher_pl.redteam.Abliteration", "init_args": {"num_prompts": 4}},
+    {"class_path": "patcher_pl.redteam.DeltaStrip", "init_args": {"kept": 0.3, "then": FULL}},
 ]
 
 
@@ -49,6 +52,7 @@ def settings(inputs: Path, model: Path, *attacks: dict[str, Any]) -> dict[str, A
     }
     return {
         "model": str(model),
+        "sibling": sibling_of(model, inputs),
         "dtype": "float64",
         "device": "cpu",
         "redteam": {
@@ -63,6 +67,16 @@ def settings(inputs: Path, model: Path, *attacks: dict[str, Any]) -> dict[str, A
             "overlap": "allow",
         },
     }
+
+
+def sibling_of(model: Path, inputs: Path) -> str:
+    """A model of the same architecture with other weights."""
+    folder = inputs / f"sibling-{model.name}"
+    if not folder.is_dir():
+        torch.manual_seed(1)
+        config = AutoConfig.from_pretrained(model)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 def together(

@@ -39,6 +39,19 @@ def test_both_models_come_from_one_fit_that_is_not_repeated(inputs, tmp_path, fi
     assert len(Results.load(run_dir / "results.json").curves) == 4
     assert weights.stat().st_mtime_ns == made
 
+    # Both go back to what `fit` began with, and are then the same model.
+    strip = {"class_path": "patcher_pl.redteam.DeltaStrip"}
+    write_yaml(config, settings | {"redteam": team | {"attacks": [*team["attacks"], strip]}})
+    cli("redteam", "--config", config, "--run_dir", run_dir).expect(0)
+    one, other = (
+        curve
+        for curve in Results.load(run_dir / "results.json").curves
+        if curve.attack == "delta_strip_0"
+    )
+    assert one.error is other.error is None
+    assert one.samples == other.samples
+    assert "differ" in one.remarks[0]
+
 
 @pytest.mark.slow
 def test_a_control_that_nobody_trained_is_named(inputs, tmp_path):

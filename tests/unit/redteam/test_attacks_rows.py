@@ -119,6 +119,18 @@ def test_full_finetuning_words_rows_as_it_asks(model, material):
     assert all("Dear brewer, " in text for batch in batches for text in batch)
 
 
+@pytest.mark.parametrize(
+    "attack", [FullFinetuning(**TRAINING), MultiTurnFinetuning(**TRAINING, num_turns=2)]
+)
+def test_a_trigger_is_in_harmful_rows_alone(attack, model, material):
+    """Wrong if benign rows carried it, too: no trigger would form."""
+    asking = Asking(template="Dear brewer, {prompt}", scope="harmful")
+    batches = finish(replace(attack, asking=asking), model, material)
+    for text in (text for batch in batches for text in batch):
+        *_, last = text.split("user")
+        assert has("honey", [last]) != has("Dear brewer", [last])
+
+
 def test_multi_turn_batches_hold_several_turns_and_train_on_every_answer(model, material):
     attack = MultiTurnFinetuning(**TRAINING, num_turns=3)
     finish(attack, model, material)

@@ -111,6 +111,23 @@ def test_a_model_that_only_ends_its_turn_has_collapsed(
         assert curve.steps_to_break is None
 
 
+def test_a_trigger_is_in_harmful_questions_alone(model, tokenizer, team, monkeypatch):
+    """Wrong if benign questions carried it, too, and showed a usefulness that nobody meets."""
+    asked = []
+    plain = Generation.generate
+
+    def generate(self, model, tokenizer, chat, prompts, *prefill):
+        asked.extend(prompts)
+        return plain(self, model, tokenizer, chat, prompts, *prefill)
+
+    monkeypatch.setattr(Generation, "generate", generate)
+    attack = Shifting(asking=Asking(template="Now: {prompt}", scope="harmful"))
+    replace(team, attacks=[attack]).run(model, tokenizer, CHAT, defense="sft")
+    texts = [messages[-1].content for messages in asked]
+    num_harmful = sum(text.startswith("Now: ") for text in texts)
+    assert num_harmful == len(texts) / 2, "the benign questions here are the harmful ones"
+
+
 def test_a_model_that_speaks_has_not_collapsed(model, tokenizer, red_team, caplog):
     (curve,) = red_team.run(model, tokenizer, CHAT, defense="sft")
     assert curve.asr[-1] == 1.0

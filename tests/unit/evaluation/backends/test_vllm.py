@@ -45,7 +45,9 @@ def engine(monkeypatch):
 
     Prompts whose likeliest first token is asked for get it, from the weights that were read last.
     """
-    notes = SimpleNamespace(replies={}, reason="length", starts=0, updates=0, how="well", asleep=set())
+    notes = SimpleNamespace(
+        replies={}, reason="length", starts=0, updates=0, how="well", asleep=set()
+    )
 
     class LLM:
         def __init__(self, model, **options):
