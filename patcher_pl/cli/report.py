@@ -27,10 +27,10 @@ def run_report_command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "dirs", nargs="+", type=Path, metavar="DIR", help="Run directories or results files."
     )
-    parser.add_function_arguments(run_report, skip={"dirs"})
+    parser.add_function_arguments(run_report, skip={"dirs"}, sub_configs=True)
     try:
-        options = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
+        options = parser.instantiate(parser.parse_args(arguments))
+    except (argparse.ArgumentError, ValueError) as error:
         raise ConfigError(str(error)) from error
     options.pop("config", None)
     run_report(**vars(options))

@@ -2,9 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from patcher_pl.errors import ConfigError, DataError
+from patcher_pl.errors import ConfigError, DataError, PatcherError
 from patcher_pl.files import write_text
+from patcher_pl.reports.prices import Prices
+
+if TYPE_CHECKING:
+    from patcher_pl.reports.results import Curve
+    from patcher_pl.reports.runs import Run
 
 
 def run_report(
@@ -13,6 +19,8 @@ def run_report(
     title: str = "Does the defense hold?",
     baseline: str | None = None,
     num_samples: int = 6,
+    prices: Prices | None = None,
+    decision: Path | None = None,
 ) -> None:
     """Writes a report on the attacks of one or several runs.
 
@@ -28,9 +36,14 @@ def run_report(
         baseline: Defense that the others are compared with; null takes the control `sft`, and where
             there is none, compares all with each other.
         num_samples: Sample answers shown per defense and attack (count, >= 0).
+        prices: What hardware costs, for a table of hours and money; null leaves it away.
+        decision: File of criteria that the release must meet (see
+            `patcher_pl.reports.decision.Criteria`): writes a page on them beside the other, and fails
+            where one is not met. What was not tested is told, and is no failure.
 
     Raises:
         ConfigError: If an option has a value that does not fit.
+        PatcherError: If a criterion is not met; everything is written.
         DataError: If a directory has no results, or a file cannot be used.
     """
     from patcher_pl.reports.grouping import labels
@@ -74,9 +87,39 @@ def run_report(
         title=title,
         notes=notes,
         num_samples=num_samples,
+        prices=prices,
     )
     write_text(out, page)
     write_text(out.with_suffix(".csv"), overview_csv(frame))
     write_text(out.with_suffix(".md"), overview_markdown(frame))
     write_text(out.with_suffix(".tex"), overview_latex(frame))
     print(f"Written to {out}, and the table to {out.stem}.csv, .md and .tex beside it.")
+    if decision is not None:
+        _decide(decision, out, runs, curves, notes)
+
+
+def _decide(
+    decision: Path,
+    out: Path,
+    runs: "Sequence[Run]",
+    curves: "Sequence[Curve]",
+    notes: Sequence[str],
+) -> None:
+    from patcher_pl.reports.decision import decision_markdown, decision_page, judge, load_criteria
+    from patcher_pl.reports.runs import load_runs, merge_runs, searches_of
+
+    fixed = load_criteria(decision)
+    earlier = fixed.criteria.earlier
+    before = [] if earlier is None else merge_runs(load_runs([earlier.results]))[0]
+    findings = judge(fixed.criteria, curves, searches_of(runs, curves), before)
+    page = out.with_name(f"{out.stem}-decision.html")
+    write_text(page, decision_page(fixed, findings, runs, notes))
+    write_text(page.with_suffix(".md"), decision_markdown(fixed, findings, runs))
+    for one in findings:
+        why = f": {one.reason}" if one.reason else ""
+        print(f"{one.status:>10}  {one.name} ({one.requirement}){why}")
+    print(f"Written to {page}")
+    if failed := [one.name for one in findings if one.status == "fail"]:
+        raise PatcherError(
+            f"{len(failed)} of {len(findings)} criteria failed: {', '.join(failed)}."
+        )

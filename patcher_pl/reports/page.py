@@ -23,6 +23,7 @@ from patcher_pl.reports.page_tables import (
     search_table,
     utility_table,
 )
+from patcher_pl.reports.prices import Prices, price_table
 from patcher_pl.reports.reference import MEANING as NOTHING_LEFT
 from patcher_pl.reports.results import BENIGN_MEASURES, BenignMeasure, Curve
 from patcher_pl.reports.runs import Run, searches_of
@@ -50,6 +51,7 @@ def render_page(
     title: str,
     notes: Sequence[str] = (),
     num_samples: int = 6,
+    prices: Prices | None = None,
 ) -> str:
     """Renders the page.
 
@@ -63,6 +65,7 @@ def render_page(
         title: Heading of the page.
         notes: What a reader must know about how runs came together.
         num_samples: Sample answers shown per defense and attack (count, >= 0).
+        prices: What hardware costs; None leaves that table away.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -113,6 +116,7 @@ def render_page(
             if (picture := _tradeoff_picture(fared, group_styles(list(frame["group"])), name))
         ],
         breaks=break_table(frame),
+        prices=None if prices is None else price_table(frame, prices),
         comparisons=[table for table in compared if table is not None],
         saturation=_saturation_picture(searches, group_styles(list(frame["group"]))),
         searches=search_table(searches),
