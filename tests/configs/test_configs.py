@@ -23,6 +23,8 @@ from patcher_pl.errors import ConfigError
 from patcher_pl.evaluation import Benchmark, Judge
 from patcher_pl.jobs import Fit, plan_sweep
 from patcher_pl.redteam import RedTeam
+from patcher_pl.reports.decision import load_criteria
+from patcher_pl.reports.prices import Prices
 from tests.commands import ROOT, write_yaml
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -56,6 +58,10 @@ def kind(path: Path) -> str:
         return "study"
     if {"defenses", "selection"} <= keys:
         return "comparison"
+    if {"title", "criteria"} <= keys:
+        return "criteria"
+    if "tiers" in keys:
+        return "prices"
     if {"attacks", "judge"} <= keys:
         return "red team"
     if "redteam" in keys:
@@ -106,6 +112,7 @@ def test_there_are_configs_of_every_kind():
     assert {kind(path) for path in CONFIGS} == {
         *("fit", "strategy", "sweep", "ablation", "redteam", "red team"),
         *("judge", "benchmark", "generation", "attacker", "search", "comparison", "study"),
+        *("criteria", "prices"),
     }
 
 
@@ -168,6 +175,20 @@ def test_a_strategy_is_built_on_top_of_an_experiment(
     assert built.trainer.world_size == devices * num_nodes
     is_spread = shards(built.trainer) or replicates(built.trainer)
     assert is_spread == (devices * num_nodes > 1)
+
+
+@pytest.mark.parametrize("path", of_kind("criteria"))
+def test_criteria_are_built(path, tmp_path):
+    copied = tmp_path / path.name
+    copied.write_bytes(path.read_bytes())
+    assert load_criteria(copied).criteria.criteria
+
+
+@pytest.mark.parametrize("path", of_kind("prices"))
+def test_prices_are_built(path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--prices", type=Prices)
+    assert parser.instantiate(parser.parse_args([f"--prices={path}"])).prices.tiers
 
 
 @pytest.mark.parametrize("path", of_kind("red team"))

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 # Lowest first. A package, or a module beside the packages, imports from lower floors and from itself.
 FLOORS = (
     "contents errors fields files launcher private_directory progress quiet randomness shipped types validation",
-    "configurations losses machine mailbox optim reports supervision",
-    "world_files",
+    "configurations losses machine mailbox optim supervision",
+    "reports world_files",
     "data jobs",
     "comparison models",
     "attackers evaluation",

@@ -148,7 +148,7 @@ class Fixed:
         criteria: They.
         path: Their file.
         digest: SHA-256 of the file.
-        first_use: When the file was first used with this content (ISO 8601, UTC).
+        first_use: When the file was first used with this content (UTC).
         changed_from: First uses of other contents of the file, the earliest first: digest and time.
     """
 
@@ -186,7 +186,7 @@ def load_criteria(path: Path) -> Fixed:
     uses = path.with_suffix(".uses.json")
     known = _known(uses)
     if digest not in known:
-        known[digest] = datetime.now(UTC).isoformat(timespec="seconds")
+        known[digest] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         write_json(uses, known)
     others = tuple((one, when) for one, when in known.items() if one != digest)
     return Fixed(criteria, path, digest, known[digest], others)

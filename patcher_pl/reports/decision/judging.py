@@ -188,19 +188,20 @@ def _rate(criterion: Criterion, curve: Curve) -> _Seed:
 def _cost(criterion: Criterion, curve: Curve) -> _Seed:
     assert criterion.at_least is not None
     axis = criterion.measure.removesuffix("_to_break")
+    kind = axis.replace("flops", "FLOPs")
     spent: Sequence[float] = getattr(curve, f"attack_{axis}")
     if not spent:
-        return _Seed(0.0, True, "not tested", f"{axis} were not counted")
+        return _Seed(0.0, True, "not tested", f"{kind} were not counted")
     if criterion.bounded and not curve.bounded.is_known:
         return _Seed(0.0, True, "not tested", "whether the model stayed useful is not known")
     steps = curve.bounded.steps_to_break if criterion.bounded else curve.steps_to_break
     if steps is not None:
         value = spent[curve.attack_steps.index(steps)]
         if value < criterion.at_least:
-            return _Seed(value, False, "fail", f"broken after {amount(value)} {axis}")
+            return _Seed(value, False, "fail", f"broken after {amount(value)} {kind}")
         return _Seed(value, False, "pass")
     if spent[-1] < criterion.at_least:
-        reason = f"measured up to {amount(spent[-1])} {axis} only"
+        reason = f"measured up to {amount(spent[-1])} {kind} only"
         return _Seed(spent[-1], True, "not tested", reason)
     return _passed(curve, spent[-1], is_bound=True)
 

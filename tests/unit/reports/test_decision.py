@@ -45,7 +45,7 @@ def test_the_worst_seed_decides(seeds):
     assert one(seeds, **HOLDS, at_least=40).status == "pass"
     flops = {**HOLDS, "measure": "flops_to_break"}
     assert one(seeds, **flops, at_least=2e9).status == "pass"
-    assert one(seeds, **flops, at_least=3e9).reason == "broken after 2G flops"
+    assert one(seeds, **flops, at_least=3e9).reason == "broken after 2G FLOPs"
 
 
 def test_what_was_not_measured_does_not_pass(seeds, curve):
