@@ -19,6 +19,7 @@ from patcher_pl.reports.page_tables import (
     incomparable_table,
     judge_table,
     overlap_table,
+    remark_table,
     samples_of,
     search_table,
     utility_table,
@@ -126,6 +127,7 @@ def render_page(
         answers=list(_answers(frame, num_samples)),
         overlap=overlap_table(runs),
         failures=failure_table(frame, curves),
+        remarks=remark_table(frame, curves),
         origins=[_origin(run) for run in runs],
     )
 

@@ -220,6 +220,19 @@ def failure_table(frame: Frame, curves: Sequence[Curve]) -> Captioned | None:
     return Captioned(caption, text_table(header, failed), 5) if failed else None
 
 
+def remark_table(frame: Frame, curves: Sequence[Curve]) -> Captioned | None:
+    """What attacks have found out beside; None where none did."""
+    labels = {id(curve): group.label for group in frame["group"] for curve in group.curves}
+    told = [
+        [curve.attack, labels[id(curve)], str(curve.seed), remark]
+        for curve in curves
+        for remark in curve.remarks
+    ]
+    caption = "What attacks have found out beside their success."
+    table = text_table(["attack", "defense", "seed", "remark"], told)
+    return Captioned(caption, table, 4) if told else None
+
+
 def samples_of(group: Group, most: int) -> tuple[int, list[Sample]] | None:
     """Answers to show: those of the first seed that has any, from first to last step.
 

@@ -149,3 +149,11 @@ def test_what_data_sets_have_in_common_is_told_or_said_to_be_unknown(small, tmp_
     overlap = [Overlap(first="defender", second="harmful prompts", **counts)] * 2
     page = Page(rendered(replace(small, overlap=overlap), tmp_path))
     assert page.texts["td"].count("17") == 1
+
+
+def test_what_an_attack_has_found_out_is_on_the_page(tmp_path):
+    results = campaign(attacks=ATTACKS[:1], num_seeds=1, num_prompts=3)
+    assert "Remarks" not in rendered(results, tmp_path)
+    curves = [replace(results.curves[0], remarks=["a cliff <b>"]), *results.curves[1:]]
+    page = rendered(replace(results, curves=curves), tmp_path)
+    assert page.count("a cliff &lt;b&gt;") == 1
