@@ -23,6 +23,7 @@ from patcher_pl.data.overlap import Known, overlaps
 from patcher_pl.defenses import Defense
 from patcher_pl.defenses.strategies import replicates, shards, uses_fsdp1
 from patcher_pl.errors import PatcherError, RunInterrupted
+from patcher_pl.files import write_text
 from patcher_pl.jobs import InProcess, RunDirectory
 from patcher_pl.jobs.lock import held
 from patcher_pl.machine import cpu_threads
@@ -35,8 +36,9 @@ from patcher_pl.redteam.grid import ModelName
 from patcher_pl.redteam.job import AttackedModel, Bench
 from patcher_pl.redteam.room import require_room
 from patcher_pl.redteam.together import Together, follow, leading
-from patcher_pl.reports.results import Overlap
-from patcher_pl.reports.settings import as_settings
+from patcher_pl.reports.model_card import model_card
+from patcher_pl.reports.results import Curve, Overlap, Results
+from patcher_pl.reports.settings import as_settings, fingerprint
 
 
 def run_lightning(command: str, arguments: Sequence[str]) -> None:
@@ -189,8 +191,10 @@ def finish_fit(cli: PatcherCLI, overlap: Sequence[Overlap] = ()) -> None:
         del trained  # Room for the next one.
     if not cli.trainer.is_global_zero:
         return
-    curves = examination.board.save().curves
+    results = examination.board.save()
+    curves = results.curves
     if curves:
+        examination.write_cards(results)
         write_reports(curves, run_directory.root, title="Fine-tuning attacks")
         require_verdicts(curves, "the same command with --ckpt_path last")
     else:
@@ -301,6 +305,7 @@ class _Examination:
                 **({"changed_on_the_way": own_history} if own_history else {}),
             }
         self._cli = cli
+        self._attacked: list[tuple[list[Curve], RunDirectory, str | None]] = []
         self.board = Board(
             run_directory=run_directory,
             engine=Together() if is_shared(defense.model) else InProcess(),
@@ -357,12 +362,23 @@ class _Examination:
         if is_plain:
             model.cpu()  # Room for the next one on the device.
         curves = [curve for curve in curves if curve.attack_steps]  # The others failed at once.
+        self._attacked.append((curves, trained.run_directory, attacked.weights))
         if curves and isinstance(logger, TensorBoardLogger):
             step = defense.trainer.global_step
             log_robustness(logger, curves, step)
             final = {f"final/{key}": value for key, value in robustness_scalars(curves[0]).items()}
             logger.log_hyperparams(self._hyperparameters(defense), final)
             logger.finalize("success")
+
+    def write_cards(self, results: Results) -> None:
+        """Says in the exported directories how the models fared."""
+        training = fingerprint(self._cli.record.settings)
+        for curves, directory, weights in self._attacked:
+            if curves:
+                card = model_card(
+                    curves, results, name=directory.root.name, weights=weights, training=training
+                )
+                write_text(directory.model / "README.md", card)
 
     def _hyperparameters(self, defense: Defense) -> dict[str, Any]:
         """The configured numbers that tell runs apart in TensorBoard's table."""

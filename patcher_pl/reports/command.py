@@ -21,6 +21,7 @@ def run_report(
     num_samples: int = 6,
     prices: Prices | None = None,
     decision: Path | None = None,
+    model_card: str | None = None,
 ) -> None:
     """Writes a report on the attacks of one or several runs.
 
@@ -40,6 +41,7 @@ def run_report(
         decision: File of criteria that the release must meet (see
             `patcher_pl.reports.decision.Criteria`): writes a page on them beside the other, and fails
             where one is not met. What was not tested is told, and is no failure.
+        model_card: Defense whose model gets a card beside the page: Markdown with the Hub's metadata.
 
     Raises:
         ConfigError: If an option has a value that does not fit.
@@ -94,6 +96,16 @@ def run_report(
     write_text(out.with_suffix(".md"), overview_markdown(frame))
     write_text(out.with_suffix(".tex"), overview_latex(frame))
     print(f"Written to {out}, and the table to {out.stem}.csv, .md and .tex beside it.")
+    if model_card is not None:
+        from patcher_pl.reports.grouping import curves_of
+        from patcher_pl.reports.model_card import model_card as card_of
+
+        own = curves_of(curves, model_card, None, "--model_card")
+        # The run that holds the first of its curves says what was asked.
+        run = next(run for run in runs if {one.key for one in run.results.curves} & {own[0].key})
+        card = out.with_name(f"{out.stem}-model-card.md")
+        write_text(card, card_of(own, run.results, name=model_card))
+        print(f"Written to {card}")
     if decision is not None:
         _decide(decision, out, runs, curves, notes)
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
+from patcher_pl.errors import ConfigError
 from patcher_pl.reports.formats import Mark, break_span
 from patcher_pl.reports.results import Curve, average, known_benign
 
@@ -228,6 +229,30 @@ def defense_label(defense: str, k1: int | None) -> str:
     method, lox = method.removesuffix("_lox"), " + LoX" if method.endswith("_lox") else ""
     name = _SPELLINGS.get(method.lower(), method[:1].upper() + method[1:]) + lox + space + run
     return name if k1 is None else f"{name}, k1 = {k1}"
+
+
+def curves_of(curves: Sequence[Curve], defense: str, k1: int | None, setting: str) -> list[Curve]:
+    """Curves of one model of several.
+
+    Args:
+        curves: Of all.
+        defense: Its name in results.
+        k1: Its simulated attack steps; None where no other model has that name.
+        setting: What named it, for the error.
+
+    Raises:
+        ConfigError: If there is no such model, or `k1` leaves open which of several it is.
+    """
+    found = [curve for curve in curves if curve.defense == defense and k1 in (None, curve.k1)]
+    # A wrong name would be a report on nothing.
+    if len({curve.k1 for curve in found}) != 1:
+        models = sorted({defense_label(curve.defense, curve.k1) for curve in curves})
+        names = sorted({curve.defense for curve in curves})
+        raise ConfigError(
+            f"{setting} must name one model of the results, got {defense!r} and {k1}. There "
+            f"are {', '.join(models) or 'none'} (defenses: {', '.join(names)})."
+        )
+    return found
 
 
 def with_released(curves: Sequence[Curve]) -> list[Curve]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from patcher_pl.errors import ConfigError
 from patcher_pl.reports.decision.criteria import (
     ANY,
     SEARCH,
@@ -15,7 +14,7 @@ from patcher_pl.reports.decision.criteria import (
     Question,
 )
 from patcher_pl.reports.formats import amount
-from patcher_pl.reports.grouping import Group, defense_label, group_curves
+from patcher_pl.reports.grouping import Group, curves_of, group_curves
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.searches import SearchOutcome
 from patcher_pl.reports.statistics import cost_to_break
@@ -78,26 +77,18 @@ def judge(
     Raises:
         ConfigError: If the results have no such model, or several, of which `k1` names none.
     """
-    own = _of_model(curves, criteria.defense, criteria.k1, "Criteria")
+    own = _completed(curves, criteria, "Criteria")
     known = {(curve.defense, curve.k1) for curve in own}
     tried = [one for one in searches if (one.defense, one.k1) in known]
     found = [_judged(criterion, own, tried) for criterion in criteria.criteria]
     if criteria.earlier is not None:
-        before = _of_model(earlier, criteria.earlier.defense, criteria.earlier.k1, "Earlier")
+        before = _completed(earlier, criteria.earlier, "Earlier")
         found += _against_earlier(criteria.earlier, own, before, _searched(tried))
     return found
 
 
-def _of_model(curves: Sequence[Curve], defense: str, k1: int | None, owner: str) -> list[Curve]:
-    found = [curve for curve in curves if curve.defense == defense and k1 in (None, curve.k1)]
-    # A wrong name would leave everything untested, which is no failure.
-    if len({curve.k1 for curve in found}) != 1:
-        models = sorted({defense_label(curve.defense, curve.k1) for curve in curves})
-        names = sorted({curve.defense for curve in curves})
-        raise ConfigError(
-            f"{owner}.defense and k1 must name one model of the results, got {defense!r} and {k1}. There "
-            f"are {', '.join(models) or 'none'} (defenses: {', '.join(names)})."
-        )
+def _completed(curves: Sequence[Curve], model: Criteria | Earlier, owner: str) -> list[Curve]:
+    found = curves_of(curves, model.defense, model.k1, f"{owner}.defense and k1")
     return [curve.completed() for curve in found]
 
 
