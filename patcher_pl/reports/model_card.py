@@ -75,9 +75,9 @@ _HEADER = [
 
 
 def _row(group: Group) -> list[str]:
-    benign = group.over_seeds(_measure(group))["mean"] if _measure(group) else None
+    measure = _measure(group)
+    known = None if measure is None else group.over_seeds(measure)["mean"].dropna()
     asr = group.over_seeds("asr")["mean"].dropna()
-    known = None if benign is None else benign.dropna()
     return [
         group.attack,
         str(len(group.curves)),

@@ -119,7 +119,7 @@ def _judged(
             min(sign * one.value for one in entry[1]),
         ),
     )
-    status = min((one.status for one in decisive), key=order.index)
+    status = next(one for one in order if any(seed.status == one for seed in decisive))
     reason = next((one.reason for one in decisive if one.status == status), "")
     if status == "pass" and num_trials < criterion.min_trials:
         status = "not tested"
