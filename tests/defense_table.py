@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patcher_pl.data.mixing import Mixture
+from patcher_pl.data.sources import Source
 from patcher_pl.defenses import (
     SFT,
     Booster,
+    Ctrap,
     Defense,
     Patcher,
     RepNoise,
@@ -19,6 +22,7 @@ from patcher_pl.defenses import (
 from patcher_pl.models import LanguageModel
 from tests.tiny_runs import ATTACKER, adamw
 
+_GENERAL = Mixture(sources=[Source(path="testbed/attack_benign.jsonl", limit=8)])
 _GATHERED = "reads hidden states through the output head, whose weights are not gathered there"
 
 
@@ -51,6 +55,7 @@ TABLE: dict[type[Defense], Claims] = {
         settings={"attacker": ATTACKER, "refresh_every": 2, "num_sft_steps": 0},
         evaluations=(4, 2, 4, 2),
     ),
+    Ctrap: Claims(settings={"general": _GENERAL, "token_id": 5}, evaluations=(3, 3, 3, 3)),
     Booster: Claims(
         evaluations=(3, 3, 3, 3),
         per_batch="the step on harmful data has the same length for every batch",

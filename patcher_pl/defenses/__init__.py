@@ -2,6 +2,7 @@
 
 from patcher_pl.defenses.base import Defense
 from patcher_pl.defenses.booster import Booster
+from patcher_pl.defenses.ctrap import Ctrap
 from patcher_pl.defenses.patcher import Patcher
 from patcher_pl.defenses.repnoise import RepNoise
 from patcher_pl.defenses.seam import Seam
@@ -13,6 +14,7 @@ from patcher_pl.defenses.vaccine import Vaccine
 __all__ = [
     "SFT",
     "Booster",
+    "Ctrap",
     "Defense",
     "Patcher",
     "RepNoise",

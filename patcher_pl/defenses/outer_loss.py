@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from patcher_pl.data.mixing import Mixture
 from patcher_pl.data.stream import BatchStream
 from patcher_pl.defenses.step import Step
+from patcher_pl.errors import ConfigError
 from patcher_pl.losses import causal_lm_loss
 from patcher_pl.losses.retained import mean_where, outputs_of
+from patcher_pl.models.lora import without_adapters
 from patcher_pl.types import IGNORE_INDEX, Batch, move_batch
+from patcher_pl.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,45 @@ class NegativeEntropy(OuterLoss):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = outputs_of(model, batch, hidden_states=False).logits
         return negative_entropy(logits, batch["labels"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedToken(OuterLoss):
+    """Mean cross-entropy of one token in the place of every answer token (nats per token).
+
+    On general conversations (`data`), an attacked model that says the same whatever it is asked. With an
+    attacker of one plain gradient step before every defender step it is CTRAP's loss,
+    L_safe(theta) + lam L_c(theta - a grad L_harm(theta)), up to a factor: alpha = lam / (1 + lam). Second
+    derivatives of the step are left out by `FirstOrder`, and taken by `Unrolled` or `Adjoint`.
+
+    Args:
+        data: The conversations; the paper takes benign ones.
+        token_id: The token's number in the vocabulary (>= 0).
+
+    Raises:
+        ValueError: If `token_id` is negative.
+
+    References:
+        Yi et al., 2025, https://arxiv.org/abs/2505.16559: the collapse loss, with a = 0.1.
+    """
+
+    supports_packing = True
+
+    token_id: int
+
+    def __post_init__(self) -> None:
+        require(self, self.token_id >= 0, "token_id", ">= 0")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        vocabulary = without_adapters(model).config.get_text_config().vocab_size
+        if self.token_id >= vocabulary:
+            raise ConfigError(
+                f"FixedToken.token_id must be below {vocabulary}, the size of the vocabulary, got "
+                f"{self.token_id}."
+            )
+        labels = batch["labels"]
+        fixed = labels.masked_fill(labels != IGNORE_INDEX, self.token_id)
+        return causal_lm_loss(model, {**batch, "labels": fixed})
 
 
 def negative_entropy(

@@ -72,6 +72,7 @@ _BOUNDED = {
 _SPELLINGS = {
     "sft": "SFT",
     "tar": "TAR",
+    "ctrap": "CTRAP",
     "seam": "SEAM",
     "repnoise": "RepNoise",
     "t_vaccine": "T-Vaccine",

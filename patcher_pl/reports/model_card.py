@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
+from patcher_pl.reports.formats import MARKS, MEANINGS, Mark
 from patcher_pl.reports.grouping import Group, defense_label, group_curves
-from patcher_pl.reports.overview import legend, overview
 from patcher_pl.reports.results import BENIGN_MEASURES, Curve, Results, average, known_benign
 from patcher_pl.reports.searches import SearchOutcome
 from patcher_pl.reports.statistics import final_asr
@@ -53,7 +53,9 @@ def model_card(
         "",
         markdown_table(text_table(_HEADER, [_row(group) for group in groups])).rstrip(),
         "",
-        *(f"- {line}" for line in legend(overview(curves))),
+        "Means over seeds; steps to break of the first to the last seed.",
+        "",
+        *(f"- {MARKS[mark]} {MEANINGS[mark]}." for mark in _marks(groups)),
         *(f"- {line}" for line in _searched(searches)),
         "",
         "## What was measured",
@@ -74,12 +76,17 @@ _HEADER = [
 ]
 
 
+def _marks(groups: Sequence[Group]) -> list[Mark]:
+    found = {mark for group in groups for mark in group.marks}
+    return [mark for mark in MARKS if mark in found]
+
+
 def _row(group: Group) -> list[str]:
     measure = _measure(group)
     known = None if measure is None else group.over_seeds(measure)["mean"].dropna()
     asr = group.over_seeds("asr")["mean"].dropna()
     return [
-        group.attack,
+        " ".join([group.attack, *(MARKS[mark] for mark in group.marks)]),
         str(len(group.curves)),
         *_ends(asr),
         group.bounded_steps_to_break if group.bounded_differs else group.steps_to_break,
@@ -120,7 +127,8 @@ def _index(groups: Sequence[Group], results: Results) -> list[dict[str, Any]]:
         if (measure := _measure(group)) is not None:
             released = average(
                 [
-                    curve.released_benign or curve.benign[0]
+                    # An attack without steps is measured when it is done, never before.
+                    curve.benign[0] if len(curve.attack_steps) > 1 else curve.released_benign
                     for curve in group.measured
                     if curve.benign
                 ]
@@ -158,8 +166,8 @@ def _facts(
     ]
     facts = {
         "Weights": weights and f"SHA-256 `{weights}`",
-        "Trained with settings": training and f"SHA-256 `{training}`",
-        "Red team's settings": results.fingerprint and f"`{results.fingerprint}`",
+        "Trained with settings": training and f"digest `{training}`",
+        "Red team's settings": results.fingerprint and f"digest `{results.fingerprint}`",
         "Harmful prompts": f"{first.num_prompts}"
         + (f", digest `{first.prompts_digest}`" if first.prompts_digest else ""),
         "Benign prompts": str(first.num_benign_prompts or "none"),

@@ -61,6 +61,23 @@ def test_the_hub_can_read_it(results):
     assert "SFT" not in body
 
 
+def test_a_reader_is_told_what_not_to_rely_on(curve):
+    own = [
+        curve(
+            "tar", None, [0, 0, 0], None, collapsed=[False, False, True], benign_accuracy=[0, 1, 1]
+        )
+    ]
+    metadata, body = parts(model_card(own, Results(curves=own, environment={}), name="x"))
+    assert "| full_adamw † |" in body
+    assert "- † the model collapsed during the attack" in body
+    metrics = metadata["model-index"][0]["results"][0]["metrics"]
+    assert metrics[-1] == {
+        "type": "benign_accuracy",
+        "value": 0,
+        "name": "benign accuracy, released",
+    }
+
+
 def test_it_says_nothing_that_a_model_said(results):
     card = model_card(results.curves[:2], results, name="mine")
     assert ANSWER not in card
