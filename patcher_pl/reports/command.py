@@ -22,6 +22,7 @@ def run_report(
     prices: Prices | None = None,
     decision: Path | None = None,
     model_card: str | None = None,
+    redact: bool = False,
 ) -> None:
     """Writes a report on the attacks of one or several runs.
 
@@ -41,6 +42,7 @@ def run_report(
         decision: File of criteria that the release must meet (see
             `patcher_pl.reports.decision.Criteria`): writes a page on them beside the other, and fails
             where one is not met. What was not tested is told, and is no failure.
+        redact: Leave away everything that a model or an attacker said: answers, prompts, settings.
         model_card: Defense whose model gets a card beside the page: Markdown with the Hub's metadata.
 
     Raises:
@@ -56,6 +58,7 @@ def run_report(
         overview_markdown,
     )
     from patcher_pl.reports.page import render_page
+    from patcher_pl.reports.redaction import redacted
     from patcher_pl.reports.runs import load_runs, merge_runs
     from patcher_pl.reports.statistics import compare_all
 
@@ -64,6 +67,7 @@ def run_report(
     if num_samples < 0:
         raise ConfigError(f"--num_samples must be >= 0, got {num_samples}. Use 0 to show none.")
     runs = load_runs(dirs)
+    runs = redacted(runs) if redact else runs
     curves, notes = merge_runs(runs)
     if not curves:
         raise DataError(
