@@ -105,8 +105,14 @@ def run_report(
         from patcher_pl.reports.model_card import model_card as card_of
 
         own = curves_of(curves, model_card, None, "--model_card")
-        # The run that holds the first of its curves says what was asked.
-        run = next(run for run in runs if {one.key for one in run.results.curves} & {own[0].key})
+        # The run that holds the first of its curves says what was asked; merging may rename defenses.
+        first = own[0]
+        run = next(
+            run
+            for run in runs
+            for one in run.results.curves
+            if one.key[1:] == first.key[1:] and one.asr == first.asr
+        )
         card = out.with_name(f"{out.stem}-model-card.md")
         write_text(card, card_of(own, run.results, name=model_card))
         print(f"Written to {card}")

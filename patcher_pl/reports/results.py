@@ -66,8 +66,7 @@ class Curve:
     Args:
         defense: Name of the defense, `sft` for the undefended control.
         seed: Seed of the attack: data subset, order, initialization and sampling.
-        k1: Steps of the simulated attack that the defense was trained against; None where it has
-            no such setting.
+        k1: Steps of the simulated attack in training; None where the defense has no such setting.
         attack: Name of the attack, such as `full_adamw`.
         attack_steps: Optimizer steps of the attack at each measurement, ascending.
         asr: Attack success rate.
@@ -109,9 +108,8 @@ class Curve:
         trained_poison_ratio: Share of harmful rows among them; None where it trained on none.
         weights_moved: Share of the attacked weights with a gradient that had moved after the first
             steps; the steps of the others were lost to rounding. None where it is not known.
-        skipped_steps: Further step counts of the attack, ascending, at which nothing was measured
-            because the model was broken already (`RedTeam.stop_after_break`); empty where the attack
-            went on to its end.
+        skipped_steps: Further step counts of the attack, ascending, at which nothing was measured: the
+            model was broken already (`RedTeam.stop_after_break`). Empty where it went on to its end.
         remarks: What the attack has found out beside, for the reader.
         budget: Gradient evaluations that the model's training was allowed, in a study of several
             budgets (`scale`); None elsewhere.

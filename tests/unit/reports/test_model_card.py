@@ -1,5 +1,7 @@
 """A model's card: what the Hub reads, figures and digests, and nothing that a model said."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -99,5 +101,12 @@ def test_the_report_writes_it(results, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert main(["report", str(tmp_path), "--out", str(out), "--model_card", "patcher"]) == 0
     assert "Patcher, k1 = 40" in (tmp_path / "page-model-card.md").read_text()
+    again = tmp_path / "again"
+    again.mkdir()
+    other = [replace(one, asr=[0.5] * len(one.asr)) for one in results.curves]
+    replace(results, curves=other).save(again / "results.json")
+    places = [str(tmp_path / "results.json"), str(again)]
+    renamed = ["--model_card", "patcher (again)"]  # By the run, since both have such a model.
+    assert main(["report", *places, "--out", str(out), *renamed]) == 0
     assert main(["report", str(tmp_path), "--out", str(out), "--model_card", "typo"]) != 0
     assert "must name one model of the results, got 'typo'" in capsys.readouterr().err
