@@ -22,7 +22,7 @@ from patcher_pl.defenses import (
 from patcher_pl.models import LanguageModel
 from tests.tiny_runs import ATTACKER, adamw
 
-_GENERAL = Mixture(sources=[Source(path="testbed/attack_benign.jsonl", limit=8)])
+_GENERAL = Mixture(sources=[Source(path=str(Path(__file__).with_name("general.jsonl")))])
 _GATHERED = "reads hidden states through the output head, whose weights are not gathered there"
 
 

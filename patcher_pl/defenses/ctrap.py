@@ -25,7 +25,7 @@ class Ctrap(Patcher):
     It is `Patcher` with an attack of one plain gradient step before every defender step, and another
     outer loss, so what `Patcher` can (shards, adapters, other hypergradients) it can.
 
-    Three gradient evaluations per batch.
+    Three gradient evaluations per batch. Takes padded batches only.
 
     Args:
         language_model: The model to harden.
@@ -40,6 +40,8 @@ class Ctrap(Patcher):
     References:
         Yi et al., 2025, https://arxiv.org/abs/2505.16559: the collapse loss and the objective.
     """
+
+    supports_packing = False
 
     def __init__(
         self,

@@ -88,8 +88,6 @@ class FixedToken(OuterLoss):
         Yi et al., 2025, https://arxiv.org/abs/2505.16559: the collapse loss, with a = 0.1.
     """
 
-    supports_packing = True
-
     token_id: int
 
     def __post_init__(self) -> None:

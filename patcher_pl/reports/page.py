@@ -24,7 +24,8 @@ from patcher_pl.reports.page_tables import (
     search_table,
     utility_table,
 )
-from patcher_pl.reports.prices import Prices, price_table
+from patcher_pl.reports.price_table import price_table
+from patcher_pl.reports.prices import Prices
 from patcher_pl.reports.reference import MEANING as NOTHING_LEFT
 from patcher_pl.reports.results import BENIGN_MEASURES, BenignMeasure, Curve
 from patcher_pl.reports.runs import Run, searches_of

@@ -130,7 +130,17 @@ def test_an_attack_config_runs(path, tmp_path):
     redteam = path.parent / content["redteam"]
     content["redteam"] = shortened_redteam(yaml.safe_load(redteam.read_text(encoding="utf-8")))
     config = write_yaml(tmp_path / "config.yaml", content)
-    command = ("redteam", "--config", config, "--model", "testbed", "--run_dir", tmp_path / "run")
+    command = (
+        "redteam",
+        "--config",
+        config,
+        "--model",
+        "testbed",
+        "--sibling",
+        "testbed",
+        "--run_dir",
+        tmp_path / "run",
+    )
     cli(*command).expect(0)
     assert [curve.error for curve in Results.load(tmp_path / "run" / "results.json").curves] == [
         None
@@ -155,8 +165,8 @@ def test_every_attack_of_the_testbed_red_team_runs(tmp_path):
     kept = ("chat", "device", "num_threads")
     settings = {"redteam": team, **{name: content[name] for name in kept}}
     config = write_yaml(tmp_path / "config.yaml", settings)
-    command = ("redteam", "--config", config, "--model", "testbed", "--run_dir", tmp_path / "run")
-    cli(*command).expect(0)
+    model = ("--model", "testbed", "--sibling", "testbed")
+    cli("redteam", "--config", config, *model, "--run_dir", tmp_path / "run").expect(0)
     curves = Results.load(tmp_path / "run" / "results.json").curves
-    assert len(curves) == 24
+    assert len(curves) == 31
     assert {curve.attack: curve.error for curve in curves if curve.error is not None} == {}

@@ -8,7 +8,8 @@ import pytest
 from patcher_pl.cli.report import run_report_command
 from patcher_pl.errors import ConfigError
 from patcher_pl.reports.overview import overview
-from patcher_pl.reports.prices import Prices, Tier, price_table
+from patcher_pl.reports.price_table import price_table
+from patcher_pl.reports.prices import Prices, Tier
 from tests.campaigns import ATTACKS, campaign
 from tests.commands import ROOT, write_yaml
 
