@@ -11,6 +11,7 @@ from patcher_pl.reports.drawing import Styles, group_styles, write_figure
 from patcher_pl.reports.environment import hide_secrets
 from patcher_pl.reports.formats import MARKS, MEANINGS, interval, number
 from patcher_pl.reports.grouping import COST_AXES, CostAxis, Frame, defense_label, labels
+from patcher_pl.reports.html import page_templates
 from patcher_pl.reports.overview import has_families, is_past_its_peak, legend, matrix, standings
 from patcher_pl.reports.page_tables import (
     break_table,
@@ -69,15 +70,7 @@ def render_page(
         num_samples: Sample answers shown per defense and attack (count, >= 0).
         prices: What hardware costs; None leaves that table away.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("patcher_pl.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates()
     environment.globals |= {
         "MARKS": MARKS,
         "MEANINGS": MEANINGS,

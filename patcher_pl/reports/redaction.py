@@ -6,9 +6,6 @@ from dataclasses import replace
 from patcher_pl.reports.results import Curve
 from patcher_pl.reports.runs import Run
 
-# May quote prompts, templates and paths.
-_OF_THE_MACHINE = ("command",)
-
 
 def redacted(runs: Sequence[Run]) -> list[Run]:
     """Runs without anything that a model or an attacker said.
@@ -28,7 +25,7 @@ def redacted(runs: Sequence[Run]) -> list[Run]:
                 environment={
                     name: value
                     for name, value in run.results.environment.items()
-                    if name not in _OF_THE_MACHINE
+                    if name != "command"  # May quote prompts, templates and paths.
                 },
             ),
         )

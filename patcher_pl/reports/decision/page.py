@@ -7,6 +7,7 @@ from typing import Any
 from patcher_pl.reports.decision.criteria import QUESTIONS, Fixed
 from patcher_pl.reports.decision.judging import Finding
 from patcher_pl.reports.grouping import defense_label
+from patcher_pl.reports.html import page_templates
 from patcher_pl.reports.runs import Run
 from patcher_pl.reports.tables import markdown_table, text_table
 
@@ -24,17 +25,10 @@ def decision_page(
         runs: What they were held against.
         notes: What a reader must know about how runs came together.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("patcher_pl.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("decision.html.j2").render(
-        **_content(fixed, findings, runs), notes=notes
+    return (
+        page_templates()
+        .get_template("decision.html.j2")
+        .render(**_content(fixed, findings, runs), notes=notes)
     )
 
 
